@@ -1,0 +1,1 @@
+"""The algorithm, in NumPy: no framework and no Horovod in here."""

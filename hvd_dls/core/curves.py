@@ -1,0 +1,131 @@
+"""How many entries of each layer lie above a threshold: exactly, or from sketches.
+
+Both forms answer the same questions, so that one balancing algorithm (balance.py) runs on either.
+Counts are those of one rank, or the mean over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from hvd_dls.core.sketch import WINDOW, Sketch, edges
+
+
+class Curves(Protocol):
+    """What balancing needs to know of L layers."""
+
+    sizes: np.ndarray
+
+    def smallest_sent(self, k: np.ndarray) -> np.ndarray:
+        """(L,) the k_l-th largest magnitude of each layer: its threshold."""
+
+    def largest_unsent(self, k: np.ndarray) -> np.ndarray:
+        """(L,) the (k_l + 1)-th largest magnitude of each layer; -inf if there is none."""
+
+    def above(self, layer: int, threshold: float) -> float:
+        """How many magnitudes of a layer are > threshold."""
+
+    def at_least(self, layer: int, threshold: float) -> float:
+        """How many magnitudes of a layer are >= threshold."""
+
+
+class ExactCurves:
+    """From the magnitudes themselves, sorted: the oracle, and Algorithm 2 as in the paper.
+
+    Args:
+        layers: L arrays of values or magnitudes, any shape, not empty.
+    """
+
+    def __init__(self, layers: Sequence[np.ndarray]) -> None:
+        self._ascending = [np.sort(np.abs(np.ravel(layer))) for layer in layers]
+        self.sizes = np.array([len(values) for values in self._ascending], dtype=np.int64)
+
+    def smallest_sent(self, k: np.ndarray) -> np.ndarray:
+        return np.array(
+            [a[len(a) - n] if n else np.inf for a, n in zip(self._ascending, k, strict=True)]
+        )
+
+    def largest_unsent(self, k: np.ndarray) -> np.ndarray:
+        return np.array(
+            [
+                a[len(a) - n - 1] if n < len(a) else -np.inf
+                for a, n in zip(self._ascending, k, strict=True)
+            ]
+        )
+
+    def above(self, layer: int, threshold: float) -> float:
+        values = self._ascending[layer]
+        return len(values) - int(np.searchsorted(values, threshold, side="right"))
+
+    def at_least(self, layer: int, threshold: float) -> float:
+        values = self._ascending[layer]
+        return len(values) - int(np.searchsorted(values, threshold, side="left"))
+
+
+class SketchedCurves:
+    """From all ranks' sketches: piecewise linear between bin edges, averaged over the ranks.
+
+    A curve is known where every rank's window has begun; below that it stays constant, so one
+    adjustment moves a threshold down by at most the window's lower part.
+
+    Args:
+        sketches: L rows, each with the sketches of all P ranks in rank order.
+        sizes: (L,) entries of each layer.
+    """
+
+    def __init__(self, sketches: Sequence[Sequence[Sketch]], sizes: np.ndarray) -> None:
+        self.sizes = np.asarray(sizes, dtype=np.int64)
+        bases = np.array([[s.base for s in row] for row in sketches], dtype=np.int64)
+        counts = np.array([[s.counts for s in row] for row in sketches], dtype=np.float64)
+        n_layers, world_size = bases.shape
+        first, last = int(bases.min()), int(bases.max()) + WINDOW
+        span = last - first
+        rows = np.arange(n_layers)[:, None, None] * span
+        cells = rows + (bases[:, :, None] - first) + np.arange(WINDOW)
+        # Whole numbers below 2**53 add exactly in float64, whatever the order.
+        total = np.bincount(cells.ravel(), counts.ravel(), minlength=n_layers * span)
+        total = total.reshape(n_layers, span)
+        known_from = bases.max(axis=1) - first
+        total[np.arange(span) < known_from[:, None]] = 0
+        self.edges = edges(first, last)
+        self.counts = np.zeros((n_layers, span + 1))  # entries >= each edge
+        self.counts[:, :-1] = np.cumsum(total[:, ::-1], axis=1)[:, ::-1] / world_size
+        self._known_from = known_from
+
+    def smallest_sent(self, k: np.ndarray) -> np.ndarray:
+        # The last edge with at least k entries above it, no lower than where the curve is known.
+        edge = np.count_nonzero(self.counts >= np.asarray(k)[:, None], axis=1) - 1
+        edge = np.maximum(edge, self._known_from)
+        rows = np.arange(len(self.sizes))
+        low, high = self.edges[edge], self.edges[edge + 1]
+        beyond, within = self.counts[rows, edge + 1], self.counts[rows, edge]
+        share = (k - beyond) / np.where(within > beyond, within - beyond, 1)
+        thresholds: np.ndarray = high - np.clip(share, 0, 1) * (high - low)
+        return thresholds
+
+    def largest_unsent(self, k: np.ndarray) -> np.ndarray:
+        wanted = np.asarray(k) + 1
+        known = (wanted <= self.sizes) & (wanted <= self.counts[:, 0])
+        return np.where(known, self.smallest_sent(wanted), -np.inf)
+
+    def above(self, layer: int, threshold: float) -> float:
+        return float(np.interp(threshold, self.edges, self.counts[layer]))
+
+    at_least = above
+
+    def at_common_threshold(self, total: int) -> np.ndarray:
+        """(L,) entries of each layer above the one threshold that ``total`` entries exceed.
+
+        All curves have their corners at the same edges, so their sum is piecewise linear too and
+        the threshold is found by one look-up.
+        """
+        together = self.counts.sum(axis=0)
+        edge = np.count_nonzero(together >= total) - 1
+        if edge < 0:
+            return self.counts[:, 0].copy()
+        within, beyond = together[edge], together[edge + 1]
+        share = (total - beyond) / (within - beyond)
+        return self.counts[:, edge + 1] + share * (self.counts[:, edge] - self.counts[:, edge + 1])

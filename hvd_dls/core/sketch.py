@@ -1,0 +1,67 @@
+"""Histograms of magnitudes around a layer's threshold: what ranks tell each other every step.
+
+Bins are the upper 11 bits of a float32 magnitude (exponent and three bits of mantissa): eight bins
+an octave, the same on every rank and for every layer, so that counts of different ranks add up and
+curves of different layers share their edges.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+BINS_PER_OCTAVE = 8
+WINDOW = 48  # bins of a sketch: six octaves
+BELOW = 16  # of which two octaves lie below the threshold
+SAMPLE = 1 << 16  # unsent entries looked at, at most about
+
+_N_BINS = 255 * BINS_PER_OCTAVE  # all finite float32 magnitudes
+_MANTISSA_SHIFT = 20
+
+
+class Sketch(NamedTuple):
+    """Counts of |a| in ``WINDOW`` bins from bin ``base`` up; the last one holds all beyond it."""
+
+    base: int
+    counts: np.ndarray  # (WINDOW,) uint32
+
+
+def bin_of(magnitudes: np.ndarray) -> np.ndarray:
+    """Bin number of each magnitude (float32 or float64, finite, >= 0): (n,) int64."""
+    bits = np.asarray(magnitudes, dtype=np.float32).view(np.uint32)
+    bins: np.ndarray = np.minimum(bits >> _MANTISSA_SHIFT, _N_BINS - 1).astype(np.int64)
+    return bins
+
+
+def edges(first: int, last: int) -> np.ndarray:
+    """Lower edges of bins first..last-1 and the upper edge of the last: float64, exact."""
+    octave, eighth = np.divmod(np.arange(first, last + 1), BINS_PER_OCTAVE)
+    normal = np.ldexp(1 + eighth / BINS_PER_OCTAVE, octave - 127)
+    subnormal = np.ldexp(eighth / BINS_PER_OCTAVE, -126)
+    return np.where(octave > 0, normal, subnormal)
+
+
+def sketch(sent: np.ndarray, unsent: np.ndarray, threshold: float) -> Sketch:
+    """Counts a layer's magnitudes around its threshold.
+
+    Args:
+        sent: (k,) values sent: all are counted.
+        unsent: (n,) residual left behind, zero where an entry was sent; a strided sample of it is
+            counted, each hit for as many entries as the stride is long.
+        threshold: smallest magnitude sent.
+
+    Returns:
+        A sketch whose window starts two octaves below the threshold.
+    """
+    centre = int(bin_of(np.array([threshold]))[0])
+    base = min(max(centre - BELOW, 0), _N_BINS - WINDOW)
+    stride = max(1, len(unsent) // SAMPLE) | 1  # odd: does not fall in step with channel counts
+    # What was sent is zero in ``unsent``: bin 0, which must not count again.
+    sampled = bin_of(np.abs(unsent[::stride])) - max(base, 1)
+    low = _histogram(sampled[sampled >= 0] + max(base, 1) - base)
+    return Sketch(base, (_histogram(bin_of(np.abs(sent)) - base) + stride * low).astype(np.uint32))
+
+
+def _histogram(bins: np.ndarray) -> np.ndarray:
+    return np.bincount(np.clip(bins, 0, WINDOW - 1), minlength=WINDOW)

@@ -1,0 +1,84 @@
+"""What happened in a step, as records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A step's choice beside exact global top-k of the same accumulators (one rank's).
+
+    Attributes:
+        energy: sum of squares sent over that of global top-k; 1 is ideal.
+        misallocation: sum |k_l - k*_l| / 2K: the share of the budget in wrong layers; 0 is ideal.
+    """
+
+    energy: float
+    misallocation: float
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of one model, as this rank saw it.
+
+    Attributes:
+        step: number of the step, from 1.
+        names: of the L compressed layers.
+        sizes: (L,) entries.
+        k: (L,) entries sent.
+        thresholds: (L,) smallest magnitude this rank sent.
+        sparse_bytes: payload bytes this rank handed to allgather.
+        dense_bytes: gradient bytes this rank handed to allreduce.
+        quality: beside exact global top-k, in steps that measured it (``measure_every``).
+    """
+
+    step: int
+    names: tuple[str, ...]
+    sizes: np.ndarray
+    k: np.ndarray
+    thresholds: np.ndarray
+    sparse_bytes: int
+    dense_bytes: int
+    quality: Quality | None = None
+
+    def threshold_spread(self, least_k: int = 10) -> float:
+        """Largest over smallest threshold among layers with k >= least_k; 1 is ideal.
+
+        NaN if there are fewer than two such layers; inf if a threshold is zero.
+        """
+        counted = self.thresholds[self.k >= least_k]
+        if len(counted) < 2:
+            return float("nan")
+        return float(counted.max() / counted.min()) if counted.min() > 0 else float("inf")
+
+
+def measure_quality(sent: Sequence[np.ndarray], unsent: Sequence[np.ndarray]) -> Quality:
+    """Compares what was sent with exact global top-k.
+
+    Args:
+        sent: L arrays (k_l,) of the values sent.
+        unsent: L arrays (n_l,): the residuals left behind, zero where an entry was sent.
+
+    Returns:
+        Energy and misallocation; ties at the global threshold count in the choice's favour.
+    """
+    sent_magnitudes = np.abs(np.concatenate(sent))
+    total = len(sent_magnitudes)
+    everything = np.concatenate([sent_magnitudes, *map(np.abs, unsent)])  # and zeros where sent
+    best = np.partition(everything, len(everything) - total)[len(everything) - total :]
+    # Each layer sends its largest, so an entry below the global threshold is one too many in its
+    # layer and one too few in another.
+    misplaced = int(np.count_nonzero(sent_magnitudes < best.min()))
+    best_energy = _energy(best)
+    return Quality(
+        energy=_energy(sent_magnitudes) / best_energy if best_energy else 1.0,
+        misallocation=misplaced / total,
+    )
+
+
+def _energy(values: np.ndarray) -> float:
+    return float(np.sum(np.square(values, dtype=np.float64)))

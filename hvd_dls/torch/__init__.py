@@ -1,0 +1,5 @@
+"""DLS for horovod.torch: ``compression=DLSCompressor``."""
+
+from hvd_dls.torch.compressor import DLSCompressor
+
+__all__ = ["DLSCompressor"]

@@ -1,0 +1,258 @@
+"""The compressor for ``horovod.torch``: ``compression=DLSCompressor``."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any, ClassVar
+
+import horovod.torch as hvd
+import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.weak import TensorWeakRef
+
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.telemetry import StepRecord
+from hvd_dls.errors import DLSError, StateMismatchError
+from hvd_dls.torch.binding import Binding, Dense, InFlight, send_dense
+
+_log = logging.getLogger("hvd_dls")
+STATE_VERSION = 1
+
+
+class InstanceOrDefault:
+    """A method that, called on the class, acts on the class's default instance.
+
+    Horovod's own compressors are classes with static methods, so users pass classes; and people
+    write ``DLSCompressor.state_dict()`` if it was the class they passed.
+    """
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+        self.__doc__ = method.__doc__
+
+    def __get__(self, instance: DLSCompressor | None, owner: type[DLSCompressor]) -> MethodType:
+        return MethodType(self._method, owner._default() if instance is None else instance)
+
+
+class DLSCompressor:
+    """Dynamic layer-wise sparsification for ``horovod.torch``.
+
+    Sends each step the largest entries of each layer's accumulated gradient and keeps the rest for
+    later (error feedback).  How many a layer sends moves, step after step, until all layers share
+    one threshold.
+
+    Pass the class itself, or an instance with options.  Parameters are found at the end of the
+    first step, which is therefore dense; given ``named_parameters``, the first step is sparse too.
+
+    Args:
+        named_parameters: (name, parameter) in model order, ``model.named_parameters()``; None to
+            take them from the optimizer.
+        process_set: the ranks that exchange gradients, if ``named_parameters`` is given; otherwise
+            the optimizer's is taken.
+        **options: see ``DLSConfig``.
+
+    Raises:
+        DLSError: an option that does not exist or a value that is not accepted.
+
+    Example:
+        >>> optimizer = hvd.DistributedOptimizer(
+        ...     optimizer, named_parameters=model.named_parameters(),
+        ...     compression=DLSCompressor(density=0.001))
+    """
+
+    _default_instance: ClassVar[DLSCompressor | None] = None
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+        *,
+        process_set: hvd.ProcessSet = hvd.global_process_set,
+        **options: Any,
+    ) -> None:
+        self.config = DLSConfig.from_options(**options)
+        self._bindings: list[Binding] = []
+        self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._unclaimed: list[TensorWeakRef] = []
+        self._loaded: list[dict[str, Any]] = []
+        self._latest: Binding | None = None
+        self._told_of_strangers = False
+        if named_parameters is not None:
+            self._bind(named_parameters, process_set)
+
+    # What Horovod calls -------------------------------------------------------------------------
+
+    @InstanceOrDefault
+    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, InFlight | Dense]:
+        """Called by Horovod with a gradient; returns what it allreduces, and a context.
+
+        Raises:
+            DLSError: the ranks have different options or parameters, or the density is too low
+                for the model; on every rank alike.
+        """
+        for binding in self._bindings:
+            name = binding.name_of(tensor)
+            if name is not None:
+                return binding.compress(name, tensor)
+        self._unclaimed.append(TensorWeakRef(tensor))
+        if self._bindings and not self._told_of_strangers:
+            self._told_of_strangers = True
+            _log.warning(
+                "a gradient of shape %s belongs to no known parameter; it goes dense, as will "
+                "others like it (said once)",
+                tuple(tensor.shape),
+            )
+        return send_dense(tensor)
+
+    @InstanceOrDefault
+    def decompress(self, tensor: torch.Tensor, ctx: InFlight | Dense | None) -> torch.Tensor:
+        """Called by Horovod with what came back and the context; returns the reduced gradient.
+
+        Raises:
+            NonFiniteGradientError: some rank's gradient held NaN or Inf; on every rank alike.
+        """
+        if ctx is None:  # a sparse gradient, which Horovod never gave to compress
+            return tensor
+        if isinstance(ctx, Dense):
+            return tensor.to(ctx.dtype)
+        self._latest = ctx.binding
+        return ctx.binding.decompress(tensor, ctx)
+
+    # What users call ----------------------------------------------------------------------------
+
+    @InstanceOrDefault
+    def last_step(self) -> StepRecord | None:
+        """What happened in the last step of the model that trained last; None before one ended."""
+        session = self._latest and self._latest.session
+        return session.last_step if session else None
+
+    @InstanceOrDefault
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's residuals, ratios and thresholds: every rank saves its own.
+
+        Returns:
+            Values that ``torch.save`` and ``torch.load(weights_only=True)`` handle.  As with
+            torch's own, tensors are references, not copies.
+
+        Raises:
+            DLSError: called between ``backward`` and ``step``.
+        """
+        return {"version": STATE_VERSION, "models": [b.state_dict() for b in self._bindings]}
+
+    @InstanceOrDefault
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state; before the first step or later, on every rank.
+
+        Raises:
+            StateMismatchError: it belongs to other layers, other options or another number of
+                ranks.  Raised here if the model has trained already, else in its first step.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateMismatchError(
+                f"saved state has version {state.get('version')}, expected {STATE_VERSION}"
+            )
+        models = list(state["models"])
+        for binding, saved in zip(self._bindings, models, strict=False):
+            binding.check_state(saved)
+        for binding, saved in zip(self._bindings, models, strict=False):
+            binding.load_state_dict(saved)
+        self._loaded = models[len(self._bindings) :]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Spark and Ray pickle the compressor before training starts: only options travel.
+        return functools.partial(type(self), **vars(self.config)), ()
+
+    # Finding the parameters ---------------------------------------------------------------------
+
+    @classmethod
+    def _default(cls) -> DLSCompressor:
+        if cls._default_instance is None:
+            cls._default_instance = cls()
+        return cls._default_instance
+
+    def _bind(
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        process_set: hvd.ProcessSet,
+    ) -> None:
+        binding = Binding(named_parameters, self.config, process_set)
+        if self._loaded:
+            binding.load_state_dict(self._loaded.pop(0))
+        self._bindings.append(binding)
+
+    def _before_step(self, optimizer: Any) -> None:
+        """Refuses what Horovod would let drift apart or what cannot be compressed.
+
+        Args:
+            optimizer: Horovod's, with the attributes that Horovod's torch/optimizer.py gives it.
+        """
+        if not hasattr(optimizer, "op") or (optimizer.op == hvd.Adasum and hvd.size() > 1):
+            raise DLSError(
+                "op=hvd.Adasum: accepted are hvd.Average and hvd.Sum (Adasum combines whole "
+                "updates, which cannot be sent in part)"
+            )
+        if optimizer in self._known:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None and parameter not in optimizer._requires_update:
+                        self._refuse_unreduced(optimizer, parameter)
+
+    def _after_step(self, optimizer: Any) -> None:
+        """Takes over the parameters of an optimizer whose gradients have passed ``compress``.
+
+        After the step, because Horovod compresses the gradients of parameters that took no part
+        only in the step itself; by then some ranks must not be ahead of others.  A step without
+        gradients seen is none of Horovod's: ``hvd.broadcast_optimizer_state`` takes one to fill in
+        state, on some ranks only.
+        """
+        if optimizer in self._known:
+            return
+        reduced: set[torch.Tensor] = optimizer._requires_update
+        bound = {id(p) for binding in self._bindings for p in binding.parameters()}
+        if not any(id(p) in bound for p in reduced):
+            seen = {id(t) for t in (reference() for reference in self._unclaimed) if t is not None}
+            if not any(id(p.grad) in seen for p in reduced):
+                return
+            names = optimizer._parameter_names
+            ordered = [p for group in optimizer.param_groups for p in group["params"]]
+            # Sparse gradients (of embeddings) pass us by: they keep Horovod's own sparse path.
+            ours = [(names[p], p) for p in ordered if p in reduced and not p.grad.is_sparse]
+            self._bind(ours, optimizer.process_set)
+        self._unclaimed.clear()
+        self._known.add(optimizer)
+
+    @staticmethod
+    def _refuse_unreduced(optimizer: Any, parameter: torch.Tensor) -> None:
+        name = optimizer._parameter_names.get(parameter, "without a name")
+        raise DLSError(
+            f"parameter {name!r} of shape {tuple(parameter.shape)} was added or unfrozen after "
+            "hvd.DistributedOptimizer was made: Horovod does not reduce its gradient, and the "
+            "ranks would drift apart. Add and unfreeze parameters before wrapping the optimizer"
+        )
+
+
+def _compressor_of(optimizer: torch.optim.Optimizer) -> DLSCompressor | None:
+    compression = getattr(optimizer, "_compression", None)
+    if isinstance(compression, type) and issubclass(compression, DLSCompressor):
+        return compression._default()
+    return compression if isinstance(compression, DLSCompressor) else None
+
+
+def _on_step_begin(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if compressor := _compressor_of(optimizer):
+        compressor._before_step(optimizer)
+
+
+def _on_step_end(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if compressor := _compressor_of(optimizer):
+        compressor._after_step(optimizer)
+
+
+register_optimizer_step_pre_hook(_on_step_begin)
+register_optimizer_step_post_hook(_on_step_end)

@@ -1,0 +1,21 @@
+"""The job runner itself: what it must never let pass."""
+
+import time
+
+import pytest
+
+from tests.jobs import horovodrun
+
+
+def test_a_failing_rank_fails_the_test_and_shows_its_output():
+    program = "import os, sys; print('I am', os.environ['HOROVOD_RANK']); sys.exit(3)"
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)ended with.*I am 1"):
+        horovodrun(2, ["-c", program], time_limit=60)
+
+
+def test_a_hanging_rank_fails_the_test_within_the_time_limit_and_is_killed():
+    program = "import time; print('waiting', flush=True); time.sleep(600)"
+    begin = time.monotonic()
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)still ran after 15 s.*waiting"):
+        horovodrun(2, ["-c", program], time_limit=15)
+    assert time.monotonic() - begin < 60

@@ -1,0 +1,100 @@
+"""Residuals, ratios and thresholds are training state."""
+
+import io
+
+import horovod.torch as hvd
+import pytest
+import torch
+from torch import nn
+
+from hvd_dls import StateMismatchError
+from hvd_dls.torch import DLSCompressor
+from tests.torch.with_ranks.training import SPARSE, assert_same_on_all_ranks, flat, net, train, wrap
+
+
+def saved(value):
+    """Through a file and back, as a checkpoint would go."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("use", ["class", "instance", "given parameters"])
+def test_a_restart_goes_on_bit_for_bit(use):
+    def start():
+        model = net()
+        if use == "class":
+            DLSCompressor._default_instance = None
+            compression = DLSCompressor
+            compression._default_instance = DLSCompressor(density=0.05, **SPARSE)
+        else:
+            named = model.named_parameters() if use == "given parameters" else None
+            compression = DLSCompressor(named, density=0.05, **SPARSE)
+        return model, compression, wrap(model, compression)
+
+    model, compression, optimizer = start()
+    train(model, optimizer, range(6))
+    checkpoint = saved((model.state_dict(), optimizer.state_dict(), compression.state_dict()))
+    assert sum(r.abs().sum() for r in checkpoint[2]["models"][0]["residuals"].values()) > 0
+    train(model, optimizer, range(6, 12))
+
+    # Parameters of a bare compressor are found in a first, dense step: take it, then load.
+    again, compression_again, optimizer_again = start()
+    if use != "given parameters":
+        train(again, optimizer_again, range(1))
+    again.load_state_dict(checkpoint[0])
+    optimizer_again.load_state_dict(checkpoint[1])
+    compression_again.load_state_dict(checkpoint[2])
+    train(again, optimizer_again, range(6, 12))
+    assert torch.equal(flat(model), flat(again))
+    assert_same_on_all_ranks(flat(again))
+
+
+def test_a_state_loaded_before_the_first_step_waits_for_the_parameters():
+    model = net()
+    compression = DLSCompressor(density=0.05, **SPARSE)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(4))
+    state = saved(compression.state_dict())
+
+    again = net()
+    compression = DLSCompressor(density=0.05, **SPARSE)
+    compression.load_state_dict(state)
+    train(again, wrap(again, compression), range(2))  # the first of which is dense
+    assert compression.last_step().step == state["models"][0]["step"] + 1
+
+
+def test_a_state_of_other_layers_options_or_ranks_is_refused_by_name():
+    def trained(density=0.05, width=32):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, width), nn.Linear(width, 5))
+        compression = DLSCompressor(model.named_parameters(), density=density, **SPARSE)
+        train(model, wrap(model, compression), range(3))
+        return model, compression
+
+    _, compression = trained()
+    before = saved(compression.state_dict())
+    _, wider = trained(width=64)
+    with pytest.raises(StateMismatchError, match=r"'1.weight'.*\[64, 48\].*\[32, 48\]"):
+        compression.load_state_dict(wider.state_dict())
+    _, denser = trained(density=0.1)
+    with pytest.raises(StateMismatchError, match=r"density=0.1.*0.05"):
+        compression.load_state_dict(denser.state_dict())
+    more_ranks = saved(before)
+    more_ranks["models"][0]["world_size"] = 64
+    with pytest.raises(StateMismatchError, match="64 ranks"):
+        compression.load_state_dict(more_ranks)
+    after = compression.state_dict()
+    assert str(before) == str(after)
+
+
+def test_a_waiting_state_of_other_layers_is_refused_in_the_first_step_on_every_rank():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Linear(32, 5))
+    compression = DLSCompressor(model.named_parameters(), density=0.05, **SPARSE)
+    train(model, wrap(model, compression), range(2))
+    other = net()
+    loaded = DLSCompressor(other.named_parameters(), density=0.05, **SPARSE)
+    loaded.load_state_dict(compression.state_dict())
+    with pytest.raises(StateMismatchError, match="layer"):
+        train(other, wrap(other, loaded), range(1))
+    hvd.allreduce(torch.zeros(1), name="all.refused")
