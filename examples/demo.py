@@ -9,6 +9,7 @@ layer's threshold over the steps.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -46,12 +47,13 @@ def train(kind, args):
     command += [sys.executable, str(EXAMPLE), "--compression", kind, "--records", str(records)]
     command += ["--density", str(args.density), "--epochs", str(args.epochs)]
     command += ["--seed", str(args.seed), "--log-interval", "1"]
+    env = {"OMP_NUM_THREADS": "1", **os.environ}  # ranks share the cores of this machine
     print_at_failure = deque(maxlen=60)
     accuracy = None
     pause = 0.2 if sys.stderr.isatty() else 10  # seconds between updates of the bar
     with (
         subprocess.Popen(
-            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, text=True, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as job,
         tqdm(desc=f"{KINDS[kind]:16}", unit=" steps", mininterval=pause) as progress,
     ):

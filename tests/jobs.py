@@ -37,6 +37,7 @@ def horovodrun(
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "PYTHONPATH": str(ROOT),
             **(env or {}),

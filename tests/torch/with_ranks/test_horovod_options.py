@@ -15,6 +15,7 @@ from tests.torch.with_ranks.training import (
     flat,
     linear_loss,
     net,
+    net_without_vectors,
     train,
     whole_numbers,
     wrap,
@@ -50,13 +51,27 @@ def test_groups_give_the_same_as_no_groups(groups):
     trained = []
     for grouped in (False, True):
         torch.manual_seed(1)
-        model = net()
+        model = net_without_vectors()
         parameters = list(model.parameters())
-        lists = [parameters[:3], parameters[5:7]] if groups == "lists" else groups
-        train(model, wrap(model, compressor(), groups=lists if grouped else None), range(6))
+        lists = [parameters[:2]] if groups == "lists" else groups
+        compression = compressor(named_parameters=model.named_parameters())
+        train(model, wrap(model, compression, groups=lists if grouped else None), range(6))
         trained.append(flat(model))
         assert_same_on_all_ranks(trained[-1])
     assert torch.equal(*trained)
+
+
+def test_groups_of_dense_and_compressed_tensors_and_types():
+    class Double(nn.Module):
+        def forward(self, values):
+            return values.double()
+
+    wide = nn.Linear(32, 5, dtype=torch.float64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), Double(), wide)
+    compression = compressor()
+    train(model, wrap(model, compression, groups=2), range(5))
+    assert compression.last_step().step == 4
+    assert_same_on_all_ranks(flat(model))
 
 
 class Branching(nn.Module):

@@ -86,6 +86,7 @@ def test_ratios_move_under_dls_and_stay_under_layerwise():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(dtype):
     shapes = [(40, 30), (7, 5, 3, 3), (300, 2)]
+    largest = 3  # sums stay below 256, up to which bfloat16 holds every whole number
     model = nn.ParameterList([nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes])
     compressor = DLSCompressor(model.named_parameters(), density=0.1, **SPARSE)
     optimizer = wrap(model, compressor, torch.optim.SGD(model.parameters(), lr=1), op=hvd.Sum)
@@ -93,12 +94,12 @@ def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(dtype):
     accumulated = [torch.zeros(s) for s in shapes]
     for step in range(6):
         optimizer.zero_grad()
-        sum(linear_loss(p, whole_numbers(p.shape, step)) for p in model).backward()
+        sum(linear_loss(p, whole_numbers(p.shape, step, largest=largest)) for p in model).backward()
         optimizer.synchronize()
         for i, parameter in enumerate(model):
             received[i] += parameter.grad.float()
             for rank in range(hvd.size()):
-                accumulated[i] += whole_numbers(parameter.shape, step, rank)
+                accumulated[i] += whole_numbers(parameter.shape, step, rank, largest)
         with optimizer.skip_synchronize():
             optimizer.step()
     (state,) = compressor.state_dict()["models"]
@@ -134,7 +135,9 @@ def test_at_density_one_the_cost_rule_makes_it_dense_training_itself():
         model = net()
         train(model, wrap(model, compression), range(5))
         trained.append(flat(model))
-    assert torch.equal(*trained)
+    # Not to the bit: Horovod fuses tensors as they arrive, and adds them up accordingly.
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
+    assert DLSCompressor.last_step() is None
 
 
 def test_the_average_is_that_of_all_ranks_entries():

@@ -101,3 +101,4 @@ def test_parameters_that_horovod_does_not_reduce_are_refused(how):
         late.grad = torch.ones(3)
     with pytest.raises(DLSError, match=f"{wanted}.*added or unfrozen after"):
         optimizer.step()
+    optimizer.synchronize()  # what backward had started
