@@ -1,0 +1,94 @@
+# Everything starts here. Each target first sets up what it needs: a virtual environment with the
+# versions pinned in docker/constraints.txt, and a Horovod wheel, which takes minutes to build once
+# and is then kept for this user. Stamp files in the environment tell what has been done.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+DONE := $(VENV)/.done
+IN_VENV := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint venv wheel clean
+
+# An environment is void if its Python is gone or another one, or if it was moved or copied here:
+# its scripts still name the old place.
+IDENTITY := echo "$(abspath $(VENV)) $$(readlink -e $(BIN)/python)"
+$(shell [ "$$($(IDENTITY))" = "$$(cat $(DONE)/venv 2>/dev/null)" ] || rm -rf $(DONE))
+
+help:
+	@echo "make demo    train on handwritten digits: dense, layer-wise top-k, DLS (DEMO_ARGS=...)"
+	@echo "make test    run all tests (TEST_ARGS=...)"
+	@echo "make lint    ruff and mypy"
+	@echo "make venv    only set up $(VENV)"
+	@echo "make wheel   build and install Horovod's wheel, again after installing Open MPI"
+	@echo "make clean   remove $(VENV) and all caches here (the Horovod wheel stays cached)"
+
+demo: $(DONE)/horovod $(DONE)/package
+	@$(IN_VENV) examples/demo.py $(DEMO_ARGS)
+
+test: $(DONE)/horovod $(DONE)/package
+	@$(IN_VENV) -m pytest $(TEST_ARGS)
+
+lint: $(DONE)/packages
+	@$(IN_VENV) -m ruff check .
+	@$(IN_VENV) -m ruff format --check .
+	@$(IN_VENV) -m mypy
+
+venv: $(DONE)/horovod $(DONE)/package
+	@echo "$(VENV) is ready"
+
+wheel: $(DONE)/packages
+	@$(BIN)/python docker/horovod_wheel.py --install
+	@touch $(DONE)/horovod
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What is missing on this machine is said before anything is downloaded. An environment that works
+# is kept; one that was interrupted half-way, or is void, is made anew.
+$(DONE)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "error: '$(PYTHON)' is not a Python from 3.11 to 3.13 (the pinned TensorFlow needs one)."; \
+	  echo "  Name another: make PYTHON=python3.12 ..."; exit 1; } >&2
+	@$(PYTHON) docker/horovod_wheel.py --check
+	@$(BIN)/pip --version 2>/dev/null | grep -qF '$(abspath $(VENV))/' || { \
+	  echo "Creating the virtual environment $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@mkdir -p $(DONE)
+	@$(IDENTITY) > $@
+
+# The pins are complete, so they need no resolver. The second command adds what the CUDA build of
+# torch wants besides; it finds nothing to do for the CPU build. Of what pip says, every tenth
+# package is shown, each big download, and the long silence at the end.
+$(DONE)/packages: docker/constraints.txt $(DONE)/venv
+	@echo "Installing the pinned packages into $(VENV): about 700 MB, 2 to 5 minutes the first time"
+	@[ -n "$${PIP_EXTRA_INDEX_URL:-}" ] || { \
+	  echo "  If pip takes torch's CUDA build, that is several GB more. For the CPU build,"; \
+	  echo "  set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels."; }
+	@again=; [ ! -e $@.unfinished ] || again=--force-reinstall; touch $@.unfinished; \
+	all=$$(grep -c == $<); n=0; \
+	$(PIP) install --progress-bar off --no-deps $$again -r $< | while read -r verb what rest; do \
+	  case $$verb in \
+	    Collecting|Processing) n=$$((n + 1)); ((n % 10)) || echo "  $$n of $$all" ;; \
+	    Downloading) [[ $$rest != *[0-9][0-9].*MB* ]] || echo "  downloading $$what $$rest" ;; \
+	    Installing) echo "  unpacking: about a minute" ;; \
+	  esac; done
+	@$(PIP) install --quiet -c $< torch
+	@mv $@.unfinished $@
+
+$(DONE)/horovod: docker/horovod_wheel.py $(DONE)/packages
+	@$(BIN)/python $< --install >/dev/null
+	@touch $@
+
+$(DONE)/package: setup.cfg pyproject.toml $(DONE)/packages
+	@echo "Installing hvd_dls itself into $(VENV)"
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
