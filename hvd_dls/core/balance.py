@@ -62,7 +62,7 @@ def balance_at_once(curves: SketchedCurves, k: np.ndarray, min_k: int = 1) -> np
     k = np.asarray(k, dtype=np.int64)
     total = int(k.sum())
     least = np.minimum(min_k, curves.sizes)
-    return apportion(curves.at_common_threshold(total), total, least, curves.sizes)
+    return apportion(curves.at_common_threshold(total, least), total, least, curves.sizes)
 
 
 def _adjust(curves: Curves, k: np.ndarray, min_k: int, steps: int | None) -> np.ndarray:
@@ -76,7 +76,8 @@ def _adjust(curves: Curves, k: np.ndarray, min_k: int, steps: int | None) -> np.
         can_move = min(int(k[giver]) - min_k, int(curves.sizes[taker] - k[taker]))
         if can_move <= 0 or high <= low:
             break
-        # One at least: rounding can put the middle on the thresholds of neighbouring numbers.
+        # One at least: the taker's next entry is larger than the giver's last, even where rounding
+        # or interpolation puts no entry on the way to the middle.
         moved = min(max(_entries_to_move(curves, k, giver, taker, low, high), 1), can_move)
         k[giver] -= moved
         k[taker] += moved

@@ -116,16 +116,19 @@ class SketchedCurves:
 
     at_least = above
 
-    def at_common_threshold(self, total: int) -> np.ndarray:
-        """(L,) entries of each layer above the one threshold that ``total`` entries exceed.
+    def at_common_threshold(self, total: int, least: np.ndarray) -> np.ndarray:
+        """(L,) entries of each layer above one threshold, chosen so that they are ``total``.
 
-        All curves have their corners at the same edges, so their sum is piecewise linear too and
-        the threshold is found by one look-up.
+        A layer with fewer than ``least`` (L,) above it counts with these.  All curves have their
+        corners at the same edges, so their sum is piecewise linear too (but for the one bin in
+        which a layer reaches its least) and the threshold is found by one look-up.
         """
-        together = self.counts.sum(axis=0)
-        edge = np.count_nonzero(together >= total) - 1
+        counts = np.clip(self.counts, least[:, None], self.sizes[:, None])
+        together = counts.sum(axis=0)
+        edge = int(np.count_nonzero(together >= total)) - 1
         if edge < 0:
-            return self.counts[:, 0].copy()
+            return counts[:, 0]
+        edge = min(edge, len(together) - 2)
         within, beyond = together[edge], together[edge + 1]
-        share = (total - beyond) / (within - beyond)
-        return self.counts[:, edge + 1] + share * (self.counts[:, edge] - self.counts[:, edge + 1])
+        share = (total - beyond) / (within - beyond) if within > beyond else 0.0
+        return counts[:, edge + 1] + share * (counts[:, edge] - counts[:, edge + 1])

@@ -5,7 +5,7 @@ The plan follows from shapes, world size and options alone, so every rank makes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +24,13 @@ class Plan:
     """What becomes of each layer.
 
     Attributes:
+        layers: all, in model order.
         sparse: layers that are compressed, in model order.
         dense: layers left to Horovod, with the reason of each.
         total_k: K, the entries that the sparse layers send together each step.
     """
 
+    layers: tuple[LayerSpec, ...]
     sparse: tuple[LayerSpec, ...]
     dense: tuple[tuple[LayerSpec, str], ...]
     total_k: int
@@ -68,12 +70,14 @@ def make_plan(layers: Sequence[LayerSpec], config: DLSConfig, world_size: int) -
     total_k = round(config.density * entries)
     floor = sum(min(config.min_k, layer.size) for layer in sparse)
     if total_k < floor:
+        enough = min(1.0, 1.05 * floor / entries)  # still enough when rounded to two digits
         raise DLSError(
             f"density={config.density} gives {total_k} of {entries} entries, but "
             f"{len(sparse)} layers with min_k={config.min_k} need {floor}: raise density to at "
-            f"least {floor / entries:.2g}, or raise dense_below so that small layers go dense"
+            f"least {enough:.2g}, or raise dense_below so that small layers go dense"
         )
-    return Plan(sparse, tuple((layer, why) for layer, why in reasons if why), total_k)
+    dense = tuple((layer, why) for layer, why in reasons if why)
+    return Plan(tuple(layers), sparse, dense, total_k)
 
 
 def _why_dense(layer: LayerSpec, config: DLSConfig, world_size: int) -> str:
@@ -81,6 +85,8 @@ def _why_dense(layer: LayerSpec, config: DLSConfig, world_size: int) -> str:
         return "one rank: nothing to exchange"
     if layer.kind == VECTOR:
         return "bias, normalisation or scalar"
+    if layer.size == 0:
+        return "no entries"
     if layer.size < config.dense_below:
         return f"fewer than dense_below={config.dense_below} entries"
     if config.cost_rule:
@@ -92,13 +98,15 @@ def _why_dense(layer: LayerSpec, config: DLSConfig, world_size: int) -> str:
     return ""
 
 
-def initial_k(plan: Plan, config: DLSConfig, norms: np.ndarray | None = None) -> np.ndarray:
+def initial_k(
+    plan: Plan, config: DLSConfig, norms: Mapping[str, float] | None = None
+) -> np.ndarray:
     """Entries each sparse layer sends in the first step, before any gradient was seen.
 
     Args:
         plan: as made by ``make_plan``.
         config: the options: strategy, prior and tail decide.
-        norms: (L,) Frobenius norms of the sparse layers' weights, for prior="weight_norm".
+        norms: Frobenius norm of each layer's weights, by name, for prior="weight_norm".
 
     Returns:
         (L,) int64 with sum ``plan.total_k``.
@@ -109,7 +117,12 @@ def initial_k(plan: Plan, config: DLSConfig, norms: np.ndarray | None = None) ->
     if config.strategy == "layerwise":
         wanted = config.density * sizes
     else:
-        sigmas = np.sqrt(PRIORS[config.prior](plan.sparse, norms))
+        # Eq. 8 and 9 lead from each layer to the next, dense ones included.
+        chain = [layer for layer in plan.layers if layer.kind != VECTOR]
+        of_chain = None if norms is None else np.array([norms[layer.name] for layer in chain])
+        variances = PRIORS[config.prior](chain, of_chain)
+        sigma = {x.name: np.sqrt(v) for x, v in zip(chain, variances, strict=True)}
+        sigmas = np.array([sigma[layer.name] for layer in plan.sparse])
         tail = TAILS[config.tail]
         wanted = sizes * common_threshold_ratios(sizes, sigmas, config.density, tail)
     return apportion(wanted, plan.total_k, np.minimum(config.min_k, sizes), sizes)

@@ -111,7 +111,7 @@ def apportion(wanted: np.ndarray, total: int, least: np.ndarray, most: np.ndarra
         else:
             high = middle
     shares = scaled(high)
-    k = np.floor(shares).astype(np.int64)
+    k: np.ndarray = np.floor(shares).astype(np.int64)
     by_remainder = np.argsort(k - shares, kind="stable")
     missing = int(total - k.sum())
     while missing:

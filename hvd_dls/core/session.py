@@ -29,8 +29,10 @@ FREE_OPTIONS = ("measure_every",)  # may differ between saving and loading
 class Session:
     """Compresses the gradients of one model.
 
-    In every step each sparse layer goes once through ``compress``, then once through
-    ``decompress``; with the last of these the step ends and the ratios move.
+    In a step each sparse layer goes through ``compress`` and then through ``decompress``; when all
+    have, the step ends and the ratios move.  A step that not all layers take part in ends when
+    nothing is on its way any more, unless ``step_layers`` says who takes part: a graph may finish
+    one layer before it starts another.
 
     Args:
         layers: all parameters, in model order.
@@ -52,11 +54,7 @@ class Session:
         self.config = config
         self.world_size = world_size
         self.plan = make_plan(layers, config, world_size)
-        if norms is not None:
-            norms_of_sparse = np.array([norms[layer.name] for layer in self.plan.sparse])
-        else:
-            norms_of_sparse = None
-        k = initial_k(self.plan, config, norms_of_sparse)
+        k = initial_k(self.plan, config, norms)
         self._controller = Controller(self.plan, config, k)
         self._layers = {layer.name: layer for layer in self.plan.sparse}
         self.residuals = {n: np.zeros(x.size, x.work_dtype) for n, x in self._layers.items()}
@@ -65,6 +63,7 @@ class Session:
         self._sent: dict[str, Selection | None] = {}
         self._sketches: dict[str, list[Sketch]] = {}
         self._not_finite: list[tuple[str, int]] = []
+        self.step_layers: frozenset[str] | None = None
         self.last_step: StepRecord | None = None
 
     # The way of a gradient ----------------------------------------------------------------------
@@ -87,7 +86,7 @@ class Session:
             DLSError: the layer is on its way already, or the gradient has another size.
         """
         layer, k = self._layers[name], self._controller.k_of(name)
-        if name in self._in_flight:
+        if name in self._in_flight or name in self._sent:
             raise DLSError(f"layer {name!r}: compressed twice before it was decompressed")
         if gradient.shape != (layer.size,):
             raise DLSError(
@@ -103,8 +102,11 @@ class Session:
     def _select(self, name: str, gradient: np.ndarray, k: int) -> Selection | None:
         if not all_finite(gradient):
             return None
-        selection = accumulate_and_select(self.residuals[name], gradient, k, self._thresholds[name])
-        if not np.isfinite(selection.values).all():  # the sum overflowed; its entries are cleared
+        residual = self.residuals[name]
+        selection = accumulate_and_select(residual, gradient, k, self._thresholds[name])
+        if not np.isfinite(selection.values).all():  # the sum overflowed: keep what is finite of it
+            residual[selection.indices] = selection.values
+            residual[~np.isfinite(residual)] = 0
             return None
         self._thresholds[name] = selection.threshold
         return selection
@@ -134,7 +136,11 @@ class Session:
         # Copies: the gathered buffer belongs to the caller.
         self._sketches[name] = [Sketch(p.sketch.base, p.sketch.counts.copy()) for p in payloads]
         self._sent[name] = self._in_flight.pop(name)
-        if not self._in_flight:
+        if self.step_layers is None:
+            complete = not self._in_flight
+        else:
+            complete = self._sent.keys() >= self.step_layers
+        if complete:
             self._end_step()
 
     def _end_step(self) -> None:
@@ -182,7 +188,7 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's training state: plain values and arrays (residuals are not copied)."""
-        if self._in_flight:
+        if self._in_flight or self._sent:
             raise DLSError("state_dict() in the middle of a step: call it after optimizer.step()")
         return {
             "version": STATE_VERSION,

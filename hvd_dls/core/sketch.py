@@ -7,6 +7,7 @@ curves of different layers share their edges.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ BELOW = 16  # of which two octaves lie below the threshold
 SAMPLE = 1 << 16  # unsent entries looked at, at most about
 
 _N_BINS = 255 * BINS_PER_OCTAVE  # all finite float32 magnitudes
+LAST_BASE = _N_BINS - WINDOW
 _MANTISSA_SHIFT = 20
 
 
@@ -29,7 +31,8 @@ class Sketch(NamedTuple):
 
 def bin_of(magnitudes: np.ndarray) -> np.ndarray:
     """Bin number of each magnitude (float32 or float64, finite, >= 0): (n,) int64."""
-    bits = np.asarray(magnitudes, dtype=np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite here: the last bin
+        bits = np.asarray(magnitudes, dtype=np.float32).view(np.uint32)
     bins: np.ndarray = np.minimum(bits >> _MANTISSA_SHIFT, _N_BINS - 1).astype(np.int64)
     return bins
 
@@ -55,8 +58,10 @@ def sketch(sent: np.ndarray, unsent: np.ndarray, threshold: float) -> Sketch:
         A sketch whose window starts two octaves below the threshold.
     """
     centre = int(bin_of(np.array([threshold]))[0])
-    base = min(max(centre - BELOW, 0), _N_BINS - WINDOW)
-    stride = max(1, len(unsent) // SAMPLE) | 1  # odd: does not fall in step with channel counts
+    base = min(max(centre - BELOW, 0), LAST_BASE)
+    stride = max(1, len(unsent) // SAMPLE)
+    while math.gcd(stride, len(unsent)) > 1:  # never in step with kernels and channels
+        stride += 1
     # What was sent is zero in ``unsent``: bin 0, which must not count again.
     sampled = bin_of(np.abs(unsent[::stride])) - max(base, 1)
     low = _histogram(sampled[sampled >= 0] + max(base, 1) - base)

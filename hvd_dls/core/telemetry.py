@@ -70,13 +70,15 @@ def measure_quality(sent: Sequence[np.ndarray], unsent: Sequence[np.ndarray]) ->
     total = len(sent_magnitudes)
     everything = np.concatenate([sent_magnitudes, *map(np.abs, unsent)])  # and zeros where sent
     best = np.partition(everything, len(everything) - total)[len(everything) - total :]
-    # Each layer sends its largest, so an entry below the global threshold is one too many in its
+    # Each layer sends its largest, so an entry that is not among the best is one too many in its
     # layer and one too few in another.
-    misplaced = int(np.count_nonzero(sent_magnitudes < best.min()))
+    threshold = best.min()
+    good = np.count_nonzero(sent_magnitudes > threshold)
+    good += min(np.count_nonzero(x == threshold) for x in (sent_magnitudes, best))
     best_energy = _energy(best)
     return Quality(
         energy=_energy(sent_magnitudes) / best_energy if best_energy else 1.0,
-        misallocation=misplaced / total,
+        misallocation=(total - good) / total,
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from hvd_dls.core.layers import LayerSpec
 from hvd_dls.core.select import Selection
-from hvd_dls.core.sketch import WINDOW, Sketch
+from hvd_dls.core.sketch import LAST_BASE, WINDOW, Sketch
 from hvd_dls.errors import DLSError, PayloadError
 
 VERSION = 1
@@ -141,6 +141,11 @@ def _unpack_one(layer: LayerSpec, k: int, payload: np.ndarray, rank: int) -> Pay
                 f"layer {layer.name!r}, payload of rank {rank}: {field} is {header[field]}, "
                 f"expected {wanted}; do all ranks run the same version and configuration?"
             )
+    if header["sketch_base"] > LAST_BASE:
+        raise PayloadError(
+            f"layer {layer.name!r}, payload of rank {rank}: sketch_base is "
+            f"{header['sketch_base']}, expected at most {LAST_BASE}"
+        )
     counts, values, indices = _parts(layer, k, payload)
     if k and int(indices.max()) >= layer.size:
         raise PayloadError(

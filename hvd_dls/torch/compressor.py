@@ -79,7 +79,7 @@ class DLSCompressor:
         self.config = DLSConfig.from_options(**options)
         self._bindings: list[Binding] = []
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._unclaimed: list[TensorWeakRef] = []
+        self._unclaimed: dict[int, TensorWeakRef] = {}  # by id, of gradients that still exist
         self._loaded: list[dict[str, Any]] = []
         self._latest: Binding | None = None
         self._told_of_strangers = False
@@ -100,7 +100,7 @@ class DLSCompressor:
             name = binding.name_of(tensor)
             if name is not None:
                 return binding.compress(name, tensor)
-        self._unclaimed.append(TensorWeakRef(tensor))
+        self._unclaimed[id(tensor)] = TensorWeakRef(tensor)
         if self._bindings and not self._told_of_strangers:
             self._told_of_strangers = True
             _log.warning(
@@ -181,6 +181,7 @@ class DLSCompressor:
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
         process_set: hvd.ProcessSet,
     ) -> None:
+        self._bindings = [old for old in self._bindings if old.parameters()]  # models still there
         binding = Binding(named_parameters, self.config, process_set)
         if self._loaded:
             binding.load_state_dict(self._loaded.pop(0))
@@ -211,20 +212,21 @@ class DLSCompressor:
         gradients seen is none of Horovod's: ``hvd.broadcast_optimizer_state`` takes one to fill in
         state, on some ranks only.
         """
+        self._unclaimed = {i: ref for i, ref in self._unclaimed.items() if ref() is not None}
         if optimizer in self._known:
             return
         reduced: set[torch.Tensor] = optimizer._requires_update
         bound = {id(p) for binding in self._bindings for p in binding.parameters()}
         if not any(id(p) in bound for p in reduced):
-            seen = {id(t) for t in (reference() for reference in self._unclaimed) if t is not None}
-            if not any(id(p.grad) in seen for p in reduced):
+            if not any(id(p.grad) in self._unclaimed for p in reduced):
                 return
             names = optimizer._parameter_names
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
             # Sparse gradients (of embeddings) pass us by: they keep Horovod's own sparse path.
             ours = [(names[p], p) for p in ordered if p in reduced and not p.grad.is_sparse]
             self._bind(ours, optimizer.process_set)
-        self._unclaimed.clear()
+        for parameter in reduced:
+            self._unclaimed.pop(id(parameter.grad), None)
         self._known.add(optimizer)
 
     @staticmethod
