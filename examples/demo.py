@@ -62,7 +62,7 @@ def train(kind, args):
             if step := re.search(r"step (\d+)/(\d+) .*loss (\S+)", line):
                 progress.total = int(step[2])
                 progress.update(int(step[1]) - progress.n)
-                progress.set_postfix_str(f"loss {step[3]}")
+                progress.set_postfix_str(f"loss {step[3]}", refresh=False)
             elif score := re.search(r"test accuracy (\S+)", line):
                 accuracy = float(score[1])
     if job.returncode or accuracy is None:
