@@ -6,6 +6,7 @@ thresholds, and what is on its way.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -164,6 +165,7 @@ class Session:
         lengths = map(payload_bytes, self.plan.sparse, k.tolist())
         return StepRecord(
             step=self._controller.step,
+            time=time.time(),
             names=tuple(self._layers),
             sizes=self.plan.sizes,
             k=k,

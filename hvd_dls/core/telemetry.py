@@ -27,6 +27,7 @@ class StepRecord:
 
     Attributes:
         step: number of the step, from 1.
+        time: when it ended, in seconds since the epoch.
         names: of the L compressed layers.
         sizes: (L,) entries.
         k: (L,) entries sent.
@@ -37,6 +38,7 @@ class StepRecord:
     """
 
     step: int
+    time: float
     names: tuple[str, ...]
     sizes: np.ndarray
     k: np.ndarray

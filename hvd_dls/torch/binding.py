@@ -7,9 +7,7 @@ again after a free, play no part.
 
 from __future__ import annotations
 
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import horovod.torch as hvd
@@ -17,15 +15,13 @@ import numpy as np
 import torch
 from torch.utils.weak import TensorWeakRef
 
+from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.agreement import check_agreement, digest
 from hvd_dls.core.layers import layer_spec
-from hvd_dls.core.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.torch import exchange
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_labels_given: Counter[str] = Counter()
 
 
 class Dense(NamedTuple):
@@ -43,7 +39,7 @@ class InFlight(NamedTuple):
     handle: int
 
 
-class Binding:
+class Binding(BaseBinding):
     """The parameters of one model, and their compression.
 
     Args:
@@ -63,22 +59,19 @@ class Binding:
         process_set: hvd.ProcessSet,
     ) -> None:
         parameters = [(n, p) for n, p in _checked(named_parameters) if p.requires_grad]
-        self._config = config
+        specs = [layer_spec(n, tuple(p.shape), "torch", p.element_size()) for n, p in parameters]
+        super().__init__(specs, config)
         self._process_set = process_set
-        self._layers = [
-            layer_spec(name, tuple(p.shape), "torch", p.element_size()) for name, p in parameters
-        ]
         self._references = {name: TensorWeakRef(p) for name, p in parameters}
         self._of_shape: dict[torch.Size, list[tuple[str, TensorWeakRef]]] = {}
         for name, parameter in parameters:
             entry = (name, self._references[name])
             self._of_shape.setdefault(parameter.shape, []).append(entry)
-        # The same on every rank and in every run, so that Horovod's operations match.
-        fingerprint = f"{zlib.crc32(repr(self._layers).encode()):08x}"
-        _labels_given[fingerprint] += 1
-        self._label = f"dls.{fingerprint}.{_labels_given[fingerprint]}"
-        self.session: Session | None = None
-        self._loaded: dict[str, Any] | None = None  # a state that waits for the session
+
+    @property
+    def alive(self) -> bool:
+        """Whether any of the parameters still exists."""
+        return bool(self.parameters())
 
     def parameters(self) -> list[torch.Tensor]:
         """The parameters that still exist."""
@@ -101,7 +94,8 @@ class Binding:
             else a placeholder 1.0.  Whatever factor Horovod's reduction applies to the placeholder
             (average or sum, pre- and postscale) applies to the gradient.
         """
-        session = self.session or self._start()
+        # At the first gradient, because by then all ranks have come this far.
+        session = self.session or self._start_session(self._process_set.size())
         if not session.is_sparse(name):
             return send_dense(gradient)
         payload = session.compress(name, _as_numpy(gradient))
@@ -124,54 +118,26 @@ class Binding:
         total.mul_(reduced_one.item() / self.session.world_size)
         return gradient if in_place else gradient.copy_(total)
 
-    def _start(self) -> Session:
-        """Makes the session, at the first gradient: now all ranks have come this far."""
-        world_size = self._process_set.size()
-        digests = exchange.gather(
-            f"{self._label}.digest", digest(self._config, self._layers), self._process_set
-        )
-        check_agreement(digests, world_size)
-        norms = None
-        if self._config.prior == "weight_norm":
-            norms = {
-                layer.name: parameter.detach().double().norm().item()
-                for layer, parameter in zip(self._layers, self.parameters(), strict=True)
-            }
-        session = Session(self._layers, self._config, world_size, norms)
-        if self._loaded is not None:
-            session.load_state_dict(self._loaded)
-            self._loaded = None
-        # The first ratios come from logarithms, which may round differently on other processors.
-        agreed = exchange.gather(f"{self._label}.ratios", session.agreed(), self._process_set)
-        session.agree(agreed[: len(agreed) // world_size])
-        self.session = session
-        return session
+    def _gather(self, name: str, array: np.ndarray) -> np.ndarray:
+        return exchange.finish(exchange.start(name, array, self._process_set))
 
-    # State --------------------------------------------------------------------------------------
+    def _norms(self) -> dict[str, float]:
+        return {
+            layer.name: parameter.detach().double().norm().item()
+            for layer, parameter in zip(self._layers, self.parameters(), strict=True)
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """The session's state, with tensors for arrays; a state that still waits, as it came."""
+        """The session's state in types that ``torch.load(weights_only=True)`` accepts."""
+        state = super().state_dict()
         if self.session is None:
-            return self._loaded or {}
-        state = self.session.state_dict()
+            return state
         residuals = {name: torch.from_numpy(r) for name, r in state["residuals"].items()}
         return state | {
             "k": state["k"].tolist(),
             "thresholds": state["thresholds"].tolist(),
             "residuals": residuals,
         }
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raises StateMismatchError if the state does not fit, as far as is known yet."""
-        if self.session is not None:
-            self.session.check_state(state)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state: now, or as soon as there is a session."""
-        if self.session is not None:
-            self.session.load_state_dict(state)
-        else:
-            self._loaded = state or None
 
 
 def send_dense(gradient: torch.Tensor) -> tuple[torch.Tensor, Dense]:

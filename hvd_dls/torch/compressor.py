@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable
-from types import MethodType
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any
 
 import horovod.torch as hvd
 import torch
@@ -17,31 +15,14 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import TensorWeakRef
 
-from hvd_dls.config import DLSConfig
-from hvd_dls.core.telemetry import StepRecord
-from hvd_dls.errors import DLSError, StateMismatchError
+from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
+from hvd_dls.errors import DLSError
 from hvd_dls.torch.binding import Binding, Dense, InFlight, send_dense
 
 _log = logging.getLogger("hvd_dls")
-STATE_VERSION = 1
 
 
-class InstanceOrDefault:
-    """A method that, called on the class, acts on the class's default instance.
-
-    Horovod's own compressors are classes with static methods, so users pass classes; and people
-    write ``DLSCompressor.state_dict()`` if it was the class they passed.
-    """
-
-    def __init__(self, method: Callable[..., Any]) -> None:
-        self._method = method
-        self.__doc__ = method.__doc__
-
-    def __get__(self, instance: DLSCompressor | None, owner: type[DLSCompressor]) -> MethodType:
-        return MethodType(self._method, owner._default() if instance is None else instance)
-
-
-class DLSCompressor:
+class DLSCompressor(BaseCompressor):
     """Dynamic layer-wise sparsification for ``horovod.torch``.
 
     Sends each step the largest entries of each layer's accumulated gradient and keeps the rest for
@@ -67,7 +48,7 @@ class DLSCompressor:
         ...     compression=DLSCompressor(density=0.001))
     """
 
-    _default_instance: ClassVar[DLSCompressor | None] = None
+    _bindings: list[Binding]
 
     def __init__(
         self,
@@ -76,15 +57,12 @@ class DLSCompressor:
         process_set: hvd.ProcessSet = hvd.global_process_set,
         **options: Any,
     ) -> None:
-        self.config = DLSConfig.from_options(**options)
-        self._bindings: list[Binding] = []
+        super().__init__(**options)
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._unclaimed: dict[int, TensorWeakRef] = {}  # by id, of gradients that still exist
-        self._loaded: list[dict[str, Any]] = []
-        self._latest: Binding | None = None
         self._told_of_strangers = False
         if named_parameters is not None:
-            self._bind(named_parameters, process_set)
+            self._add(Binding(named_parameters, self.config, process_set))
 
     # What Horovod calls -------------------------------------------------------------------------
 
@@ -121,71 +99,9 @@ class DLSCompressor:
             return tensor
         if isinstance(ctx, Dense):
             return tensor.to(ctx.dtype)
-        self._latest = ctx.binding
         return ctx.binding.decompress(tensor, ctx)
 
-    # What users call ----------------------------------------------------------------------------
-
-    @InstanceOrDefault
-    def last_step(self) -> StepRecord | None:
-        """What happened in the last step of the model that trained last; None before one ended."""
-        session = self._latest and self._latest.session
-        return session.last_step if session else None
-
-    @InstanceOrDefault
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals, ratios and thresholds: every rank saves its own.
-
-        Returns:
-            Values that ``torch.save`` and ``torch.load(weights_only=True)`` handle.  As with
-            torch's own, tensors are references, not copies.
-
-        Raises:
-            DLSError: called between ``backward`` and ``step``.
-        """
-        return {"version": STATE_VERSION, "models": [b.state_dict() for b in self._bindings]}
-
-    @InstanceOrDefault
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state; before the first step or later, on every rank.
-
-        Raises:
-            StateMismatchError: it belongs to other layers, other options or another number of
-                ranks.  Raised here if the model has trained already, else in its first step.
-        """
-        if state.get("version") != STATE_VERSION:
-            raise StateMismatchError(
-                f"saved state has version {state.get('version')}, expected {STATE_VERSION}"
-            )
-        models = list(state["models"])
-        for binding, saved in zip(self._bindings, models, strict=False):
-            binding.check_state(saved)
-        for binding, saved in zip(self._bindings, models, strict=False):
-            binding.load_state_dict(saved)
-        self._loaded = models[len(self._bindings) :]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Spark and Ray pickle the compressor before training starts: only options travel.
-        return functools.partial(type(self), **vars(self.config)), ()
-
     # Finding the parameters ---------------------------------------------------------------------
-
-    @classmethod
-    def _default(cls) -> DLSCompressor:
-        if cls._default_instance is None:
-            cls._default_instance = cls()
-        return cls._default_instance
-
-    def _bind(
-        self,
-        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-        process_set: hvd.ProcessSet,
-    ) -> None:
-        self._bindings = [old for old in self._bindings if old.parameters()]  # models still there
-        binding = Binding(named_parameters, self.config, process_set)
-        if self._loaded:
-            binding.load_state_dict(self._loaded.pop(0))
-        self._bindings.append(binding)
 
     def _before_step(self, optimizer: Any) -> None:
         """Refuses what Horovod would let drift apart or what cannot be compressed.
@@ -224,7 +140,7 @@ class DLSCompressor:
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
             # Sparse gradients (of embeddings) pass us by: they keep Horovod's own sparse path.
             ours = [(names[p], p) for p in ordered if p in reduced and not p.grad.is_sparse]
-            self._bind(ours, optimizer.process_set)
+            self._add(Binding(ours, self.config, optimizer.process_set))
         for parameter in reduced:
             self._unclaimed.pop(id(parameter.grad), None)
         self._known.add(optimizer)
@@ -242,7 +158,7 @@ class DLSCompressor:
 def _compressor_of(optimizer: torch.optim.Optimizer) -> DLSCompressor | None:
     compression = getattr(optimizer, "_compression", None)
     if isinstance(compression, type) and issubclass(compression, DLSCompressor):
-        return compression._default()
+        compression = compression._default()
     return compression if isinstance(compression, DLSCompressor) else None
 
 

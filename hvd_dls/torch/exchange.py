@@ -35,8 +35,3 @@ def finish(handle: int) -> np.ndarray:
     except HorovodInternalError as error:
         raise HorovodInternalError(f"{error}\n{_IF_JOINED}") from error
     return gathered.numpy()
-
-
-def gather(name: str, array: np.ndarray, process_set: hvd.ProcessSet) -> np.ndarray:
-    """All ranks' arrays of one length, one after the other in rank order."""
-    return finish(start(name, array, process_set))

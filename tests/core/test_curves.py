@@ -108,6 +108,15 @@ def test_ranks_with_other_windows_add_up_in_their_common_part():
     assert curves.at_least(0, above_the_low_window) == 4 * 4 / 2
 
 
+def test_more_than_all_windows_show_has_its_threshold_where_they_begin():
+    sketches = [Sketch(80, np.ones(WINDOW, np.uint32)), Sketch(84, np.ones(WINDOW, np.uint32))]
+    curves = SketchedCurves([sketches], np.array([1000]))
+    shown = WINDOW - 4 / 2
+    for k in (np.floor(shown), np.ceil(shown) + 1, 999):
+        assert curves.smallest_sent(np.array([k]))[0] == edges(84, 84)[0]
+        assert curves.largest_unsent(np.array([k]))[0] == -np.inf
+
+
 @given(models(kinds=tuple(CONTINUOUS)))
 def test_common_threshold_shares_out_the_total(model):
     sketches = [

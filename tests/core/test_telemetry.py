@@ -15,7 +15,7 @@ from tests.core.strategies import models, split
 
 def record(thresholds, k):
     k = np.array(k)
-    return StepRecord(1, tuple("abcdef"[: len(k)]), k, k, np.array(thresholds), 0, 0)
+    return StepRecord(1, 0.0, tuple("abcdef"[: len(k)]), k, k, np.array(thresholds), 0, 0)
 
 
 @pytest.mark.parametrize(
