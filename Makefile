@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+FRAMEWORK ?= torch
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
@@ -24,7 +25,8 @@ IDENTITY := echo "$(abspath $(VENV)) $$(readlink -e $(BIN)/python)"
 $(shell [ "$$($(IDENTITY))" = "$$(cat $(DONE)/venv 2>/dev/null)" ] || rm -rf $(DONE))
 
 help:
-	@echo "make demo    train on handwritten digits: dense, layer-wise top-k, DLS (DEMO_ARGS=...)"
+	@echo "make demo    train on handwritten digits: dense, layer-wise top-k, DLS"
+	@echo "             (FRAMEWORK=torch or tensorflow, DEMO_ARGS=...)"
 	@echo "make test    run all tests (TEST_ARGS=...)"
 	@echo "make lint    ruff and mypy"
 	@echo "make venv    only set up $(VENV)"
@@ -32,7 +34,7 @@ help:
 	@echo "make clean   remove $(VENV) and all caches here (the Horovod wheel stays cached)"
 
 demo: $(DONE)/horovod $(DONE)/package
-	@$(IN_VENV) examples/demo.py $(DEMO_ARGS)
+	@$(IN_VENV) examples/demo.py --framework $(FRAMEWORK) $(DEMO_ARGS)
 
 test: $(DONE)/horovod $(DONE)/package
 	@$(IN_VENV) -m pytest $(TEST_ARGS)

@@ -1,9 +1,10 @@
 """Dense training, layer-wise top-k and DLS side by side, on real data, under horovodrun.
 
-    make demo                                   two ranks, density 1%
+    make demo                                   PyTorch, two ranks, density 1%
+    make demo FRAMEWORK=tensorflow
     make demo DEMO_ARGS="-np 4 --density 0.05"
 
-Runs torch_digits.py, the example to copy from, once for each; prints a table and draws every
+Runs the framework's example, the one to copy from, once for each; prints a table and draws every
 layer's threshold over the steps.
 """
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-EXAMPLE = Path(__file__).with_name("torch_digits.py")
+EXAMPLES = {"torch": "torch_digits.py", "tensorflow": "tensorflow2_digits.py"}
 KINDS = {"none": "dense", "layerwise": "layer-wise top-k", "dls": "DLS"}
 BALANCED = 1.5  # a threshold spread below this counts as balanced
 
@@ -32,6 +33,7 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--framework", choices=EXAMPLES, default="torch")
     parser.add_argument("-np", "--ranks", type=int, default=2, help="number of ranks")
     parser.add_argument("--density", type=float, default=0.01, help="share of entries sent a step")
     parser.add_argument("--epochs", type=int, default=20)
@@ -44,7 +46,8 @@ def train(kind, args):
     """One job; returns its test accuracy and rank 0's record of each step."""
     records = args.output / f"{kind}.jsonl"
     command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(args.ranks), "--gloo"]
-    command += [sys.executable, str(EXAMPLE), "--compression", kind, "--records", str(records)]
+    example = Path(__file__).with_name(EXAMPLES[args.framework])
+    command += [sys.executable, str(example), "--compression", kind, "--records", str(records)]
     command += ["--density", str(args.density), "--epochs", str(args.epochs)]
     command += ["--seed", str(args.seed), "--log-interval", "1"]
     env = {"OMP_NUM_THREADS": "1", **os.environ}  # ranks share the cores of this machine
@@ -133,7 +136,8 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     results = {kind: train(kind, args) for kind in KINDS}
     text = table(results)
-    print(f"\nHandwritten digits, {args.ranks} ranks, density {args.density:g}:\n\n{text}\n")
+    setting = f"{args.framework}, {args.ranks} ranks, density {args.density:g}"
+    print(f"\nHandwritten digits, {setting}:\n\n{text}\n")
     for remark in remarks(results):
         print(remark)
     picture = args.output / "thresholds.png"
