@@ -58,10 +58,12 @@ def horovodrun(
     return output
 
 
-def pytest_on_ranks(ranks: int, *paths: str, time_limit: float = 300) -> str:
+def pytest_on_ranks(
+    ranks: int, *paths: str, time_limit: float = 280, env: dict[str, str] | None = None
+) -> str:
     """Runs test files with pytest on every rank at once; the first failure ends the job."""
     options = ["-x", "-q", "--color=no", "-p", "no:cacheprovider"]
-    return horovodrun(ranks, ["-m", "pytest", *options, *paths], time_limit)
+    return horovodrun(ranks, ["-m", "pytest", *options, *paths], time_limit, env)
 
 
 def _kill_with_children(pid: int) -> None:
