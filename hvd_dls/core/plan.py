@@ -117,8 +117,9 @@ def initial_k(
     if config.strategy == "layerwise":
         wanted = config.density * sizes
     else:
-        # Eq. 8 and 9 lead from each layer to the next, dense ones included.
-        chain = [layer for layer in plan.layers if layer.kind != VECTOR]
+        chain = plan.sparse
+        if config.prior == "paper":  # Eq. 8 and 9 lead from each layer to the next, dense or not
+            chain = tuple(layer for layer in plan.layers if layer.kind != VECTOR)
         of_chain = None if norms is None else np.array([norms[layer.name] for layer in chain])
         variances = PRIORS[config.prior](chain, of_chain)
         sigma = {x.name: np.sqrt(v) for x, v in zip(chain, variances, strict=True)}

@@ -9,6 +9,7 @@ import numpy as np
 from hvd_dls.core.tails import Tail
 from hvd_dls.errors import DLSError
 
+_NEARLY = 1e-3  # of an entry: as good as exact for sharing out whole ones
 _BISECTIONS = 100  # halves a bracket of any two doubles down to neighbouring numbers
 
 
@@ -103,7 +104,7 @@ def apportion(wanted: np.ndarray, total: int, least: np.ndarray, most: np.ndarra
     while _sum(scaled(high)) < total:
         low, high = high, high * 2
     for _ in range(_BISECTIONS):
-        if _sum(scaled(high)) - total < 1:
+        if _sum(scaled(high)) - total < _NEARLY:
             break
         middle = (low + high) / 2
         if _sum(scaled(middle)) < total:

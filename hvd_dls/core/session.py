@@ -104,7 +104,8 @@ class Session:
         if not all_finite(gradient):
             return None
         residual = self.residuals[name]
-        selection = accumulate_and_select(residual, gradient, k, self._thresholds[name])
+        with np.errstate(over="ignore"):  # looked for below
+            selection = accumulate_and_select(residual, gradient, k, self._thresholds[name])
         if not np.isfinite(selection.values).all():  # the sum overflowed: keep what is finite of it
             residual[selection.indices] = selection.values
             residual[~np.isfinite(residual)] = 0
@@ -126,6 +127,8 @@ class Session:
             NonFiniteGradientError: at the end of a step in which some rank's gradient held NaN
                 or Inf; on every rank alike.  What was sent is back in the residuals.
         """
+        if name not in self._in_flight:
+            raise DLSError(f"layer {name!r}: decompressed, but not on its way")
         layer, k = self._layers[name], self._controller.k_of(name)
         payloads = unpack(layer, k, gathered, self.world_size)
         out[:] = 0
@@ -162,7 +165,11 @@ class Session:
         if every and self._controller.step % every == 0:
             values = [selection.values for selection in sent.values()]
             quality = measure_quality(values, [self.residuals[name] for name in sent])
-        lengths = map(payload_bytes, self.plan.sparse, k.tolist())
+        lengths = (
+            payload_bytes(layer, n)
+            for layer, n in zip(self.plan.sparse, k.tolist(), strict=True)
+            if layer.name in sent
+        )
         return StepRecord(
             step=self._controller.step,
             time=time.time(),
@@ -196,7 +203,9 @@ class Session:
             "version": STATE_VERSION,
             "config": asdict(self.config),
             "world_size": self.world_size,
-            "layers": [[layer.name, list(layer.shape)] for layer in self.plan.sparse],
+            "layers": [
+                [layer.name, [*layer.shape, layer.work_dtype.name]] for layer in self.plan.sparse
+            ],
             "step": self._controller.step,
             "k": self._controller.k.copy(),
             "thresholds": np.array(list(self._thresholds.values())),
@@ -215,6 +224,8 @@ class Session:
             raise StateMismatchError(
                 f"saved state has version {state.get('version')}, expected {STATE_VERSION}"
             )
+        if missing := own.keys() - state.keys():
+            raise StateMismatchError(f"the saved state lacks {', '.join(sorted(missing))}")
         for option, value in own["config"].items():
             saved = state["config"].get(option)
             if saved != value and option not in FREE_OPTIONS:
@@ -224,6 +235,18 @@ class Session:
                 f"saved by one of {state['world_size']} ranks, but there are {self.world_size} now"
             )
         self._check_layers(dict(state["layers"]), dict(own["layers"]))
+        for part in ("k", "thresholds", "residuals"):
+            if len(state[part]) != len(own[part]):
+                raise StateMismatchError(
+                    f"the saved state has {len(state[part])} {part}, expected {len(own[part])}"
+                )
+        for name, residual in self.residuals.items():
+            saved_shape = np.shape(state["residuals"].get(name, ()))
+            if saved_shape != residual.shape:
+                raise StateMismatchError(
+                    f"layer {name!r}: saved residual of shape {saved_shape}, expected "
+                    f"{residual.shape}"
+                )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state, copying it.
@@ -239,7 +262,7 @@ class Session:
             residual[:] = np.asarray(state["residuals"][name])
 
     @staticmethod
-    def _check_layers(saved: Mapping[str, list[int]], own: Mapping[str, list[int]]) -> None:
+    def _check_layers(saved: Mapping[str, list[Any]], own: Mapping[str, list[Any]]) -> None:
         for name in saved:
             if name not in own:
                 raise StateMismatchError(f"saved with a compressed layer {name!r}, not there now")
@@ -248,7 +271,7 @@ class Session:
                 raise StateMismatchError(f"compressed layer {name!r} is not in the saved state")
             if list(saved[name]) != shape:
                 raise StateMismatchError(
-                    f"layer {name!r} was saved with shape {list(saved[name])}, it has {shape} now"
+                    f"layer {name!r} was saved as {list(saved[name])}, it is {shape} now"
                 )
         if list(saved) != list(own):
             raise StateMismatchError("the saved layers stand in another order")

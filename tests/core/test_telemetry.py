@@ -74,6 +74,15 @@ def test_quality_is_that_of_brute_force(model):
     assert found.misallocation == pytest.approx(np.abs(model.k - nearest).sum() / (2 * total))
 
 
+def test_more_ties_than_the_budget_has_room_for_are_misplaced():
+    # The best three are 5, 4 and one 3.
+    found = measure_quality(
+        [np.array([5.0]), np.array([3.0, -3.0])], [np.array([4.0]), np.array([3.0])]
+    )
+    assert found.misallocation == pytest.approx(1 / 3)
+    assert found.energy == pytest.approx((25 + 9 + 9) / (25 + 16 + 9))
+
+
 @given(models())
 def test_the_balanced_choice_is_ideal(model):
     floor_is_free = np.ones(len(model.layers))
