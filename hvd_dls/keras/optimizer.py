@@ -1,0 +1,308 @@
+"""An optimizer for Keras 3 that averages gradients over ranks before it applies them.
+
+Horovod's own wrapper overrides methods that Keras 3 never calls.  Keras 3 applies gradients in
+``apply`` alone, under ``fit``, ``train_on_batch`` and custom loops: so that is what we override.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+from keras.src.trainers import trainer as keras_trainer
+
+from hvd_dls.errors import DLSError
+from hvd_dls.tensorflow.binding import Binding, Dense, InFlight, Step
+from hvd_dls.tensorflow.compressor import DLSCompressor
+
+_made: Counter[str] = Counter()
+
+
+def DistributedOptimizer(  # noqa: N802 - Horovod's name
+    optimizer: keras.optimizers.Optimizer,
+    name: str | None = None,
+    compression: Any = hvd.Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: int = hvd.Average,
+    process_set: hvd.ProcessSet = hvd.global_process_set,
+) -> keras.optimizers.Optimizer:
+    """A Keras 3 optimizer like the given one that first averages gradients over ranks.
+
+    It is saved and loaded as the given one, without Horovod.  If that has state already, the new
+    one goes on from it.
+
+    Args:
+        optimizer: a Keras 3 optimizer; a LossScaleOptimizer goes inside, not around.
+        name: as Horovod's: prefix of operation names.
+        compression: hvd.Compression.none or fp16, or a DLSCompressor, class or instance.
+        sparse_as_dense: whether to average IndexedSlices (of embeddings) as dense gradients.
+        gradient_predivide_factor: divides before the sum and multiplies after it (Average only).
+        op: hvd.Average or hvd.Sum.
+        process_set: the ranks that exchange gradients.
+
+    Raises:
+        DLSError: another kind of optimizer, or an option Keras 3 cannot be served with.
+    """
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise DLSError(
+            f"{type(optimizer).__module__}.{type(optimizer).__name__} is no Keras 3 optimizer; for "
+            "tf_keras use Horovod's own DistributedOptimizer with the same compression"
+        )
+    if isinstance(optimizer, _Distributed):
+        raise DLSError("the optimizer is a DistributedOptimizer already")
+    if op not in (hvd.Average, hvd.Sum):
+        raise DLSError(f"op={op!r}: accepted are hvd.Average and hvd.Sum")
+    if gradient_predivide_factor != 1 and op != hvd.Average:
+        raise DLSError("gradient_predivide_factor: accepted only with op=hvd.Average")
+    mixed = keras.config.dtype_policy().name == "mixed_float16"
+    if mixed and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)  # as compile() would
+    kind = type(optimizer)
+    namespace = {"__module__": _public_module(kind)}  # saved and loaded as that class
+    distributed: Any = type(kind.__name__, (_Distributed, kind), namespace)
+    made = distributed.from_config(optimizer.get_config())
+    made._reduction = _Reduction(
+        name or f"Distributed{kind.__name__}",
+        compression,
+        sparse_as_dense,
+        gradient_predivide_factor,
+        op,
+        process_set,
+        skips_overflow=isinstance(made, keras.optimizers.LossScaleOptimizer),
+    )
+    if optimizer.built:
+        made.build(optimizer._trainable_variables)
+        for own, given in zip(made.variables, optimizer.variables, strict=True):
+            own.assign(given)
+    return made
+
+
+def load_model(
+    filepath: str,
+    custom_objects: Mapping[str, Any] | None = None,
+    compression: Any = hvd.Compression.none,
+) -> keras.Model:
+    """Loads a saved model with its optimizer and its state, made distributed."""
+    model = keras.saving.load_model(filepath, custom_objects=custom_objects)
+    if model.optimizer is not None:
+        model.optimizer = DistributedOptimizer(model.optimizer, compression=compression)
+    return model
+
+
+class _Distributed:
+    """What ``DistributedOptimizer`` puts in front of the given optimizer's class."""
+
+    _reduction: _Reduction | None = None
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
+        """Averages gradients over ranks, then applies them: Keras's one way to do so."""
+        assert self._reduction is not None
+        base: Any = super()
+        grads = list(grads)
+        if trainable_variables is None:
+            variables = list(getattr(self, "_trainable_variables", ()))
+        else:
+            trainable_variables = variables = list(trainable_variables)
+        if len(variables) == len(grads):  # else Keras has something to say
+            grads = self._reduction(grads, variables)
+        return base.apply(grads, trainable_variables)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss_scale_factor" and self._reduction is not None:
+            raise DLSError(
+                "a LossScaleOptimizer goes inside: DistributedOptimizer(LossScaleOptimizer(...)); "
+                "around it, ranks would skip different steps. With a mixed_float16 model, pass one "
+                "or set the policy with keras.config.set_dtype_policy"
+            )
+        super().__setattr__(name, value)
+
+
+class _Reduction:
+    """All gradients of a step in, their averages over ranks out."""
+
+    def __init__(
+        self,
+        name: str,
+        compression: Any,
+        sparse_as_dense: bool,
+        predivide_factor: float,
+        op: int,
+        process_set: hvd.ProcessSet,
+        skips_overflow: bool,
+    ) -> None:
+        _made[name] += 1
+        self._name = f"{name}.{_made[name]}"
+        if isinstance(compression, type) and issubclass(compression, DLSCompressor):
+            compression = compression._default()
+        self._compression = compression
+        self._sparse_as_dense = sparse_as_dense
+        self._predivide_factor = predivide_factor
+        self._op = op
+        self._process_set = process_set
+        self._skips_overflow = skips_overflow
+        self._traced: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, gradients: list[Any], variables: list[Any]) -> list[Any]:
+        if not self._process_set.included() or self._process_set.size() == 1:
+            return gradients
+        if not tf.executing_eagerly():
+            _refuse_jit()
+            return self._reduce(gradients, variables)
+        # Traced, so that all gradients are on their way at once.
+        key = tuple(map(id, variables))
+        if key not in self._traced:
+
+            @tf.function(autograph=False)
+            def reduce(gradients: list[Any]) -> list[Any]:
+                return self._reduce(gradients, variables)
+
+            self._traced[key] = reduce
+        reduced: list[Any] = self._traced[key](gradients)
+        return reduced
+
+    def _reduce(self, gradients: list[Any], variables: list[Any]) -> list[Any]:
+        if self._sparse_as_dense:
+            gradients = [
+                tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients
+            ]
+        if not isinstance(self._compression, DLSCompressor):
+            compressions = [self._compression] * len(gradients)
+            return self._exchange(gradients, compressions)
+        compressions = self._layers(gradients, variables)
+        if not self._skips_overflow:
+            return self._exchange(gradients, compressions)
+        # Loss scaling runs into overflow on purpose and skips the step: on all ranks or none.
+        dense = [g for g in gradients if g is not None and not isinstance(g, tf.IndexedSlices)]
+        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in dense])
+        finite_ranks = hvd.allreduce(
+            tf.cast(finite, tf.int32),
+            op=hvd.Sum,
+            name=f"{self._name}.finite",
+            process_set=self._process_set,
+        )
+        present = [i for i, g in enumerate(gradients) if g is not None]
+        reduced = tf.cond(
+            finite_ranks == self._process_set.size(),
+            lambda: [self._exchange(gradients, compressions)[i] for i in present],
+            lambda: [_overflowed(gradients[i]) for i in present],
+        )
+        of = dict(zip(present, reduced, strict=True))
+        return [of.get(i) for i in range(len(gradients))]
+
+    def _exchange(self, gradients: list[Any], compressions: list[Any]) -> list[Any]:
+        reduced = [
+            None if gradient is None else self._allreduce(gradient, compression, position)
+            for position, (gradient, compression) in enumerate(
+                zip(gradients, compressions, strict=True)
+            )
+        ]
+        # All or nothing: if one gradient ends in an error, no weight may move.
+        there = [g for g in reduced if isinstance(g, tf.Tensor)]
+        with tf.control_dependencies(there if tf.is_symbolic_tensor(*there[:1]) else []):
+            return [tf.identity(g) if isinstance(g, tf.Tensor) else g for g in reduced]
+
+    def _allreduce(self, gradient: Any, compression: Any, position: int) -> Any:
+        wide = gradient
+        if gradient.dtype == tf.bfloat16 and not isinstance(compression, _Layer):
+            wide = tf.cast(gradient, tf.float32)  # Horovod refuses bfloat16
+        if isinstance(gradient, tf.IndexedSlices):
+            reduced = hvd.allreduce(wide, op=self._op, process_set=self._process_set)
+        else:
+            reduced = hvd.allreduce(
+                wide,
+                op=self._op,
+                compression=compression,
+                prescale_factor=1 / self._predivide_factor,
+                postscale_factor=self._predivide_factor,
+                name=f"{self._name}.{position}",
+                ignore_name_scope=True,
+                process_set=self._process_set,
+            )
+        return tf.cast(reduced, gradient.dtype)
+
+    def _layers(self, gradients: list[Any], variables: list[Any]) -> list[Any]:
+        """A compression for each gradient that knows whose it is."""
+        ours = [
+            v
+            for v, g in zip(variables, gradients, strict=True)
+            if not isinstance(g, tf.IndexedSlices)
+        ]
+        binding = self._compression.binding_of(ours)
+        binding.start(self._process_set)
+        dense = [
+            (v, g)
+            for v, g in zip(variables, gradients, strict=True)
+            if g is not None and not isinstance(g, tf.IndexedSlices)
+        ]
+        if not dense:
+            return [hvd.Compression.none] * len(gradients)
+        step = binding.step([v for v, _ in dense], dense[0][1])
+        return [_Layer(self._compression, binding, binding.name_of(v), step) for v in variables]
+
+
+class _Layer:
+    """What Horovod takes for a compressor, of one variable's gradient."""
+
+    def __init__(
+        self, compressor: DLSCompressor, binding: Binding, name: str | None, step: Step
+    ) -> None:
+        self._binding = binding
+        self._name = name
+        self._step = step
+        self.decompress = compressor.decompress
+
+    def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, InFlight | Dense]:
+        return self._binding.compress(self._name, tensor, self._step)
+
+
+def _overflowed(gradient: Any) -> Any:
+    """A gradient that LossScaleOptimizer takes for an overflow."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    return tf.fill(tf.shape(gradient), tf.cast(float("inf"), gradient.dtype))
+
+
+def _public_module(kind: type) -> str:
+    """Module under which Keras finds the class again when a saved model is loaded."""
+    public = getattr(keras.optimizers, kind.__name__, None) is kind
+    return "keras.optimizers" if public else kind.__module__
+
+
+# XLA ----------------------------------------------------------------------------------------------
+
+_JIT = (
+    "jit_compile=True: Horovod's operations cannot be compiled by XLA; leave it at 'auto' or set "
+    "it to False in compile()"
+)
+_keras_supports_jit = keras_trainer.model_supports_jit
+
+
+def _supports_jit(model: Any) -> bool:
+    """Keras's own question whether a model can be compiled, answered with its optimizer in mind.
+
+    Keras asks it of ``jit_compile="auto"``, and once more in the setter if the answer is to be on.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if not isinstance(optimizer, _Distributed):
+        return bool(_keras_supports_jit(model))
+    if sys._getframe(1).f_code.co_name == "jit_compile":
+        raise DLSError(_JIT)
+    return False
+
+
+keras_trainer.model_supports_jit = _supports_jit
+
+
+def _refuse_jit() -> None:
+    """For a Keras that does not ask: better now than in XLA's words."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "train_step":
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is not None and getattr(frame.f_locals.get("self"), "jit_compile", False):
+        raise DLSError(_JIT)

@@ -1,0 +1,276 @@
+"""The variables of one model, the session that compresses them, and its place in a graph."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+from hvd_dls.adapter import BaseBinding
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.layers import LayerSpec, layer_spec
+from hvd_dls.core.session import Session
+from hvd_dls.errors import DLSError, NonFiniteGradientError
+from hvd_dls.tensorflow.calls import handle_of, identity
+
+_FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+_OTHER_MODEL = (
+    "a traced function of Horovod that DLSCompressor took part in runs with other variables of the "
+    "same shapes, or the same in another order, and residuals would be mixed up. If two models "
+    "share the compressor, give each an instance of its own: compression=DLSCompressor()"
+)
+
+
+class Step(NamedTuple):
+    """What one traced call of Horovod exchanges of a model: the same each time it runs.
+
+    Attributes:
+        layers: names of the compressed layers that take part.
+        gradients: number of all dense gradients of the call, compressed or not.
+        checked: () int64 tensor that is there once the variables are known to be the model's.
+        grouped: whether a placeholder must be of its gradient's type, as Horovod's groups are.
+    """
+
+    layers: frozenset[str]
+    gradients: int
+    checked: tf.Tensor
+    grouped: bool
+
+
+class Dense(NamedTuple):
+    """What ``decompress`` needs to know of a gradient that Horovod reduces whole."""
+
+    dtype: tf.DType
+    binding: Binding | None = None  # of the model that others of its gradients are compressed of
+    step: Step | None = None
+
+
+class InFlight(NamedTuple):
+    """What ``decompress`` needs to know of a gradient that ``compress`` sent on its way."""
+
+    dtype: tf.DType
+    binding: Binding
+    step: Step
+    name: str
+    gathered: tf.Tensor
+
+
+class Binding(BaseBinding):
+    """The variables of one model, and their compression.
+
+    Args:
+        variables: tf.Variable or Keras's, in model order; only weak references are kept.
+        config: the options.
+
+    Raises:
+        DLSError: something else was given, or a gradient would not be floating point.
+    """
+
+    def __init__(self, variables: Iterable[Any], config: DLSConfig) -> None:
+        variables = _checked(variables)
+        specs = [
+            layer_spec(name, tuple(v.shape), "tensorflow", tf.as_dtype(v.dtype).size)
+            for name, v in zip(_names_of(variables), variables, strict=True)
+        ]
+        super().__init__(specs, config)
+        self._position = {layer.name: i for i, layer in enumerate(specs)}
+        self._name_of = {
+            identity(handle_of(v)): layer.name for v, layer in zip(variables, specs, strict=True)
+        }
+        self._references = [weakref.ref(v) for v in variables]
+        self._process_set: hvd.ProcessSet = hvd.global_process_set
+        self._lock = threading.Lock()  # TensorFlow runs independent operations side by side
+        self._reduced = 0  # gradients of the step that Horovod has returned
+        self._error: NonFiniteGradientError | None = None  # to be raised with the last of them
+
+    @property
+    def alive(self) -> bool:
+        """Whether any of the variables still exists."""
+        return any(reference() is not None for reference in self._references)
+
+    def name_of(self, variable: Any) -> str | None:
+        """Name of a variable; None if it is none of this model's."""
+        return self._name_of.get(identity(handle_of(variable)))
+
+    def start(self, process_set: hvd.ProcessSet) -> None:
+        """Makes the session, if there is none yet: on all ranks, which all trace the same.
+
+        Raises:
+            DLSError: see ``BaseBinding._start_session``.
+        """
+        if self.session is None:
+            self._process_set = process_set
+            self._start_session(process_set.size())
+
+    def _gather(self, name: str, array: np.ndarray) -> np.ndarray:
+        """At once, also while a function is being traced."""
+        with tf.init_scope(), tf.device("CPU:0"):
+            if not tf.executing_eagerly():
+                raise DLSError("DLSCompressor needs TensorFlow 2's eager mode to be on")
+            gathered = hvd.allgather(tf.constant(array), name=name, process_set=self._process_set)
+            return np.asarray(gathered)
+
+    def _norms(self) -> dict[str, float]:
+        with tf.init_scope():
+            return {
+                layer.name: float(np.linalg.norm(np.asarray(reference(), np.float64)))
+                for layer, reference in zip(self._layers, self._references, strict=True)
+            }
+
+    # In a graph ---------------------------------------------------------------------------------
+
+    def step(self, variables: Sequence[Any], gradient: tf.Tensor, grouped: bool = False) -> Step:
+        """Prepares one traced call.
+
+        A traced function that got its variables as arguments may run again with others of the same
+        shapes: TensorFlow does not trace anew then.  So it looks each time which ones it got,
+        before anything is sent.
+
+        Args:
+            variables: of all dense gradients of the call; some may be none of this model's.
+            gradient: one of them; the check goes into its graph.
+            grouped: see ``Step``.
+        """
+        assert self.session is not None
+        named = ((self.name_of(v), handle_of(v)) for v in variables)
+        handles = {n: h for n, h in named if n is not None and self.session.is_sparse(n)}
+        expected = [identity(handle) for handle in handles.values()]
+
+        def check(*found: tf.Tensor) -> np.int64:
+            if [identity(handle) for handle in found] != expected:
+                raise DLSError(_OTHER_MODEL)
+            with self._lock:
+                self._reduced, self._error = 0, None
+            return np.int64(0)
+
+        if tf.is_symbolic_tensor(gradient):
+            with gradient.graph.as_default(), tf.device("CPU:0"):
+                checked = tf.py_function(check, list(handles.values()), tf.int64)
+        else:
+            checked = tf.constant(check(*handles.values()))
+        return Step(frozenset(handles), len(variables), checked, grouped)
+
+    def compress(
+        self, name: str | None, gradient: tf.Tensor, step: Step
+    ) -> tuple[tf.Tensor, InFlight | Dense]:
+        """Sends a gradient's largest entries on their way, or hands it to Horovod as it is.
+
+        Returns:
+            What Horovod allreduces, and what ``decompress`` needs: the gradient for a dense layer,
+            else a placeholder (1,) of 1.0.  Whatever factor Horovod's reduction applies to the
+            placeholder (average or sum, pre- and postscale) applies to the gradient.
+        """
+        if not step.layers:
+            return send_dense(gradient)
+        if name is None or name not in step.layers:
+            with tf.control_dependencies([step.checked]):
+                wide, sent = send_dense(tf.identity(gradient))
+            return wide, Dense(sent.dtype, self, step)
+        session, layer = self._session_and_layer(name)
+
+        def compressed(values: np.ndarray, checked: np.ndarray) -> np.ndarray:
+            with self._lock:
+                session.step_layers = step.layers
+                return session.compress(name, values)
+
+        with tf.device("CPU:0"):
+            values = tf.cast(tf.reshape(gradient, [layer.size]), layer.work_dtype)
+            payload = tf.numpy_function(compressed, [values, step.checked], tf.uint8)
+            payload = tf.ensure_shape(payload, [None])
+            # A name of its own: Horovod matches operations of different ranks by name.
+            operation = f"{self._label}.{self._position[name]}"
+            gathered = hvd.allgather(
+                payload, name=operation, ignore_name_scope=True, process_set=self._process_set
+            )
+        accepted = _as_horovod_accepts(gradient.dtype) if step.grouped else tf.float64
+        placeholder = tf.ones([1], accepted, name=f"{operation}.scale")
+        return placeholder, InFlight(gradient.dtype, self, step, name, gathered)
+
+    def decompress(self, reduced_one: tf.Tensor, sent: InFlight) -> tf.Tensor:
+        """All ranks' entries as a gradient, scaled as Horovod scaled the 1.0."""
+        session, layer = self._session_and_layer(sent.name)
+
+        def summed(gathered: np.ndarray, reduced_one: np.ndarray) -> np.ndarray:
+            total = np.empty(layer.size, layer.work_dtype)
+            with self._lock:
+                try:
+                    session.decompress(sent.name, gathered, total)
+                except NonFiniteGradientError as error:
+                    self._error = error
+                self._count(sent.step)
+            total *= float(reduced_one[0]) / session.world_size
+            return total
+
+        with tf.device("CPU:0"):
+            total = tf.numpy_function(summed, [sent.gathered, reduced_one], layer.work_dtype)
+            return tf.cast(tf.reshape(total, layer.shape), sent.dtype)
+
+    def decompress_dense(self, reduced: tf.Tensor, sent: Dense) -> tf.Tensor:
+        """A gradient that Horovod has reduced whole."""
+        step = sent.step
+        assert step is not None
+
+        def count() -> np.int64:
+            with self._lock:
+                self._count(step)
+            return np.int64(0)
+
+        with tf.control_dependencies([reduced]), tf.device("CPU:0"):
+            counted = tf.numpy_function(count, [], tf.int64)
+        with tf.control_dependencies([counted]):
+            return tf.cast(tf.identity(reduced), sent.dtype)
+
+    def _count(self, step: Step) -> None:
+        """Raises a step's error with its last gradient.
+
+        Not before: an error stops all that the graph has not begun, and other ranks would wait for
+        ever for an allreduce that this one never got to.
+        """
+        self._reduced += 1
+        if self._reduced == step.gradients and self._error is not None:
+            raise self._error
+
+    def _session_and_layer(self, name: str) -> tuple[Session, LayerSpec]:
+        assert self.session is not None
+        return self.session, self._layers[self._position[name]]
+
+
+def send_dense(gradient: tf.Tensor) -> tuple[tf.Tensor, Dense]:
+    """A gradient as Horovod takes it."""
+    return tf.cast(gradient, _as_horovod_accepts(gradient.dtype)), Dense(gradient.dtype)
+
+
+def _as_horovod_accepts(dtype: tf.DType) -> tf.DType:
+    """Horovod's operations refuse bfloat16."""
+    return tf.float32 if dtype == tf.bfloat16 else dtype
+
+
+def _checked(variables: Iterable[Any]) -> list[Any]:
+    wanted = "variables takes tf.Variable or Keras's, as model.trainable_variables gives"
+    try:
+        variables = list(variables)
+    except TypeError as error:
+        raise DLSError(f"{wanted}, not {variables!r}") from error
+    for variable in variables:
+        if handle_of(variable) is None:
+            raise DLSError(f"{wanted}, not {type(variable).__name__}")
+        if tf.as_dtype(variable.dtype) not in _FLOATS:
+            raise DLSError(
+                f"variable {variable.name!r} has type {tf.as_dtype(variable.dtype).name}; accepted "
+                f"are {', '.join(dtype.name for dtype in _FLOATS)}"
+            )
+    return variables
+
+
+def _names_of(variables: Iterable[Any]) -> list[str]:
+    """Keras's paths or TensorFlow's names; where they repeat, with their position."""
+    names: list[str] = []
+    for position, variable in enumerate(variables):
+        name = getattr(variable, "path", None) or variable.name.removesuffix(":0")
+        names.append(f"{name}.{position}" if name in names else name)
+    return names

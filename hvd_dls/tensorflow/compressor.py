@@ -1,0 +1,164 @@
+"""The compressor for ``horovod.tensorflow``: ``compression=DLSCompressor``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
+from hvd_dls.errors import DLSError
+from hvd_dls.tensorflow.binding import Binding, Dense, InFlight, Step, send_dense
+from hvd_dls.tensorflow.calls import (
+    Call,
+    direct_op,
+    handle_of,
+    innermost_call,
+    keras3_optimizer_being_wrapped,
+)
+
+_log = logging.getLogger("hvd_dls")
+_as_it_is = tf.autograph.experimental.do_not_convert
+
+
+class _RefusesKeras3(type):
+    """Makes the class itself refuse what ``DLSCompressor.__hash__`` refuses."""
+
+    def __hash__(cls) -> int:
+        _refuse_keras3()
+        return super().__hash__()
+
+
+class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
+    """Dynamic layer-wise sparsification for ``horovod.tensorflow``.
+
+    Sends each step the largest entries of each layer's accumulated gradient and keeps the rest for
+    later (error feedback).  How many a layer sends moves, step after step, until all layers share
+    one threshold; no function is traced anew for that.
+
+    Pass the class itself, or an instance with options.  Variables are those that Horovod's call
+    names: each set of variables is a model with residuals of its own.
+
+    Args:
+        variables: the model's, in order (``model.trainable_variables``), if some of them get no
+            gradient in the first step or if the compressor should take no others; None to take
+            them from Horovod's calls.
+        **options: see ``DLSConfig``.
+
+    Raises:
+        DLSError: an option that does not exist or a value that is not accepted.
+
+    Example:
+        >>> tape = hvd.DistributedGradientTape(tape, compression=DLSCompressor(density=0.001))
+    """
+
+    _bindings: list[Binding]
+
+    def __init__(self, variables: Iterable[Any] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._given = None if variables is None else Binding(variables, self.config)
+        self._call: Call | None = None  # Horovod's call that is being traced
+        self._step: tuple[Binding, Step] | None = None  # what we make of it
+        self._told_of_strangers = False
+        if self._given is not None:
+            self._add(self._given)
+
+    # What Horovod calls -------------------------------------------------------------------------
+
+    @InstanceOrDefault
+    @_as_it_is
+    def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, InFlight | Dense]:
+        """Called by Horovod with a gradient; returns what it allreduces, and a context.
+
+        Called while a function is traced: what runs in each step are the operations it adds.
+
+        Raises:
+            DLSError: the ranks have different options or variables, the density is too low for
+                the model, or the operation is hvd.Adasum; on every rank alike.
+        """
+        call = innermost_call(self._call)
+        if hvd.Adasum == (call.op if call else direct_op()):
+            raise DLSError(
+                "op=hvd.Adasum: accepted are hvd.Average and hvd.Sum (Adasum combines whole "
+                "updates, which cannot be sent in part)"
+            )
+        variable = call and call.take(tensor)
+        if call is None or variable is None:
+            self._warn_of_stranger(tensor)
+            return send_dense(tensor)
+        if call is not self._call:
+            self._call, self._step = call, self._prepare(call, tensor)
+        step = self._step
+        if call.over:  # forgotten now, or its graph would be kept alive
+            self._call = self._step = None
+        if step is None:
+            return send_dense(tensor)
+        binding, traced = step
+        name = binding.name_of(variable)
+        if name is None:
+            self._warn_of_stranger(tensor)
+        return binding.compress(name, tensor, traced)
+
+    @InstanceOrDefault
+    @_as_it_is
+    def decompress(self, tensor: tf.Tensor, ctx: InFlight | Dense) -> tf.Tensor:
+        """Called by Horovod with what came back and the context; returns the reduced gradient.
+
+        When it runs, the last gradient of a step raises NonFiniteGradientError if some rank's held
+        NaN or Inf; on every rank alike.  TensorFlow hands the error on as one of ``tf.errors``,
+        with our message in it.
+        """
+        if isinstance(ctx, InFlight):
+            return ctx.binding.decompress(tensor, ctx)
+        if ctx.binding is not None:
+            return ctx.binding.decompress_dense(tensor, ctx)
+        return tf.cast(tensor, ctx.dtype)
+
+    def __hash__(self) -> int:  # Horovod keeps one function for each compressor
+        _refuse_keras3()
+        return super().__hash__()
+
+    # Finding the variables ----------------------------------------------------------------------
+
+    def _prepare(self, call: Call, gradient: tf.Tensor) -> tuple[Binding, Step] | None:
+        """Which model a call is about; None if of none, or if this rank has no part in it."""
+        if not call.process_set.included():  # Horovod traces its operations all the same
+            return None
+        variables = [v for v in call.dense_variables if handle_of(v) is not None]
+        if not variables:  # a tape may be asked for the gradients of plain tensors
+            return None
+        binding = self.binding_of(variables)
+        binding.start(call.process_set)
+        return binding, binding.step(call.dense_variables, gradient, call.grouped)
+
+    def binding_of(self, variables: list[Any]) -> Binding:
+        """The model that these variables are, or are part of; a new one if there is none."""
+        if self._given is not None:
+            return self._given
+        for binding in self._bindings:
+            if all(binding.name_of(variable) is not None for variable in variables):
+                return binding
+        binding = Binding(variables, self.config)
+        self._add(binding)
+        return binding
+
+    def _warn_of_stranger(self, gradient: tf.Tensor) -> None:
+        if not self._told_of_strangers:
+            self._told_of_strangers = True
+            _log.warning(
+                "a gradient of shape %s belongs to no known variable; it goes dense, as will "
+                "others like it (said once)",
+                tuple(gradient.shape),
+            )
+
+
+def _refuse_keras3() -> None:
+    if keras3_optimizer_being_wrapped():
+        raise DLSError(
+            "Horovod's own DistributedOptimizer does not average gradients with Keras 3: the ranks "
+            "would drift apart. Use hvd_dls.keras.DistributedOptimizer, or tf_keras with "
+            "TF_USE_LEGACY_KERAS=1"
+        )

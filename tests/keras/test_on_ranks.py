@@ -1,0 +1,45 @@
+"""Everything in with_ranks/, as real horovodrun jobs, for Keras 3 and tf_keras."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.jobs import pytest_on_ranks
+
+HERE = "tests/keras/with_ranks"
+
+
+@pytest.mark.timeout(900)
+def test_keras_3_on_two_ranks():
+    output = pytest_on_ranks(2, f"{HERE}/test_keras3.py", time_limit=840)
+    assert output.count(" passed") == 2, output
+
+
+@pytest.mark.timeout(600)
+def test_keras_3_on_four_ranks():
+    names = [
+        "fit_with_a_smaller_last_batch",
+        "custom_loop",
+        "it_is_one_process_with_all_the_data",
+        "process_sets",
+    ]
+    output = pytest_on_ranks(
+        4, *(f"{HERE}/test_keras3.py::test_{name}" for name in names), time_limit=540
+    )
+    assert output.count(" passed") == 4, output
+
+
+@pytest.mark.timeout(600)
+def test_tf_keras_on_two_ranks():
+    output = pytest_on_ranks(
+        2, f"{HERE}/test_tf_keras.py", time_limit=540, env={"TF_USE_LEGACY_KERAS": "1"}
+    )
+    assert output.count(" passed") == 2, output
+
+
+def test_another_backend_is_refused():
+    program = "import os; os.environ['KERAS_BACKEND'] = 'torch'; import hvd_dls.keras"
+    job = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "DLSError" in job.stderr
+    assert "TensorFlow backend" in job.stderr

@@ -1,0 +1,27 @@
+"""Everything in with_ranks/, as real horovodrun jobs of 2 and 4 ranks."""
+
+import pytest
+
+from tests.jobs import pytest_on_ranks
+
+HERE = "tests/tensorflow/with_ranks"
+
+
+@pytest.mark.timeout(900)
+def test_tensorflow_on_two_ranks():
+    output = pytest_on_ranks(2, HERE, time_limit=840)
+    assert output.count(" passed") == 2, output
+
+
+@pytest.mark.timeout(900)
+def test_tensorflow_on_four_ranks_with_one_thread_for_operations():
+    """With one thread, an operation that waits for another rank would wait for ever."""
+    output = pytest_on_ranks(
+        4,
+        f"{HERE}/test_laws.py",
+        f"{HERE}/test_horovod_options.py::test_process_sets",
+        f"{HERE}/test_horovod_options.py::test_two_models_in_one_function",
+        time_limit=840,
+        env={"TF_NUM_INTEROP_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"},
+    )
+    assert output.count(" passed") == 4, output

@@ -1,0 +1,44 @@
+"""What every rank of a job needs."""
+
+import os
+
+import horovod.tensorflow as hvd
+import pytest
+import tensorflow as tf
+
+from hvd_dls.tensorflow import DLSCompressor
+from tests.tensorflow.with_ranks.training import SPARSE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def horovod():
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
+    hvd.init()
+    yield
+    hvd.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Same seed on every rank and test."""
+    tf.random.set_seed(1)
+
+
+@pytest.fixture
+def bare_class():
+    """A class as users pass it, which knows no model yet.
+
+    Horovod keeps what it traced with a class for the life of the process.
+    """
+
+    class Bare(DLSCompressor):
+        _default_instance = DLSCompressor(density=0.05, **SPARSE)
+
+    return Bare
+
+
+@pytest.fixture(params=["eager", "tf.function"])
+def mode(request):
+    """How a training step runs."""
+    return request.param

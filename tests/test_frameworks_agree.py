@@ -1,0 +1,121 @@
+"""The same gradients through horovod.torch and horovod.tensorflow: the same bytes, ratios, sums.
+
+One job for each framework, since both halves of Horovod cannot live in one process.
+"""
+
+import json
+
+import pytest
+
+from tests.jobs import horovodrun
+
+COMMON = """
+import json, sys, zlib
+import numpy as np
+from hvd_dls.core.session import Session
+
+OPTIONS = dict(density=0.05, cost_rule=False, dense_below=0, prior="uniform", strategy={strategy!r})
+SHAPES = dict(conv=(16, 9, 7), hidden=(60, 50), small=(20, 31), bias=(60,))
+STEPS = 8
+sent = []  # CRC of each payload, in order of layers
+
+def gradients(step, rank):
+    generator = np.random.default_rng([step, rank])
+    scales = dict(conv=0.01, hidden=1.0, small=7.0, bias=1.0)
+    return {{
+        n: (scales[n] * generator.standard_t(4, size=shape)).astype({dtype!r})
+        for n, shape in SHAPES.items()
+    }}
+
+compress = Session.compress
+
+def listening(self, name, gradient):
+    payload = compress(self, name, gradient)
+    sent.append((name, zlib.crc32(payload.tobytes())))
+    return payload
+
+Session.compress = listening
+
+def report(step_of):
+    out = []
+    for step in range(STEPS):
+        reduced, record = step_of(step, gradients(step, hvd.rank()))
+        out.append(dict(
+            payloads=sorted(sent),
+            k=record.k.tolist(),
+            reduced={{n: zlib.crc32(r.tobytes()) for n, r in reduced.items()}},
+        ))
+        sent.clear()
+    with open(f"{folder}/{{sys.argv[1]}}.{{hvd.rank()}}.json", "w") as file:
+        json.dump(out, file)
+"""
+
+TORCH = """
+import horovod.torch as hvd, torch
+from hvd_dls.torch import DLSCompressor
+
+hvd.init()
+dtype = getattr(torch, DTYPE)
+parameters = {n: torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for n, s in SHAPES.items()}
+compression = DLSCompressor(parameters.items(), **OPTIONS)
+optimizer = hvd.DistributedOptimizer(
+    torch.optim.SGD(parameters.values(), lr=1), named_parameters=parameters.items(),
+    compression=compression,
+)
+
+def step_of(step, given):
+    optimizer.zero_grad()
+    sum((p * torch.from_numpy(given[n])).sum() for n, p in parameters.items()).backward()
+    optimizer.synchronize()
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    return {n: p.grad.numpy() for n, p in parameters.items()}, compression.last_step()
+
+report(step_of)
+"""
+
+TENSORFLOW = """
+import horovod.tensorflow as hvd, tensorflow as tf
+from hvd_dls.tensorflow import DLSCompressor
+
+hvd.init()
+variables = {n: tf.Variable(tf.zeros(s, DTYPE), name=n) for n, s in SHAPES.items()}
+compression = DLSCompressor(variables.values(), **OPTIONS)
+
+@tf.function
+def step(given):
+    with tf.GradientTape() as tape:
+        loss = tf.add_n([tf.reduce_sum(v * given[n]) for n, v in variables.items()])
+    tape = hvd.DistributedGradientTape(tape, compression=compression)
+    return dict(zip(variables, tape.gradient(loss, list(variables.values()))))
+
+def step_of(number, given):
+    reduced = step({n: tf.constant(g) for n, g in given.items()})
+    return {n: g.numpy() for n, g in reduced.items()}, compression.last_step()
+
+report(step_of)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "strategy"), [("float32", "dls"), ("float64", "dls"), ("float32", "layerwise")]
+)
+def test_payloads_ratios_and_averages_are_the_same_in_both(tmp_path, dtype, strategy):
+    common = (
+        COMMON.format(dtype=dtype, strategy=strategy, folder=tmp_path) + f"\nDTYPE = {dtype!r}\n"
+    )
+    for framework, program in (("torch", TORCH), ("tensorflow", TENSORFLOW)):
+        file = tmp_path / f"with_{framework}.py"
+        file.write_text(common + program)
+        horovodrun(2, [str(file), framework], time_limit=120)
+    for rank in range(2):
+        of_torch, of_tensorflow = (
+            json.loads((tmp_path / f"{framework}.{rank}.json").read_text())
+            for framework in ("torch", "tensorflow")
+        )
+        assert len(of_torch) == 8
+        for step, (one, other) in enumerate(zip(of_torch, of_tensorflow, strict=True)):
+            assert len(one["payloads"]) == 3
+            assert one == other, f"rank {rank}, step {step}"
+        moved = of_torch[0]["k"] != of_torch[-1]["k"]
+        assert moved == (strategy == "dls")
