@@ -97,9 +97,7 @@ report(step_of)
 """
 
 
-@pytest.mark.parametrize(
-    ("dtype", "strategy"), [("float32", "dls"), ("float64", "dls"), ("float32", "layerwise")]
-)
+@pytest.mark.parametrize(("dtype", "strategy"), [("float32", "dls"), ("float64", "layerwise")])
 def test_payloads_ratios_and_averages_are_the_same_in_both(tmp_path, dtype, strategy):
     common = (
         COMMON.format(dtype=dtype, strategy=strategy, folder=tmp_path) + f"\nDTYPE = {dtype!r}\n"
