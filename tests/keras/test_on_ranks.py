@@ -18,7 +18,9 @@ def test_keras_3_on_two_ranks():
 
 @pytest.mark.timeout(600)
 def test_keras_3_on_four_ranks():
-    chosen = "dls and (fit_with_a_smaller or custom_loop or process_sets) or options0"
+    chosen = (
+        "dls and (fit_with_a_smaller or custom_loop or process_sets) or options0 or nothing_is_lost"
+    )
     output = pytest_on_ranks(4, f"{HERE}/test_keras3.py", "-k", chosen, time_limit=540)
     assert output.count(" passed") == 4, output
 
@@ -33,7 +35,7 @@ def test_tf_keras_on_two_ranks():
 
 @pytest.mark.timeout(600)
 def test_tf_keras_on_four_ranks():
-    names = ["fit[class]", "density_one_is_dense", "custom_loop_with_tape"]
+    names = ["fit[class]", "nothing_is_lost", "density_one_is_dense", "custom_loop_with_tape"]
     output = pytest_on_ranks(
         4,
         *(f"{HERE}/test_tf_keras.py::test_{name}" for name in names),

@@ -14,7 +14,16 @@ import keras
 import hvd_dls.keras as hvd
 from hvd_dls import DLSError
 from hvd_dls.tensorflow import DLSCompressor
-from tests.keras.with_ranks.training import SPARSE, assert_same_on_all_ranks, data, flat, net
+from tests.keras.with_ranks.training import (
+    SPARSE,
+    assert_nothing_is_lost,
+    assert_same_on_all_ranks,
+    by_a_loop_of_our_own,
+    by_fit,
+    data,
+    flat,
+    net,
+)
 
 
 def compressor(variables=None, density=0.05):
@@ -115,6 +124,15 @@ def test_custom_loop(compression, mode, how):
         run(*data(16, 6))
     assert is_at_step(compression, 7 if mode == "tf.function" else 5)
     assert_same_on_all_ranks(flat(model))
+
+
+@pytest.mark.parametrize("train", [by_fit, by_a_loop_of_our_own])
+def test_nothing_is_lost(train):
+    compression = compressor(density=0.1)
+    optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.SGD(1.0), compression=compression, op=hvd.Sum
+    )
+    assert_nothing_is_lost(keras, optimizer, compression, train)
 
 
 @pytest.mark.parametrize("options", [{}, {"op": hvd.Sum}, {"gradient_predivide_factor": 1.5}])

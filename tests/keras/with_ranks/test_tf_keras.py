@@ -2,6 +2,7 @@
 
 import os
 
+import horovod.tensorflow as horovod
 import horovod.tensorflow.keras as hvd
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ if os.environ.get("TF_USE_LEGACY_KERAS") != "1":
 
 from hvd_dls.keras import callbacks
 from hvd_dls.tensorflow import DLSCompressor
-from tests.keras.with_ranks.training import SPARSE, assert_same_on_all_ranks, data, flat, net
+from tests.keras.with_ranks.training import (
+    SPARSE,
+    assert_nothing_is_lost,
+    assert_same_on_all_ranks,
+    by_fit,
+    data,
+    flat,
+    net,
+)
 
 keras = tf.keras
 
@@ -46,6 +55,14 @@ def test_fit(who):
     assert record.step == 9
     assert record.names == ("conv/kernel", "hidden/kernel", "out/kernel")
     assert_same_on_all_ranks(flat(model))
+
+
+def test_nothing_is_lost():
+    compression = DLSCompressor(density=0.1, **SPARSE)
+    optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.SGD(1.0), compression=compression, op=horovod.Sum
+    )
+    assert_nothing_is_lost(keras, optimizer, compression, by_fit)
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "legacy.SGD"])
