@@ -238,7 +238,9 @@ def test_variables_that_were_not_given_go_dense(mode, caplog):
     assert_same_on_all_ranks(flat(model))
 
 
-@pytest.mark.skipif(os.environ["HOROVOD_SIZE"] < "4", reason="needs two process sets of two ranks")
+@pytest.mark.skipif(
+    int(os.environ["HOROVOD_SIZE"]) < 4, reason="needs two process sets of two ranks"
+)
 def test_process_sets(mode):
     halves = [hvd.add_process_set([0, 1]), hvd.add_process_set([2, 3])]
     mine = halves[hvd.rank() // 2]

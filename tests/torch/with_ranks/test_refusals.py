@@ -58,7 +58,7 @@ def test_ranks_with_other_options_are_named():
     model = net()
     density = 0.05 if hvd.rank() == 0 else 0.06
     compression = DLSCompressor(model.named_parameters(), density=density, **SPARSE)
-    with pytest.raises(DLSError, match=rf"rank\(s\) \[{hvd.size() - 1 and 1}.*options"):
+    with pytest.raises(DLSError, match=r"rank\(s\) \[1.*options"):
         train(model, wrap(model, compression), range(1))
 
 
