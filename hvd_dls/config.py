@@ -10,6 +10,8 @@ from hvd_dls.core.tails import TAILS
 from hvd_dls.errors import DLSError
 
 STRATEGIES = ("dls", "layerwise")
+VALUES = ("float32", "float16", "bfloat16")
+INDEX_CODES = ("elias-fano", "plain")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class DLSConfig:
     dense_below: int = 1024
     # Send a tensor dense where its sparse payload would be no smaller on the wire.
     cost_rule: bool = True
+    # Type of the values sent, "float32", "float16" or "bfloat16"; the rounding error stays in the
+    # residual.  Gradients in float64 are sent as they are.
+    values: str = "float32"
+    # Code of the indices sent: "elias-fano" (about 8.6 bits each at density 1 %), or "plain" (32
+    # bits), which costs no time to write.
+    index_code: str = "elias-fano"
+    # Gradient bytes that travel together.  Lower = earlier on their way, but more operations.
+    bucket_bytes: int = 32 << 20
 
     # Diagnostics -------------------------------------------------------------------------------
     # Every how many steps to compare with exact global top-k (sorts the model); 0 = never.
@@ -57,6 +67,9 @@ class DLSConfig:
         self._require_integer("min_k", 1)
         self._require_integer("dense_below", 0)
         self._require_integer("measure_every", 0)
+        self._require_choice("values", VALUES)
+        self._require_choice("index_code", INDEX_CODES)
+        self._require_integer("bucket_bytes", 1)
         if not isinstance(self.cost_rule, bool):
             raise DLSError(f"cost_rule={self.cost_rule!r}: accepted are True and False")
 

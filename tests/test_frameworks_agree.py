@@ -7,17 +7,22 @@ import json
 
 import pytest
 
-from tests.jobs import horovodrun
+from tests.jobs import horovodrun, needs
+
+pytestmark = needs("torch", "tensorflow")
 
 COMMON = """
 import json, sys, zlib
 import numpy as np
 from hvd_dls.core.session import Session
 
-OPTIONS = dict(density=0.05, cost_rule=False, dense_below=0, prior="uniform", strategy={strategy!r})
+OPTIONS = dict(
+    density=0.05, cost_rule=False, dense_below=0, prior="uniform", strategy={strategy!r},
+    bucket_bytes=10_000,
+)
 SHAPES = dict(conv=(16, 9, 7), hidden=(60, 50), small=(20, 31), bias=(60,))
 STEPS = 8
-sent = []  # CRC of each payload, in order of layers
+sent = []  # CRC of each bucket's payload
 
 def gradients(step, rank):
     generator = np.random.default_rng([step, rank])
@@ -27,14 +32,14 @@ def gradients(step, rank):
         for n, shape in SHAPES.items()
     }}
 
-compress = Session.compress
+payload_of = Session.payload
 
-def listening(self, name, gradient):
-    payload = compress(self, name, gradient)
-    sent.append((name, zlib.crc32(payload.tobytes())))
+def listening(self, bucket):
+    payload = payload_of(self, bucket)
+    sent.append((bucket, zlib.crc32(payload.tobytes())))
     return payload
 
-Session.compress = listening
+Session.payload = listening
 
 def report(step_of):
     out = []

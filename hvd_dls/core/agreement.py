@@ -9,7 +9,7 @@ import numpy as np
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.layers import LayerSpec
-from hvd_dls.core.wire import VERSION
+from hvd_dls.core.payload import VERSION
 from hvd_dls.errors import DLSError
 
 _PARTS = ("options or another version of hvd_dls", "parameters (names, shapes or types)")

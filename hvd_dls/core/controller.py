@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balance import balance_at_once, optimal_adjustment
 from hvd_dls.core.curves import SketchedCurves
 from hvd_dls.core.plan import Plan
-from hvd_dls.core.sketch import Sketch
 
 
 class Controller:
@@ -35,21 +32,21 @@ class Controller:
         """Entries the layer sends in the current step."""
         return int(self.k[self._row[name]])
 
-    def advance(self, sketches: Mapping[str, Sequence[Sketch]]) -> None:
+    def advance(self, rows: np.ndarray, bases: np.ndarray, counts: np.ndarray) -> None:
         """Ends a step.
 
         Args:
-            sketches: of the layers exchanged in it, one sketch a rank, in rank order.  A layer
-                that is missing keeps its k.
+            rows: (L',) ascending positions among the plan's sparse layers of those that were
+                exchanged in it.  A layer that is missing keeps its k.
+            bases: (L', P) first bin of each layer's sketch on each rank.
+            counts: (L', P, WINDOW) counts of these sketches.
         """
         self.step += 1
         if self._config.strategy == "layerwise" or self.step % self._config.adjust_every:
             return
-        rows = np.array(sorted(self._row[name] for name in sketches), dtype=np.int64)
         if len(rows) < 2:
             return
-        seen = [sketches[self._plan.sparse[row].name] for row in rows]
-        curves = SketchedCurves(seen, self._plan.sizes[rows])
+        curves = SketchedCurves(bases, counts, self._plan.sizes[rows])
         if self._config.pair_steps is None:
             self.k[rows] = balance_at_once(curves, self.k[rows], self._config.min_k)
         else:

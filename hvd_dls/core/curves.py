@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hvd_dls.core.sketch import WINDOW, Sketch, edges
+from hvd_dls.core.sketch import WINDOW, edges
 
 
 class Curves(Protocol):
@@ -72,14 +72,15 @@ class SketchedCurves:
     adjustment moves a threshold down by at most the window's lower part.
 
     Args:
-        sketches: L rows, each with the sketches of all P ranks in rank order.
+        bases: (L, P) first bin of each layer's sketch on each of P ranks.
+        counts: (L, P, WINDOW) counts of these sketches.
         sizes: (L,) entries of each layer.
     """
 
-    def __init__(self, sketches: Sequence[Sequence[Sketch]], sizes: np.ndarray) -> None:
+    def __init__(self, bases: np.ndarray, counts: np.ndarray, sizes: np.ndarray) -> None:
         self.sizes = np.asarray(sizes, dtype=np.int64)
-        bases = np.array([[s.base for s in row] for row in sketches], dtype=np.int64)
-        counts = np.array([[s.counts for s in row] for row in sketches], dtype=np.float64)
+        bases = np.asarray(bases, dtype=np.int64)
+        counts = np.asarray(counts, dtype=np.float64)
         n_layers, world_size = bases.shape
         first, last = int(bases.min()), int(bases.max()) + WINDOW
         span = last - first

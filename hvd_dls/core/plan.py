@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvd_dls.config import DLSConfig
+from hvd_dls.core.buckets import make_bucket
 from hvd_dls.core.layers import VECTOR, LayerSpec
+from hvd_dls.core.payload import payload_bytes
 from hvd_dls.core.prior import PRIORS
 from hvd_dls.core.ratios import apportion, common_threshold_ratios
 from hvd_dls.core.tails import TAILS
-from hvd_dls.core.wire import payload_bytes
 from hvd_dls.errors import DLSError
 
 
@@ -93,7 +94,8 @@ def _why_dense(layer: LayerSpec, config: DLSConfig, world_size: int) -> str:
         # Received by a rank: (P - 1) payloads from an allgather; 2 (P - 1) / P gradients from a
         # ring allreduce.
         k = max(config.min_k, round(config.density * layer.size))
-        if payload_bytes(layer, k) * world_size >= 2 * layer.size * layer.itemsize:
+        payload = payload_bytes(make_bucket([layer], config), k)
+        if payload * world_size >= 2 * layer.size * layer.itemsize:
             return f"a dense allreduce moves no more bytes than {world_size} sparse payloads"
     return ""
 

@@ -1,39 +1,65 @@
 """One model's compression on one rank: a gradient in, a payload out; all payloads in, a sum out.
 
-``Controller`` holds what all ranks agree on; a session holds what is this rank's own: residuals,
-thresholds, and what is on its way.
+A step is a transaction.  ``compress`` only looks; nothing changes until the payloads of all ranks
+are there and none of them tells of NaN or Inf.  ``Controller`` holds what all ranks agree on; a
+session holds what is this rank's own: residuals, thresholds, and the step in progress.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from hvd_dls.config import DLSConfig
+from hvd_dls.core.buckets import capacity_for, make_buckets
 from hvd_dls.core.controller import Controller
 from hvd_dls.core.layers import LayerSpec
+from hvd_dls.core.passes import Found, find, settle
+from hvd_dls.core.payload import ABSENT, NOT_FINITE, Payload, pack, unpack
 from hvd_dls.core.plan import initial_k, make_plan
-from hvd_dls.core.select import Selection, accumulate_and_select, all_finite
-from hvd_dls.core.sketch import Sketch, sketch
+from hvd_dls.core.sketch import WINDOW
 from hvd_dls.core.telemetry import StepRecord, measure_quality
-from hvd_dls.core.wire import pack, payload_bytes, unpack
 from hvd_dls.errors import DLSError, NonFiniteGradientError, StateMismatchError
 
 STATE_VERSION = 1
-FREE_OPTIONS = ("measure_every",)  # may differ between saving and loading
+# May differ between saving and loading.
+FREE_OPTIONS = ("measure_every", "bucket_bytes", "values", "index_code")
+
+
+@dataclass
+class _Step:
+    """A step in progress.
+
+    Attributes:
+        gradients: (n,) of the layers that have come in, by name.
+        found: what each of them sends; None where the gradient was not finite.
+        missing: how many layers of each bucket that was begun have not come in.
+        kept: what rounding to 16 bits leaves of each layer's values, by bucket.
+        sent: length of each payload that went out, by bucket.
+        received: all ranks' payloads, by bucket.
+        settled: layers whose residual and gradient are done.
+    """
+
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    found: dict[str, Found | None] = field(default_factory=dict)
+    missing: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, list[np.ndarray | None]] = field(default_factory=dict)
+    sent: dict[int, int] = field(default_factory=dict)
+    received: dict[int, list[Payload]] = field(default_factory=dict)
+    settled: set[str] = field(default_factory=set)
 
 
 class Session:
     """Compresses the gradients of one model.
 
-    In a step each sparse layer goes through ``compress`` and then through ``decompress``; when all
-    have, the step ends and the ratios move.  A step that not all layers take part in ends when
-    nothing is on its way any more, unless ``step_layers`` says who takes part: a graph may finish
-    one layer before it starts another.
+    In a step, each sparse layer goes through ``compress``; each bucket that is complete through
+    ``payload``, the network, and ``receive``; then each layer through ``decompress``.  When all
+    have, the step ends and the ratios move.  A bucket of which only some layers take part in a
+    step is among ``unfinished`` in the end.
 
     Args:
         layers: all parameters, in model order.
@@ -55,16 +81,22 @@ class Session:
         self.config = config
         self.world_size = world_size
         self.plan = make_plan(layers, config, world_size)
-        k = initial_k(self.plan, config, norms)
-        self._controller = Controller(self.plan, config, k)
+        self.buckets = make_buckets(self.plan.sparse, config)
+        self._controller = Controller(self.plan, config, initial_k(self.plan, config, norms))
         self._layers = {layer.name: layer for layer in self.plan.sparse}
+        # Of each layer: its bucket, and its position therein.
+        self._place = {
+            layer.name: (number, position)
+            for number, bucket in enumerate(self.buckets)
+            for position, layer in enumerate(bucket.layers)
+        }
+        row = {layer.name: row for row, layer in enumerate(self.plan.sparse)}
+        self._rows = [np.array([row[x.name] for x in b.layers]) for b in self.buckets]
+        self._capacities = [0] * len(self.buckets)
+        self._fit_capacities()
         self.residuals = {n: np.zeros(x.size, x.work_dtype) for n, x in self._layers.items()}
         self._thresholds = dict.fromkeys(self._layers, 0.0)
-        self._in_flight: dict[str, Selection | None] = {}
-        self._sent: dict[str, Selection | None] = {}
-        self._sketches: dict[str, list[Sketch]] = {}
-        self._not_finite: list[tuple[str, int]] = []
-        self.step_layers: frozenset[str] | None = None
+        self._step = _Step()
         self.last_step: StepRecord | None = None
 
     # The way of a gradient ----------------------------------------------------------------------
@@ -73,103 +105,142 @@ class Session:
         """Whether the plan compresses this layer."""
         return name in self._layers
 
-    def compress(self, name: str, gradient: np.ndarray) -> np.ndarray:
-        """Adds a gradient to the layer's residual and takes out what is sent in this step.
+    def compress(self, name: str, gradient: np.ndarray) -> int | None:
+        """Looks for the largest entries of a layer's residual plus its gradient.
 
         Args:
             name: of a sparse layer.
-            gradient: (n,) of a type that adds to the layer's work dtype without loss.
+            gradient: (n,) contiguous, of the layer's work dtype, float16, or uint16 (the bits of
+                bfloat16); it must not change before ``decompress``.
 
         Returns:
-            The payload, uint8, to be gathered from all ranks.
+            The number of the bucket that is complete with this layer and should be sent, or None.
 
         Raises:
-            DLSError: the layer is on its way already, or the gradient has another size.
+            DLSError: the layer has been in this step already, or the gradient has another size.
         """
-        layer, k = self._layers[name], self._controller.k_of(name)
-        if name in self._in_flight or name in self._sent:
+        step, layer = self._step, self._layers[name]
+        if name in step.gradients:
             raise DLSError(f"layer {name!r}: compressed twice before it was decompressed")
         if gradient.shape != (layer.size,):
             raise DLSError(
                 f"layer {name!r}: gradient of shape {gradient.shape}, expected ({layer.size},)"
             )
-        selection = self._select(name, gradient, k)
-        self._in_flight[name] = selection
-        if selection is None:
-            return pack(layer, k, None, None)
-        histogram = sketch(selection.values, self.residuals[name], selection.threshold)
-        return pack(layer, k, selection, histogram)
+        k = self._controller.k_of(name)
+        found = find(self.residuals[name], gradient, k, self._thresholds[name])
+        step.gradients[name], step.found[name] = gradient, found
+        bucket, _ = self._place[name]
+        step.missing[bucket] = step.missing.get(bucket, len(self.buckets[bucket].layers)) - 1
+        return None if step.missing[bucket] else bucket
 
-    def _select(self, name: str, gradient: np.ndarray, k: int) -> Selection | None:
-        if not all_finite(gradient):
-            return None
-        residual = self.residuals[name]
-        with np.errstate(over="ignore"):  # looked for below
-            selection = accumulate_and_select(residual, gradient, k, self._thresholds[name])
-        if not np.isfinite(selection.values).all():  # the sum overflowed: keep what is finite of it
-            residual[selection.indices] = selection.values
-            residual[~np.isfinite(residual)] = 0
-            return None
-        self._thresholds[name] = selection.threshold
-        return selection
+    def unfinished(self) -> list[int]:
+        """Buckets with some layers in this step that have not been sent: send them now."""
+        return sorted(self._step.missing.keys() - self._step.sent.keys())
 
-    def decompress(self, name: str, gathered: np.ndarray, out: np.ndarray) -> None:
+    def payload(self, bucket: int) -> np.ndarray:
+        """What this rank sends of a bucket: uint8, as long as every other rank's."""
+        found = [self._step.found.get(x.name, ABSENT) for x in self.buckets[bucket].layers]
+        packed = pack(self.buckets[bucket], self._capacities[bucket], self._k_of(bucket), found)
+        self._step.sent[bucket] = len(packed.payload)
+        self._step.kept[bucket] = packed.kept
+        return packed.payload
+
+    def receive(self, bucket: int, gathered: np.ndarray) -> None:
+        """Takes what all ranks sent of a bucket.
+
+        Args:
+            bucket: its number.
+            gathered: (world_size * payload length,) uint8, payloads in rank order.
+
+        Raises:
+            PayloadError: the payloads are not this bucket's.
+        """
+        self._step.received[bucket] = unpack(
+            self.buckets[bucket],
+            self._capacities[bucket],
+            self._k_of(bucket),
+            gathered,
+            self.world_size,
+        )
+
+    def decompress(self, name: str, out: np.ndarray, scale: float = 1.0) -> None:
         """Adds up what all ranks sent of a layer; with the last layer, ends the step.
 
         Args:
             name: of a layer that went through ``compress``.
-            gathered: (world_size * payload length,) uint8, payloads in rank order.
-            out: (n,) of the layer's work dtype; overwritten with the sum over ranks, added rank by
-                rank and so the same bits on every rank.
+            out: (n,) overwritten with the sum over ranks, added rank by rank and so the same bits
+                on every rank; may be the gradient itself.  Its dtype is one that ``compress``
+                takes.
+            scale: factor on the sum.
 
         Raises:
-            PayloadError: the payloads are not this layer's.
-            NonFiniteGradientError: at the end of a step in which some rank's gradient held NaN
-                or Inf; on every rank alike.  What was sent is back in the residuals.
+            DLSError: the layer, or a bucket of this step, has not arrived.
+            NonFiniteGradientError: some rank's gradient held NaN or Inf; on every rank alike, in
+                the first call of the step.  All residuals are as they were before the step.
         """
-        if name not in self._in_flight:
+        step, (bucket, position) = self._step, self._place[name]
+        if name not in step.gradients or name in step.settled:
             raise DLSError(f"layer {name!r}: decompressed, but not on its way")
-        layer, k = self._layers[name], self._controller.k_of(name)
-        payloads = unpack(layer, k, gathered, self.world_size)
-        out[:] = 0
-        for rank, payload in enumerate(payloads):
-            if payload.not_finite:
-                self._not_finite.append((name, rank))
-            else:
-                out[payload.indices] += payload.values  # indices are unique within a rank
-        # Copies: the gathered buffer belongs to the caller.
-        self._sketches[name] = [Sketch(p.sketch.base, p.sketch.counts.copy()) for p in payloads]
-        self._sent[name] = self._in_flight.pop(name)
-        if self.step_layers is None:
-            complete = not self._in_flight
-        else:
-            complete = self._sent.keys() >= self.step_layers
-        if complete:
+        if not step.settled:
+            self._check_arrived()
+        found = step.found[name]
+        assert found is not None  # or the step would have been refused
+        settle(
+            self.residuals[name],
+            step.gradients[name],
+            found.indices,
+            step.kept[bucket][position],
+            [payload.entries(position) for payload in step.received[bucket]],
+            scale,
+            out,
+        )
+        step.settled.add(name)
+        if len(step.settled) == len(step.gradients):
             self._end_step()
 
-    def _end_step(self) -> None:
-        sent, sketches, not_finite = self._sent, self._sketches, self._not_finite
-        self._sent, self._sketches, self._not_finite = {}, {}, []
+    def _check_arrived(self) -> None:
+        step = self._step
+        if missing := step.missing.keys() - step.received.keys():
+            raise DLSError(f"decompressed before buckets {sorted(missing)} were received")
+        not_finite = [
+            (self.buckets[bucket].layers[position].name, rank)
+            for bucket, payloads in step.received.items()
+            for rank, payload in enumerate(payloads)
+            for position in np.flatnonzero(payload.status == NOT_FINITE)
+        ]
         if not_finite:
-            for name, selection in sent.items():
-                if selection is not None:
-                    self.residuals[name][selection.indices] += selection.values
+            self._step = _Step()
             raise NonFiniteGradientError(not_finite)
-        k = self._controller.k.copy()
-        self._controller.advance(sketches)
-        self.last_step = self._record(k, {n: s for n, s in sent.items() if s is not None})
 
-    def _record(self, k: np.ndarray, sent: Mapping[str, Selection]) -> StepRecord:
+    def _end_step(self) -> None:
+        step, self._step = self._step, _Step()
+        for name, found in step.found.items():
+            assert found is not None
+            self._thresholds[name] = found.threshold
+        k = self._controller.k.copy()
+        self._controller.advance(*self._sketches(step))
+        self._fit_capacities()
+        self.last_step = self._record(k, step)
+
+    def _sketches(self, step: _Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What ``Controller.advance`` takes."""
+        shape = len(self._layers), self.world_size
+        present = np.zeros(shape[0], bool)
+        bases, counts = np.zeros(shape, np.int64), np.zeros((*shape, WINDOW))
+        for bucket, payloads in step.received.items():
+            rows = self._rows[bucket]
+            present[rows] = [layer.name in step.found for layer in self.buckets[bucket].layers]
+            for rank, payload in enumerate(payloads):
+                bases[rows, rank], counts[rows, rank] = payload.bases, payload.counts
+        rows = np.flatnonzero(present)
+        return rows, bases[rows], counts[rows]
+
+    def _record(self, k: np.ndarray, step: _Step) -> StepRecord:
         every = self.config.measure_every
         quality = None
         if every and self._controller.step % every == 0:
-            values = [selection.values for selection in sent.values()]
-            quality = measure_quality(values, [self.residuals[name] for name in sent])
-        lengths = (
-            payload_bytes(layer, n)
-            for layer, n in zip(self.plan.sparse, k.tolist(), strict=True)
-            if layer.name in sent
-        )
+            sent = [found.values for found in step.found.values() if found is not None]
+            quality = measure_quality(sent, [self.residuals[name] for name in step.found])
         return StepRecord(
             step=self._controller.step,
             time=time.time(),
@@ -177,10 +248,22 @@ class Session:
             sizes=self.plan.sizes,
             k=k,
             thresholds=np.array(list(self._thresholds.values())),
-            sparse_bytes=sum(lengths),
+            sparse_bytes=sum(step.sent.values()),
             dense_bytes=self.plan.dense_bytes,
             quality=quality,
         )
+
+    # Room for the entries -----------------------------------------------------------------------
+
+    def _k_of(self, bucket: int) -> np.ndarray:
+        return self._controller.k[self._rows[bucket]]
+
+    def _fit_capacities(self) -> None:
+        for number, bucket in enumerate(self.buckets):
+            needed = int(self._k_of(number).sum())
+            # A single bucket always sends all of the budget.
+            fitted = capacity_for(needed, bucket.size, self._capacities[number])
+            self._capacities[number] = needed if len(self.buckets) == 1 else fitted
 
     # Agreement at the start ---------------------------------------------------------------------
 
@@ -192,13 +275,18 @@ class Session:
         """Takes over rank 0's ``agreed()``."""
         self._controller.step = int(agreed[0])
         self._controller.k = np.array(agreed[1:], dtype=np.int64)
+        self._capacities = [0] * len(self.buckets)
+        self._fit_capacities()
 
     # State --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's training state: plain values and arrays (residuals are not copied)."""
-        if self._in_flight or self._sent:
+        if self._step.gradients:
             raise DLSError("state_dict() in the middle of a step: call it after optimizer.step()")
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
             "config": asdict(self.config),
@@ -219,7 +307,7 @@ class Session:
             StateMismatchError: it belongs to other layers, another configuration or another
                 number of ranks; the message names the first difference.
         """
-        own = self.state_dict()
+        own = self._state()
         if state.get("version") != STATE_VERSION:
             raise StateMismatchError(
                 f"saved state has version {state.get('version')}, expected {STATE_VERSION}"
@@ -249,17 +337,20 @@ class Session:
                 )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved state, copying it.
+        """Goes on from a saved state, copying it; a step in progress is forgotten.
 
         Raises:
             StateMismatchError: see ``check_state``; nothing has changed then.
         """
         self.check_state(state)
+        self._step = _Step()
         self._controller.step = int(state["step"])
         self._controller.k = np.array(state["k"], dtype=np.int64)
         self._thresholds = dict(zip(self._layers, map(float, state["thresholds"]), strict=True))
         for name, residual in self.residuals.items():
             residual[:] = np.asarray(state["residuals"][name])
+        self._capacities = [0] * len(self.buckets)
+        self._fit_capacities()
 
     @staticmethod
     def _check_layers(saved: Mapping[str, list[Any]], own: Mapping[str, list[Any]]) -> None:

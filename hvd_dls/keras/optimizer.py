@@ -171,12 +171,8 @@ class _Reduction:
             gradients = [
                 tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients
             ]
-        if not isinstance(self._compression, DLSCompressor):
-            compressions = [self._compression] * len(gradients)
-            return self._exchange(gradients, compressions)
-        compressions = self._layers(gradients, variables)
-        if not self._skips_overflow:
-            return self._exchange(gradients, compressions)
+        if not isinstance(self._compression, DLSCompressor) or not self._skips_overflow:
+            return self._exchange(gradients, variables)
         # Loss scaling runs into overflow on purpose and skips the step: on all ranks or none.
         dense = [g for g in gradients if g is not None and not isinstance(g, tf.IndexedSlices)]
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in dense])
@@ -189,13 +185,18 @@ class _Reduction:
         present = [i for i, g in enumerate(gradients) if g is not None]
         reduced = tf.cond(
             finite_ranks == self._process_set.size(),
-            lambda: [self._exchange(gradients, compressions)[i] for i in present],
+            lambda: [self._exchange(gradients, variables)[i] for i in present],
             lambda: [_overflowed(gradients[i]) for i in present],
         )
         of = dict(zip(present, reduced, strict=True))
         return [of.get(i) for i in range(len(gradients))]
 
-    def _exchange(self, gradients: list[Any], compressions: list[Any]) -> list[Any]:
+    def _exchange(self, gradients: list[Any], variables: list[Any]) -> list[Any]:
+        compressions = [self._compression] * len(gradients)
+        if isinstance(self._compression, DLSCompressor):
+            # In this graph, which may be that of a branch.
+            gradients = [tf.identity(g) if isinstance(g, tf.Tensor) else g for g in gradients]
+            compressions = self._layers(gradients, variables)
         reduced = [
             None if gradient is None else self._allreduce(gradient, compression, position)
             for position, (gradient, compression) in enumerate(
@@ -242,7 +243,7 @@ class _Reduction:
         ]
         if not dense:
             return [hvd.Compression.none] * len(gradients)
-        step = binding.step([v for v, _ in dense], dense[0][1])
+        step = binding.step([v for v, _ in dense], [g for _, g in dense])
         return [_Layer(self._compression, binding, binding.name_of(v), step) for v in variables]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import horovod.tensorflow as hvd
@@ -13,7 +14,7 @@ import tensorflow as tf
 
 from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.layers import LayerSpec, layer_spec
+from hvd_dls.core.layers import layer_spec
 from hvd_dls.core.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.tensorflow.calls import handle_of, identity
@@ -33,12 +34,14 @@ class Step(NamedTuple):
         layers: names of the compressed layers that take part.
         gradients: number of all dense gradients of the call, compressed or not.
         checked: () int64 tensor that is there once the variables are known to be the model's.
+        received: () int64 tensor that is there once all ranks' payloads are.
         grouped: whether a placeholder must be of its gradient's type, as Horovod's groups are.
     """
 
     layers: frozenset[str]
     gradients: int
     checked: tf.Tensor
+    received: tf.Tensor
     grouped: bool
 
 
@@ -57,7 +60,6 @@ class InFlight(NamedTuple):
     binding: Binding
     step: Step
     name: str
-    gathered: tf.Tensor
 
 
 class Binding(BaseBinding):
@@ -124,8 +126,10 @@ class Binding(BaseBinding):
 
     # In a graph ---------------------------------------------------------------------------------
 
-    def step(self, variables: Sequence[Any], gradient: tf.Tensor, grouped: bool = False) -> Step:
-        """Prepares one traced call.
+    def step(
+        self, variables: Sequence[Any], gradients: Sequence[tf.Tensor], grouped: bool = False
+    ) -> Step:
+        """Builds the exchange of one traced call, in the graph of its gradients.
 
         A traced function that got its variables as arguments may run again with others of the same
         shapes: TensorFlow does not trace anew then.  So it looks each time which ones it got,
@@ -133,12 +137,14 @@ class Binding(BaseBinding):
 
         Args:
             variables: of all dense gradients of the call; some may be none of this model's.
-            gradient: one of them; the check goes into its graph.
+            gradients: of these variables.
             grouped: see ``Step``.
         """
         assert self.session is not None
-        named = ((self.name_of(v), handle_of(v)) for v in variables)
-        handles = {n: h for n, h in named if n is not None and self.session.is_sparse(n)}
+        session = self.session
+        named = zip(map(self.name_of, variables), variables, gradients, strict=True)
+        ours = {n: (v, g) for n, v, g in named if n is not None and session.is_sparse(n)}
+        handles = {name: handle_of(variable) for name, (variable, _) in ours.items()}
         expected = [identity(handle) for handle in handles.values()]
 
         def check(*found: tf.Tensor) -> np.int64:
@@ -148,17 +154,55 @@ class Binding(BaseBinding):
                 self._reduced, self._error = 0, None
             return np.int64(0)
 
-        if tf.is_symbolic_tensor(gradient):
-            with gradient.graph.as_default(), tf.device("CPU:0"):
+        with _graph_of(gradients), tf.device("CPU:0"):
+            if tf.is_symbolic_tensor(gradients[0]):
                 checked = tf.py_function(check, list(handles.values()), tf.int64)
-        else:
-            checked = tf.constant(check(*handles.values()))
-        return Step(frozenset(handles), len(variables), checked, grouped)
+            else:
+                checked = tf.constant(check(*handles.values()))
+            gathered = {}
+            for number, bucket in enumerate(session.buckets):
+                members = {x.name: ours[x.name][1] for x in bucket.layers if x.name in ours}
+                if members:
+                    gathered[number] = self._exchange(session, number, members, checked)
+            received = self._receive(session, gathered) if gathered else checked
+        return Step(frozenset(ours), len(variables), checked, received, grouped)
+
+    def _exchange(
+        self, session: Session, bucket: int, gradients: dict[str, tf.Tensor], checked: tf.Tensor
+    ) -> tf.Tensor:
+        """All ranks' payloads of a bucket: on its way as soon as its gradients are there."""
+        names = list(gradients)
+
+        def compressed(checked: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
+            with self._lock:
+                for name, array in zip(names, arrays, strict=True):
+                    session.compress(name, _bits(array).reshape(-1))
+                return session.payload(bucket)
+
+        arguments = [checked, *gradients.values()]
+        payload = tf.ensure_shape(tf.numpy_function(compressed, arguments, tf.uint8), [None])
+        # A name of its own: Horovod matches operations of different ranks by name.
+        name = f"{self._label}.{bucket}"
+        return hvd.allgather(
+            payload, name=name, ignore_name_scope=True, process_set=self._process_set
+        )
+
+    def _receive(self, session: Session, gathered: dict[int, tf.Tensor]) -> tf.Tensor:
+        """Waits for all buckets: before a step changes anything, all of it is there."""
+        buckets = list(gathered)
+
+        def received(*arrays: np.ndarray) -> np.int64:
+            with self._lock:
+                for bucket, array in zip(buckets, arrays, strict=True):
+                    session.receive(bucket, array)
+            return np.int64(0)
+
+        return tf.numpy_function(received, list(gathered.values()), tf.int64)
 
     def compress(
         self, name: str | None, gradient: tf.Tensor, step: Step
     ) -> tuple[tf.Tensor, InFlight | Dense]:
-        """Sends a gradient's largest entries on their way, or hands it to Horovod as it is.
+        """A placeholder for a gradient that is on its way in its bucket, or the gradient itself.
 
         Returns:
             What Horovod allreduces, and what ``decompress`` needs: the gradient for a dense layer,
@@ -171,44 +215,33 @@ class Binding(BaseBinding):
             with tf.control_dependencies([step.checked]):
                 wide, sent = send_dense(tf.identity(gradient))
             return wide, Dense(sent.dtype, self, step)
-        session, layer = self._session_and_layer(name)
-
-        def compressed(values: np.ndarray, checked: np.ndarray) -> np.ndarray:
-            with self._lock:
-                session.step_layers = step.layers
-                return session.compress(name, values)
-
-        with tf.device("CPU:0"):
-            values = tf.cast(tf.reshape(gradient, [layer.size]), layer.work_dtype)
-            payload = tf.numpy_function(compressed, [values, step.checked], tf.uint8)
-            payload = tf.ensure_shape(payload, [None])
-            # A name of its own: Horovod matches operations of different ranks by name.
-            operation = f"{self._label}.{self._position[name]}"
-            gathered = hvd.allgather(
-                payload, name=operation, ignore_name_scope=True, process_set=self._process_set
-            )
         accepted = _as_horovod_accepts(gradient.dtype) if step.grouped else tf.float64
-        placeholder = tf.ones([1], accepted, name=f"{operation}.scale")
-        return placeholder, InFlight(gradient.dtype, self, step, name, gathered)
+        placeholder = tf.ones([1], accepted, name=f"{self._label}.{self._position[name]}.scale")
+        return placeholder, InFlight(gradient.dtype, self, step, name)
 
     def decompress(self, reduced_one: tf.Tensor, sent: InFlight) -> tf.Tensor:
         """All ranks' entries as a gradient, scaled as Horovod scaled the 1.0."""
-        session, layer = self._session_and_layer(sent.name)
+        assert self.session is not None
+        session, layer = self.session, self._layers[self._position[sent.name]]
+        dtype = sent.dtype.as_numpy_dtype
 
-        def summed(gathered: np.ndarray, reduced_one: np.ndarray) -> np.ndarray:
-            total = np.empty(layer.size, layer.work_dtype)
+        def summed(received: np.ndarray, reduced_one: np.ndarray) -> np.ndarray:
+            total = _aligned(layer.size, dtype)
             with self._lock:
                 try:
-                    session.decompress(sent.name, gathered, total)
+                    if self._error is None:
+                        scale = float(reduced_one[0]) / session.world_size
+                        session.decompress(sent.name, _bits(total), scale)
                 except NonFiniteGradientError as error:
                     self._error = error
+                if self._error is not None:
+                    total[:] = 0
                 self._count(sent.step)
-            total *= float(reduced_one[0]) / session.world_size
-            return total
+            return total.reshape(layer.shape)
 
         with tf.device("CPU:0"):
-            total = tf.numpy_function(summed, [sent.gathered, reduced_one], layer.work_dtype)
-            return tf.cast(tf.reshape(total, layer.shape), sent.dtype)
+            total = tf.numpy_function(summed, [sent.step.received, reduced_one], sent.dtype)
+            return tf.ensure_shape(total, layer.shape)
 
     def decompress_dense(self, reduced: tf.Tensor, sent: Dense) -> tf.Tensor:
         """A gradient that Horovod has reduced whole."""
@@ -235,14 +268,30 @@ class Binding(BaseBinding):
         if self._reduced == step.gradients and self._error is not None:
             raise self._error
 
-    def _session_and_layer(self, name: str) -> tuple[Session, LayerSpec]:
-        assert self.session is not None
-        return self.session, self._layers[self._position[name]]
-
 
 def send_dense(gradient: tf.Tensor) -> tuple[tf.Tensor, Dense]:
     """A gradient as Horovod takes it."""
     return tf.cast(gradient, _as_horovod_accepts(gradient.dtype)), Dense(gradient.dtype)
+
+
+def _graph_of(gradients: Sequence[tf.Tensor]) -> AbstractContextManager[Any]:
+    """Where the gradients are: Horovod compresses each in a graph of its own within theirs."""
+    if tf.is_symbolic_tensor(gradients[0]):
+        graph: AbstractContextManager[Any] = gradients[0].graph.as_default()
+        return graph
+    return nullcontext()
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The array; of bfloat16, which is not NumPy's own, the bits as uint16."""
+    return array.view(np.uint16) if array.dtype == tf.bfloat16.as_numpy_dtype else array
+
+
+def _aligned(size: int, dtype: Any) -> np.ndarray:
+    """An array that TensorFlow takes over without copying: it wants multiples of 64 bytes."""
+    raw = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size * np.dtype(dtype).itemsize].view(dtype)
 
 
 def _as_horovod_accepts(dtype: tf.DType) -> tf.DType:

@@ -59,6 +59,7 @@ class Call:
             if gradient is not None and not isinstance(gradient, tf.IndexedSlices)
         ]
         self.dense_variables = [self.variables[i] for i in self._to_come]
+        self.dense_gradients = [self.gradients[i] for i in self._to_come]
 
     def take(self, gradient: Any) -> Any:
         """The variable of a gradient, or None; each is asked for once.

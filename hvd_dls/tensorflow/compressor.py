@@ -90,7 +90,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
             self._warn_of_stranger(tensor)
             return send_dense(tensor)
         if call is not self._call:
-            self._call, self._step = call, self._prepare(call, tensor)
+            self._call, self._step = call, self._prepare(call)
         step = self._step
         if call.over:  # forgotten now, or its graph would be kept alive
             self._call = self._step = None
@@ -123,7 +123,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
 
     # Finding the variables ----------------------------------------------------------------------
 
-    def _prepare(self, call: Call, gradient: tf.Tensor) -> tuple[Binding, Step] | None:
+    def _prepare(self, call: Call) -> tuple[Binding, Step] | None:
         """Which model a call is about; None if of none, or if this rank has no part in it."""
         if not call.process_set.included():  # Horovod traces its operations all the same
             return None
@@ -132,7 +132,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
             return None
         binding = self.binding_of(variables)
         binding.start(call.process_set)
-        return binding, binding.step(call.dense_variables, gradient, call.grouped)
+        return binding, binding.step(call.dense_variables, call.dense_gradients, call.grouped)
 
     def binding_of(self, variables: list[Any]) -> Binding:
         """The model that these variables are, or are part of; a new one if there is none."""

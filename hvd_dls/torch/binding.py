@@ -18,6 +18,7 @@ from torch.utils.weak import TensorWeakRef
 from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.layers import layer_spec
+from hvd_dls.core.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.torch import exchange
 
@@ -36,7 +37,6 @@ class InFlight(NamedTuple):
     binding: Binding
     name: str
     gradient: torch.Tensor
-    handle: int
 
 
 class Binding(BaseBinding):
@@ -62,6 +62,7 @@ class Binding(BaseBinding):
         specs = [layer_spec(n, tuple(p.shape), "torch", p.element_size()) for n, p in parameters]
         super().__init__(specs, config)
         self._process_set = process_set
+        self._handles: dict[int, int] = {}  # Horovod's, of the buckets on their way
         self._references = {name: TensorWeakRef(p) for name, p in parameters}
         self._of_shape: dict[torch.Size, list[tuple[str, TensorWeakRef]]] = {}
         for name, parameter in parameters:
@@ -98,25 +99,34 @@ class Binding(BaseBinding):
         session = self.session or self._start_session(self._process_set.size())
         if not session.is_sparse(name):
             return send_dense(gradient)
-        payload = session.compress(name, _as_numpy(gradient))
-        handle = exchange.start(f"{self._label}.{name}", payload, self._process_set)
-        placeholder = torch.ones(1, dtype=torch.float64)
-        return placeholder, InFlight(self, name, gradient, handle)
+        complete = session.compress(name, _as_numpy(gradient))
+        if complete is not None:
+            self._send(session, complete)
+        return torch.ones(1, dtype=torch.float64), InFlight(self, name, gradient)
 
     def decompress(self, reduced_one: torch.Tensor, sent: InFlight) -> torch.Tensor:
         """All ranks' entries in the gradient's own memory, scaled as Horovod scaled the 1.0."""
         assert self.session is not None
-        gathered = exchange.finish(sent.handle)
+        self._receive_all(self.session)
         gradient = sent.gradient
-        work_dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        in_place = gradient.is_contiguous() and (gradient.dtype, gradient.device.type) == (
-            work_dtype,
-            "cpu",
-        )
-        total = gradient if in_place else torch.empty(gradient.shape, dtype=work_dtype)
-        self.session.decompress(sent.name, gathered, total.view(-1).numpy())
-        total.mul_(reduced_one.item() / self.session.world_size)
+        in_place = gradient.is_contiguous() and gradient.device.type == "cpu"
+        total = gradient if in_place else torch.empty(gradient.shape, dtype=gradient.dtype)
+        scale = reduced_one.item() / self.session.world_size
+        self.session.decompress(sent.name, _as_numpy(total), scale)
         return gradient if in_place else gradient.copy_(total)
+
+    def _send(self, session: Session, bucket: int) -> None:
+        # A name of its own: Horovod matches operations of different ranks by name.
+        name = f"{self._label}.{bucket}"
+        self._handles[bucket] = exchange.start(name, session.payload(bucket), self._process_set)
+
+    def _receive_all(self, session: Session) -> None:
+        """Waits for all that is on its way: before a step changes anything, all of it is there."""
+        for bucket in session.unfinished():  # other optimizers of this model take no step now
+            self._send(session, bucket)
+        handles, self._handles = self._handles, {}
+        for bucket, handle in handles.items():
+            session.receive(bucket, exchange.finish(handle))
 
     def _gather(self, name: str, array: np.ndarray) -> np.ndarray:
         return exchange.finish(exchange.start(name, array, self._process_set))
@@ -166,9 +176,12 @@ def _checked(
 
 
 def _as_numpy(gradient: torch.Tensor) -> np.ndarray:
-    """The gradient as a flat array: its own memory if it is contiguous, on the CPU and not 16-bit.
+    """The gradient as a flat array: its own memory if it is contiguous and on the CPU.
 
-    On a GPU this waits for the gradient and copies it to the host.
+    NumPy has no bfloat16: that comes as its bits, uint16.  On a GPU this waits for the gradient and
+    copies it to the host.
     """
     flat = gradient.detach().reshape(-1).cpu()
-    return (flat.float() if flat.element_size() == 2 else flat).numpy()
+    if flat.dtype == torch.bfloat16:
+        return flat.view(torch.int16).numpy().view(np.uint16)
+    return flat.numpy()

@@ -43,6 +43,22 @@ def draw_gradients(rng: np.random.Generator, session: Session) -> Gradients:
     return drawn
 
 
+def send(session: Session, gradients: Gradients, names: Sequence[str]) -> dict[int, np.ndarray]:
+    """What a rank sends, by bucket."""
+    sent = {}
+    for name in names:
+        complete = session.compress(name, gradients[name])
+        if complete is not None:
+            sent[complete] = session.payload(complete)
+    return sent | {bucket: session.payload(bucket) for bucket in session.unfinished()}
+
+
+def receive(session: Session, payloads: Sequence[dict[int, np.ndarray]]) -> None:
+    """What all ranks sent arrives."""
+    for bucket in payloads[0]:
+        session.receive(bucket, np.concatenate([sent[bucket] for sent in payloads]))
+
+
 def step(
     sessions: list[Session],
     gradients: list[Gradients],
@@ -51,28 +67,24 @@ def step(
     """One step of all ranks; each goes through the layers in its own order if there is a ``rng``.
 
     Returns:
-        Each rank's sums; and the errors raised, each with the last layer of its rank's step.
+        Each rank's sums; and the errors raised, each with the first layer of its rank's step.
     """
     names = list(gradients[0])
 
     def order() -> list[str]:
         return rng.permutation(names).tolist() if rng else names
 
-    payloads: list[dict[str, np.ndarray]] = []
-    for session, gradient in zip(sessions, gradients, strict=True):
-        payloads.append({name: session.compress(name, gradient[name]) for name in order()})
-    gathered = {name: np.concatenate([sent[name] for sent in payloads]) for name in names}
+    payloads = [send(s, g, order()) for s, g in zip(sessions, gradients, strict=True)]
     sums, errors = [], []
     for session in sessions:
-        residuals, out = session.residuals, {}
-        *others, last = order()
-        for name in [*others, last]:
-            out[name] = np.full_like(residuals[name], np.nan)
-            try:
-                session.decompress(name, gathered[name], out[name])
-            except NonFiniteGradientError as error:
-                assert name == last
-                errors.append(error)
+        receive(session, payloads)
+        out = {n: np.full_like(session.residuals[n], np.nan) for n in names}
+        try:
+            for name in order():
+                session.decompress(name, out[name])
+        except NonFiniteGradientError as error:
+            assert all(np.isnan(values).all() for values in out.values())
+            errors.append(error)
         sums.append(out)
     assert len(errors) in (0, len(sessions))
     return sums, errors

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hvd_dls.core.balance import balance_at_once, one_step_adjustment, optimal_adjustment
 from hvd_dls.core.curves import ExactCurves, SketchedCurves
 from hvd_dls.core.ratios import apportion
-from hvd_dls.core.select import accumulate_and_select
-from hvd_dls.core.sketch import edges, sketch
+from hvd_dls.core.sketch import edges
 from tests.core.strategies import CONTINUOUS, KINDS, Model, global_top_k, models, seeds, split
+from tests.core.taking import stacked, take
 
 
 def furthest_apart(curves, k, min_k):
@@ -158,10 +158,7 @@ def sketches(ranks, k):
     """All ranks' sketches of ranks[rank][layer], when each layer sends k entries."""
     rows = []
     for *of_layer, n in zip(*ranks, k, strict=True):
-        residuals = [np.zeros_like(values) for values in of_layer]
-        taken = [accumulate_and_select(r, v, n) for r, v in zip(residuals, of_layer, strict=True)]
-        pairs = zip(taken, residuals, strict=True)
-        rows.append([sketch(t.values, residual, t.threshold) for t, residual in pairs])
+        rows.append([take(values, n)[0].sketch for values in of_layer])
     return rows
 
 
@@ -207,7 +204,7 @@ METHODS = {
 def rounds(balance, ranks, k, min_k, at_most=400):
     """k after so many steps on the same data, or after nothing moves any more."""
     for _ in range(at_most):
-        curves = SketchedCurves(sketches(ranks, k), np.array(list(map(len, ranks[0]))))
+        curves = SketchedCurves(*stacked(sketches(ranks, k)), np.array(list(map(len, ranks[0]))))
         before, k = k, balance(curves, k, min_k)
         assert k.sum() == before.sum()
         if np.array_equal(before, k):

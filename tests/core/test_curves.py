@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hvd_dls.core.curves import ExactCurves, SketchedCurves
 from hvd_dls.core.sketch import BELOW, WINDOW, Sketch, bin_of, edges
 from tests.core.strategies import CONTINUOUS, densities, models, seeds
+from tests.core.taking import stacked
 
 # Exactly ----------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def ranks_of_one_layer(draw):
 def test_sketched_counts_are_exact_at_edges_that_every_window_covers(case):
     ranks, bases = case
     sketches = [full_sketch(values, base) for values, base in zip(ranks, bases, strict=True)]
-    curves = SketchedCurves([sketches], np.array([len(ranks[0])]))
+    curves = SketchedCurves(*stacked([sketches]), np.array([len(ranks[0])]))
     covered = edges(max(bases), min(bases) + WINDOW - 1)  # the last bin holds all beyond it
     for edge in covered[:-1]:
         mean = np.mean([np.count_nonzero(values >= edge) for values in ranks])
@@ -64,7 +65,7 @@ def test_sketched_counts_are_exact_at_edges_that_every_window_covers(case):
 def test_sketched_counts_fall_and_are_constant_below_the_windows(case):
     ranks, bases = case
     sketches = [full_sketch(values, base) for values, base in zip(ranks, bases, strict=True)]
-    curves = SketchedCurves([sketches], np.array([len(ranks[0])]))
+    curves = SketchedCurves(*stacked([sketches]), np.array([len(ranks[0])]))
     thresholds = np.concatenate([[0], np.geomspace(1e-6, 1e6, 500)])
     counts = np.array([curves.above(0, threshold) for threshold in thresholds])
     assert np.all(np.diff(counts) <= 0)
@@ -80,7 +81,9 @@ def test_sketched_thresholds_lie_in_the_bin_of_the_exact_ones(case, share):
     values, n = ranks[0], 1 + round(share * (len(ranks[0]) - 1))
     exact = ExactCurves([values]).smallest_sent(np.array([n]))[0]
     base = max(0, int(bin_of(np.array([exact]))[0]) - BELOW)
-    curves = SketchedCurves([[full_sketch(values, base)] * len(ranks)], np.array([len(values)]))
+    curves = SketchedCurves(
+        *stacked([[full_sketch(values, base)] * len(ranks)]), np.array([len(values)])
+    )
     sketched = curves.smallest_sent(np.array([n]))[0]
     low, high = edges(*(bin_of(np.array([exact]))[0] + [0, 1]))
     assert low <= sketched <= high
@@ -90,7 +93,7 @@ def test_sketched_thresholds_lie_in_the_bin_of_the_exact_ones(case, share):
 def test_largest_unsent_is_the_next_entry_and_none_where_no_window_shows_one():
     values = np.array([1.0, 1.01, 8.0, 0.01], np.float32)
     base = int(bin_of(np.array([1.0]))[0])
-    curves = SketchedCurves([[full_sketch(values, base)]], np.array([4]))
+    curves = SketchedCurves(*stacked([[full_sketch(values, base)]]), np.array([4]))
     assert curves.largest_unsent(np.array([1]))[0] == pytest.approx(1, rel=0.125)
     assert curves.largest_unsent(np.array([2]))[0] == pytest.approx(1, rel=0.125)
     assert curves.largest_unsent(np.array([3]))[0] == -np.inf  # 0.01 lies below the window
@@ -100,7 +103,7 @@ def test_largest_unsent_is_the_next_entry_and_none_where_no_window_shows_one():
 def test_ranks_with_other_windows_add_up_in_their_common_part():
     low = Sketch(80, np.full(WINDOW, 2, np.uint32))
     high = Sketch(84, np.full(WINDOW, 4, np.uint32))
-    curves = SketchedCurves([[low, high]], np.array([1000]))
+    curves = SketchedCurves(*stacked([[low, high]]), np.array([1000]))
     everything = (2 * (WINDOW - 4) + 4 * WINDOW) / 2
     for edge, count in [(0, everything), (80, everything), (84, everything), (85, everything - 3)]:
         assert curves.at_least(0, edges(edge, edge)[0]) == count
@@ -110,7 +113,7 @@ def test_ranks_with_other_windows_add_up_in_their_common_part():
 
 def test_more_than_all_windows_show_has_its_threshold_where_they_begin():
     sketches = [Sketch(80, np.ones(WINDOW, np.uint32)), Sketch(84, np.ones(WINDOW, np.uint32))]
-    curves = SketchedCurves([sketches], np.array([1000]))
+    curves = SketchedCurves(*stacked([sketches]), np.array([1000]))
     shown = WINDOW - 4 / 2
     for k in (np.floor(shown), np.ceil(shown) + 1, 999):
         assert curves.smallest_sent(np.array([k]))[0] == edges(84, 84)[0]
@@ -123,7 +126,7 @@ def test_common_threshold_shares_out_the_total(model):
         [full_sketch(np.abs(layer), max(0, int(bin_of(np.abs(layer)).max()) - 40))]
         for layer in model.layers
     ]
-    curves = SketchedCurves(sketches, model.sizes)
+    curves = SketchedCurves(*stacked(sketches), model.sizes)
     least = np.minimum(model.min_k, model.sizes)
     counts = np.clip(curves.counts, least[:, None], model.sizes[:, None])
     total = int(min(model.k.sum(), counts[:, 0].sum()))
@@ -135,5 +138,7 @@ def test_common_threshold_shares_out_the_total(model):
 
 
 def test_more_than_all_windows_show_is_everything_they_show():
-    curves = SketchedCurves([[Sketch(8, np.ones(WINDOW, np.uint32))]] * 2, np.array([99, 99]))
+    curves = SketchedCurves(
+        *stacked([[Sketch(8, np.ones(WINDOW, np.uint32))]] * 2), np.array([99, 99])
+    )
     assert curves.at_common_threshold(150, np.array([1, 1])).tolist() == [WINDOW, WINDOW]

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_dls.config import STRATEGIES, DLSConfig
+from hvd_dls.core.buckets import make_bucket
 from hvd_dls.core.layers import layer_spec
+from hvd_dls.core.payload import payload_bytes
 from hvd_dls.core.plan import initial_k, make_plan
 from hvd_dls.core.prior import PRIORS
 from hvd_dls.core.tails import TAILS
-from hvd_dls.core.wire import payload_bytes
 from hvd_dls.errors import DLSError
 from tests.core.strategies import seeds
 
@@ -70,7 +72,7 @@ def test_cost_rule_sends_dense_what_sparse_would_not_make_smaller(world_size, it
         layer = layer_spec("w", (size, 1), itemsize=itemsize)
         config = DLSConfig(density=density, dense_below=0, min_k=min_k)
         k = max(min_k, round(density * size))
-        allgather = (world_size - 1) * payload_bytes(layer, k)
+        allgather = (world_size - 1) * payload_bytes(make_bucket([layer], config), k)
         allreduce = 2 * (world_size - 1) / world_size * size * itemsize
         if allgather >= allreduce:
             ((_, why),) = make_plan([layer], config, world_size).dense
@@ -81,9 +83,11 @@ def test_cost_rule_sends_dense_what_sparse_would_not_make_smaller(world_size, it
 
 def test_cost_rule_prefers_dense_where_both_cost_the_same():
     layer = layer_spec("w", (2000, 1))
-    assert 2 * payload_bytes(layer, 1296) == 2 * 4 * 2000
-    assert make_plan([layer], DLSConfig(density=0.648), 2).sparse == ()
-    assert make_plan([layer], DLSConfig(density=0.644), 2).sparse == (layer,)
+    config = DLSConfig(dense_below=0)
+    bucket = make_bucket([layer], config)
+    k = next(k for k in range(1, 2000) if 2 * payload_bytes(bucket, k) == 2 * 4 * 2000)
+    assert make_plan([layer], replace(config, density=k / 2000), 2).sparse == ()
+    assert make_plan([layer], replace(config, density=(k - 5) / 2000), 2).sparse == (layer,)
 
 
 def test_without_cost_rule_a_density_of_one_sends_everything_sparse():

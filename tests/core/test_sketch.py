@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_dls.core.select import accumulate_and_select
-from hvd_dls.core.sketch import BELOW, BINS_PER_OCTAVE, SAMPLE, WINDOW, bin_of, edges, sketch
+from hvd_dls.core.sketch import BELOW, BINS_PER_OCTAVE, SAMPLE, WINDOW, bin_of, edges
 from tests.core.strategies import KINDS, models
+from tests.core.taking import take
 
 N_BINS = 255 * BINS_PER_OCTAVE
 DTYPES = [np.float32, np.float64]
@@ -55,9 +55,7 @@ def test_what_is_beyond_float32_counts_in_the_last_bin(beyond):
 
 def of(layer, k):
     """A layer's sketch when it sends k entries; its magnitudes as sorted into bins."""
-    residual = np.zeros_like(layer)
-    taken = accumulate_and_select(residual, layer, k)
-    return sketch(taken.values, residual, taken.threshold), bin_of(np.abs(layer))
+    return take(layer, k)[0].sketch, bin_of(np.abs(layer))
 
 
 @given(models())

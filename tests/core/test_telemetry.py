@@ -8,9 +8,9 @@ from hypothesis import given
 
 from hvd_dls.core.balance import optimal_adjustment
 from hvd_dls.core.curves import ExactCurves
-from hvd_dls.core.select import accumulate_and_select
 from hvd_dls.core.telemetry import StepRecord, measure_quality
 from tests.core.strategies import models, split
+from tests.core.taking import take
 
 
 def record(thresholds, k):
@@ -43,10 +43,8 @@ def test_spread_takes_another_limit():
 
 
 def quality(model, k):
-    residuals = [np.zeros_like(layer) for layer in model.layers]
-    triples = zip(residuals, model.layers, k, strict=True)
-    sent = [accumulate_and_select(*triple).values for triple in triples]
-    return measure_quality(sent, residuals)
+    taken = [take(layer, n) for layer, n in zip(model.layers, k, strict=True)]
+    return measure_quality([found.values for found, _ in taken], [rest for _, rest in taken])
 
 
 @given(models())

@@ -41,11 +41,8 @@ def test_a_gradient_that_is_not_finite_raises_the_same_error_on_every_rank(mode,
     with pytest.raises(tf.errors.OpError, match=r"'0' on rank 1, layer '2' on rank 1") as error:
         gradients_of(*map(tf.constant, poisoned))
     assert "NonFiniteGradientError" in str(error.value)
-    # Nothing was sent, so nothing is lost: residuals hold all that came, but for the bad gradients.
-    for i, (name, now) in enumerate(compression.state_dict()["models"][0]["residuals"].items()):
-        came = whole_numbers([20, 30], 1).ravel()
-        skipped = hvd.rank() == 1 and i in (0, 2)
-        np.testing.assert_array_equal(now, before[name] if skipped else before[name] + came)
+    for name, now in compression.state_dict()["models"][0]["residuals"].items():
+        np.testing.assert_array_equal(now, before[name])  # the step did not take place
     gradients_of(*[tf.constant(whole_numbers([20, 30], 2)) for _ in variables])  # and on it goes
     assert compression.last_step().step == 2
 

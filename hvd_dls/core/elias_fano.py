@@ -1,0 +1,229 @@
+"""Elias–Fano: an ascending sequence of whole numbers in about 2 + log2(n / C) bits each.
+
+Each number is split: its low bits are stored as they are, side by side; of its upper bits only the
+growth is, in unary: number j sets bit (number >> low bits) + j of a bit set.  The lengths follow
+from the universe n and the capacity C alone, so payloads that hold different numbers of entries,
+or on different ranks, are equally long.
+
+Bits count from the least significant one of little-endian 64-bit words.
+
+The sequence is cut into segments (a bucket's layers), each with its own range: segment s holds
+numbers from ``offsets[s]`` up to below ``offsets[s + 1]``, and on this side of the coder they count
+from zero in each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hvd_dls.core.jit import HAVE_NUMBA, jit
+
+# What ``encode`` and ``decode`` return; any other answer is the number of the wrong segment.
+GOOD, TOO_FEW, TOO_MANY = -1, -2, -3
+
+_WORD = np.dtype("<u8")
+
+
+def low_bits(universe: int, capacity: int) -> int:
+    """How many bits of a number are stored as they are: floor(log2(universe / capacity)) or 0."""
+    return max(universe // capacity, 1).bit_length() - 1 if capacity else 0
+
+
+def lengths(universe: int, capacity: int) -> tuple[int, int]:
+    """Bytes of the lower and of the upper part, whole words each.
+
+    Args:
+        universe: the numbers are below this; 1 <= universe < 2**32.
+        capacity: at most so many numbers; 0 takes no space.
+    """
+    if capacity == 0:
+        return 0, 0
+    low = low_bits(universe, capacity)
+    upper = capacity + (universe >> low) + 1
+    return -(-capacity * low // 64) * 8, -(-upper // 64) * 8
+
+
+def encode(
+    indices: np.ndarray,
+    starts: np.ndarray,
+    offsets: np.ndarray,
+    low: int,
+    lower: np.ndarray,
+    upper: np.ndarray,
+) -> int:
+    """Writes numbers into the two parts of a code.
+
+    Args:
+        indices: (K,) uint32, in each segment ascending from its own zero.
+        starts: (S + 1,) int64, where each segment begins in ``indices``; the last one is K.
+        offsets: (S + 1,) int64, the range of each segment.
+        low: see ``low_bits``.
+        lower: uint64, zeros; length from ``lengths``, for a capacity of at least K.
+        upper: likewise.
+
+    Returns:
+        GOOD, or the first segment whose numbers do not ascend or leave its range.
+    """
+    do = _encode_compiled if HAVE_NUMBA else _encode_numpy
+    return int(do(indices, starts, offsets, low, lower, upper))
+
+
+def decode(
+    lower: np.ndarray,
+    upper: np.ndarray,
+    starts: np.ndarray,
+    offsets: np.ndarray,
+    low: int,
+    indices: np.ndarray,
+) -> int:
+    """Reads the numbers of a code and checks that they could have been encoded.
+
+    Args:
+        lower: uint64, length from ``lengths`` for a capacity of at least K.
+        upper: likewise.
+        starts: (S + 1,) int64, see ``encode``.
+        offsets: (S + 1,) int64, see ``encode``.
+        low: see ``low_bits``.
+        indices: (K,) uint32, overwritten with the numbers, in each segment from its own zero;
+            void unless the answer is GOOD.
+
+    Returns:
+        GOOD; TOO_FEW or TOO_MANY numbers; or the first segment with numbers that do not ascend or
+        that leave its range.
+    """
+    do = _decode_compiled if HAVE_NUMBA else _decode_numpy
+    return int(do(lower, upper, starts, offsets, low, indices))
+
+
+# Compiled ---------------------------------------------------------------------------------------
+
+# Position of a word's only bit, by multiplication with a de Bruijn sequence: compiled Python has no
+# instruction for it.
+_DE_BRUIJN = 0x03F79D71B4CB0A89
+_POSITION = np.zeros(64, np.uint8)
+_POSITION[[(_DE_BRUIJN << bit) % 2**64 >> 58 for bit in range(64)]] = range(64)
+
+
+@jit
+def _encode_compiled(indices, starts, offsets, low, lower, upper):  # type: ignore[no-untyped-def]
+    width = np.uint64(low)
+    mask = (np.uint64(1) << width) - np.uint64(1)
+    word, filled, at = np.uint64(0), np.uint64(0), 0
+    for segment in range(len(starts) - 1):
+        previous = offsets[segment] - 1
+        for j in range(starts[segment], starts[segment + 1]):
+            number = offsets[segment] + np.int64(indices[j])
+            if number <= previous or number >= offsets[segment + 1]:
+                return segment
+            previous = number
+            bit = (number >> low) + j
+            upper[bit >> 6] |= np.uint64(1) << np.uint64(bit & 63)
+            rest = np.uint64(number) & mask
+            word |= rest << filled
+            filled += width
+            if filled >= np.uint64(64):
+                lower[at] = word
+                at += 1
+                filled -= np.uint64(64)
+                word = rest >> (width - filled)
+    if filled > np.uint64(0):
+        lower[at] = word
+    return GOOD
+
+
+@jit
+def _decode_compiled(lower, upper, starts, offsets, low, indices):  # type: ignore[no-untyped-def]
+    width = np.uint64(low)
+    mask = (np.uint64(1) << width) - np.uint64(1)
+    one = np.uint64(1)
+    word, at = np.uint64(0), -1  # what is left of the upper part's word, and which one that is
+    bit = 0  # of the lower part
+    for segment in range(len(starts) - 1):
+        previous = offsets[segment] - 1
+        for j in range(starts[segment], starts[segment + 1]):
+            while word == np.uint64(0):
+                at += 1
+                if at == len(upper):
+                    return TOO_FEW
+                word = upper[at]
+            lowest = word & (~word + one)
+            word ^= lowest
+            position = np.int64(_POSITION[(lowest * np.uint64(_DE_BRUIJN)) >> np.uint64(58)])
+            number = (64 * at + position - j) << low
+            if low:
+                shift = np.uint64(bit & 63)
+                rest = lower[bit >> 6] >> shift
+                if shift + width > np.uint64(64):
+                    rest |= lower[(bit >> 6) + 1] << (np.uint64(64) - shift)
+                number |= np.int64(rest & mask)
+                bit += low
+            if number <= previous or number >= offsets[segment + 1]:
+                return segment
+            previous = number
+            indices[j] = number - offsets[segment]
+    if word != np.uint64(0):
+        return TOO_MANY
+    for i in range(at + 1, len(upper)):
+        if upper[i] != np.uint64(0):
+            return TOO_MANY
+    return GOOD
+
+
+# With NumPy alone -------------------------------------------------------------------------------
+
+
+def _encode_numpy(
+    indices: np.ndarray,
+    starts: np.ndarray,
+    offsets: np.ndarray,
+    low: int,
+    lower: np.ndarray,
+    upper: np.ndarray,
+) -> int:
+    numbers = np.repeat(offsets[:-1], np.diff(starts)) + indices
+    wrong = _first_wrong(numbers, starts, offsets)
+    if wrong != GOOD:
+        return wrong
+    bits = np.zeros(64 * len(upper), np.uint8)
+    bits[(numbers >> low) + np.arange(len(numbers))] = 1
+    upper.view(np.uint8)[:] = np.packbits(bits, bitorder="little")
+    if low and len(numbers):
+        as_bytes = numbers.astype("<u4").view(np.uint8).reshape(-1, 4)
+        packed = np.packbits(np.unpackbits(as_bytes, 1, low, "little"), bitorder="little")
+        lower.view(np.uint8)[: len(packed)] = packed
+    return GOOD
+
+
+def _decode_numpy(
+    lower: np.ndarray,
+    upper: np.ndarray,
+    starts: np.ndarray,
+    offsets: np.ndarray,
+    low: int,
+    indices: np.ndarray,
+) -> int:
+    n = len(indices)
+    positions = np.flatnonzero(np.unpackbits(upper.view(np.uint8), bitorder="little"))
+    if len(positions) != n:
+        return TOO_FEW if len(positions) < n else TOO_MANY
+    numbers = (positions - np.arange(n)) << low
+    if low and n:
+        bits = np.unpackbits(lower.view(np.uint8), count=n * low, bitorder="little")
+        rest = np.zeros((n, 4), np.uint8)
+        packed = np.packbits(bits.reshape(n, low), axis=1, bitorder="little")
+        rest[:, : packed.shape[1]] = packed
+        numbers |= rest.view("<u4")[:, 0]
+    wrong = _first_wrong(numbers, starts, offsets)
+    if wrong == GOOD:
+        np.subtract(
+            numbers, np.repeat(offsets[:-1], np.diff(starts)), out=indices, casting="unsafe"
+        )
+    return wrong
+
+
+def _first_wrong(numbers: np.ndarray, starts: np.ndarray, offsets: np.ndarray) -> int:
+    """The first segment whose numbers do not ascend or leave its range, or GOOD."""
+    segments = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    wrong = (numbers < offsets[segments]) | (numbers >= offsets[segments + 1])
+    wrong[1:] |= numbers[1:] <= numbers[:-1]
+    return int(segments[np.argmax(wrong)]) if wrong.any() else GOOD
