@@ -1,3 +1,4 @@
+# mypy: disable-error-code="call-arg"
 """Floats as bits, inside compiled loops: what numba has no words for.
 
 Each function becomes a few instructions; on vectors LLVM picks those the processor has.
@@ -11,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore
 from numba import types
 from numba.extending import intrinsic, overload
 
@@ -97,7 +98,7 @@ def number(_: Any, magnitude: types.Type, like: types.Type) -> Any:
     return like(types.uint64, like), generate
 
 
-def _load(context: Any, builder: Any, array: types.Type, value: Any, start: Any) -> ir.Value:
+def _load(context: Any, builder: Any, array: Any, value: Any, start: Any) -> ir.Value:
     """LANES floats of an array from an entry on."""
     first = context.make_array(array)(context, builder, value).data
     vector = ir.VectorType(context.get_data_type(array.dtype), LANES).as_pointer()

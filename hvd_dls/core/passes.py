@@ -19,7 +19,7 @@ from hvd_dls.core.sketch import Sketch
 if HAVE_NUMBA:
     from hvd_dls.core import passes_numba as _backend
 else:
-    from hvd_dls.core import passes_numpy as _backend
+    from hvd_dls.core import passes_numpy as _backend  # type: ignore[no-redef]
 
 
 class Found(NamedTuple):
@@ -36,13 +36,11 @@ def find(
     gradient: np.ndarray,
     k: int,
     last_threshold: float = 0.0,
-    *,
-    threads: int = 1,
 ) -> Found | None:
     """Finds the k entries of largest magnitude of residual + gradient; changes nothing.
 
-    Exact and deterministic, ties to the lower index: ``last_threshold`` and ``threads`` change the
-    speed, never the result.
+    Exact and deterministic, ties to the lower index: ``last_threshold`` changes the speed, never
+    the result.
 
     Args:
         residual: (n,) float32 or float64, contiguous.
@@ -50,14 +48,13 @@ def find(
             bfloat16 as its bits in uint16.
         k: 1 <= k <= n < 2**32.
         last_threshold: of this layer's last step, 0 if unknown.
-        threads: over which the pass is split.
 
     Returns:
         What to send; None if the gradient or the sum holds NaN or Inf (the sum may overflow).
     """
     _check(residual, gradient)
     assert 1 <= k <= len(residual)
-    found = _backend.find(residual, gradient, k, float(last_threshold), threads)
+    found = _backend.find(residual, gradient, k, float(last_threshold))
     return None if found is None else Found(*found)
 
 
@@ -69,8 +66,6 @@ def settle(
     received: Sequence[tuple[np.ndarray, np.ndarray]],
     scale: float,
     out: np.ndarray,
-    *,
-    threads: int = 1,
 ) -> None:
     """Books a step: the residual takes the gradient in and what was sent leaves it; ranks add up.
 
@@ -86,7 +81,6 @@ def settle(
         out: (n,) float32, float64, float16, or bfloat16 bits in uint16; may be the gradient.
             Becomes scale * sum over ranks, added in rank order from +0 in the residual's dtype and
             rounded to nearest, ties to even, once; +0 where no rank sent anything.
-        threads: over which the pass is split; does not change the result.
 
     Raises:
         ValueError: indices that do not ascend, or lie outside the layer.  Memory outside the arrays
@@ -96,7 +90,7 @@ def settle(
     assert out.shape == residual.shape
     assert out.flags.c_contiguous
     assert kept is None or kept.dtype == residual.dtype
-    _backend.settle(residual, gradient, indices, kept, received, float(scale), out, threads)
+    _backend.settle(residual, gradient, indices, kept, received, float(scale), out)
 
 
 def _check(residual: np.ndarray, gradient: np.ndarray) -> None:

@@ -42,6 +42,9 @@ _EDGES = edges(0, _BINS)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
+_nothing: dict[str, np.ndarray] = {"f": np.empty(0, np.float32), "d": np.empty(0, np.float64)}
+
+
 class _Scratch(threading.local):
     """Memory that all calls in a thread share; what is in it lasts for one call."""
 
@@ -49,9 +52,8 @@ class _Scratch(threading.local):
         # Histogram of the sample; of digits, to find the k-th largest; bins of a chunk's entries.
         self.tables = np.zeros((3, max(_BINS, _DIGITS, _CHUNK)), np.uint32)
         self._indices = np.empty(0, np.uint32)
-        self._values = {"f": np.empty(0, np.float32), "d": np.empty(0, np.float64)}
+        self._values = dict(_nothing)
         self.totals = {"f": np.zeros(_BLOCK, np.float32), "d": np.zeros(_BLOCK, np.float64)}
-        self.nothing = {"f": np.zeros(0, np.float32), "d": np.zeros(0, np.float64)}
 
     def candidates(self, dtype: np.dtype[Any], room: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices and values, at least ``room`` of each."""
@@ -74,7 +76,7 @@ def _numbered(array: np.ndarray) -> np.ndarray:
 
 
 def find(
-    residual: np.ndarray, gradient: np.ndarray, k: int, last_threshold: float, threads: int
+    residual: np.ndarray, gradient: np.ndarray, k: int, last_threshold: float
 ) -> tuple[np.ndarray, np.ndarray, float, Sketch] | None:
     """See ``passes.find``."""
     n, dtype = len(residual), residual.dtype
@@ -277,12 +279,11 @@ def settle(
     received: Sequence[tuple[np.ndarray, np.ndarray]],
     scale: float,
     out: np.ndarray,
-    threads: int,
 ) -> None:
     """See ``passes.settle``."""
     n, dtype = len(residual), residual.dtype
     gradient, out, factor = _numbered(gradient), _numbered(out), dtype.type(scale)
-    left = _scratch.nothing[dtype.char] if kept is None else kept
+    left = _nothing[dtype.char] if kept is None else kept
     lists = np.empty((len(received), 5), np.int64)
     for rank, (entries, values) in enumerate(received):
         _note(lists, rank, entries, values)
@@ -308,19 +309,16 @@ def _settle(residual, gradient, indices, kept, lists, scale, out, total):
     """
     n, sent = len(residual), 0
     zero_index, zero = np.uint32(0), residual.dtype.type(0)
+    plain = zero * scale == 0 and not np.signbit(scale)  # zero times the scale is +0
     for start in range(0, n, _BLOCK):
-        own, new, result = (
-            residual[start : start + _BLOCK],
-            gradient[start : start + _BLOCK],
-            out[start : start + _BLOCK],
-        )
-        length = len(own)
+        own, new = residual[start : start + _BLOCK], gradient[start : start + _BLOCK]
+        result, length = out[start : start + _BLOCK], len(own)
         for i in range(length):
             own[i] += widened(new[i])
         while sent < len(indices) and np.uint64(indices[sent] - start) < np.uint64(length):
             own[indices[sent] - start] = kept[sent] if len(kept) else zero
             sent += 1
-        result[:] = 0
+        touched = 0
         for rank in range(len(lists)):
             i = lists[rank, 3] = lists[rank, 4]
             entries, values, end = lists[rank, 0], lists[rank, 1], lists[rank, 2]
@@ -331,7 +329,14 @@ def _settle(residual, gradient, indices, kept, lists, scale, out, total):
                 total[at] += element(values, i, zero)
                 i += 1
             lists[rank, 4] = i
+            touched += i - lists[rank, 3]
+        if plain and touched > length // 16:
+            for i in range(length):
+                result[i] = rounded(total[i] * scale, result[0])
+                total[i] = zero
+            continue
         # The product comes from the total, so that it may be written once per rank.
+        result[:] = 0
         for rank in range(len(lists)):
             for i in range(lists[rank, 3], lists[rank, 4]):
                 at = np.uint64(element(lists[rank, 0], i, zero_index) - start)

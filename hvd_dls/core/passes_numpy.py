@@ -14,9 +14,9 @@ _MARGIN = 0.7  # part of the last threshold above which candidates are looked fo
 
 
 def find(
-    residual: np.ndarray, gradient: np.ndarray, k: int, last_threshold: float, threads: int
+    residual: np.ndarray, gradient: np.ndarray, k: int, last_threshold: float
 ) -> tuple[np.ndarray, np.ndarray, float, Sketch] | None:
-    """See ``passes.find``; one thread whatever is asked for."""
+    """See ``passes.find``."""
     number = residual.dtype.type
     with np.errstate(all="ignore"):  # overflow and NaN are looked for
         bound = number(_MARGIN * last_threshold if last_threshold > 0 else 0)
@@ -105,9 +105,8 @@ def settle(
     received: Sequence[tuple[np.ndarray, np.ndarray]],
     scale: float,
     out: np.ndarray,
-    threads: int,
 ) -> None:
-    """See ``passes.settle``; one thread whatever is asked for."""
+    """See ``passes.settle``."""
     n = len(residual)
     factor = residual.dtype.type(scale)
     check_ascending([indices, *(entries for entries, _ in received)], n)

@@ -179,7 +179,11 @@ class Binding(BaseBinding):
                     session.compress(name, _bits(array).reshape(-1))
                 return session.payload(bucket)
 
-        arguments = [checked, *gradients.values()]
+        taken = [
+            tf.cast(gradient, self._exchanged(name, gradient.dtype))
+            for name, gradient in gradients.items()
+        ]
+        arguments = [checked, *taken]
         payload = tf.ensure_shape(tf.numpy_function(compressed, arguments, tf.uint8), [None])
         # A name of its own: Horovod matches operations of different ranks by name.
         name = f"{self._label}.{bucket}"
@@ -223,10 +227,10 @@ class Binding(BaseBinding):
         """All ranks' entries as a gradient, scaled as Horovod scaled the 1.0."""
         assert self.session is not None
         session, layer = self.session, self._layers[self._position[sent.name]]
-        dtype = sent.dtype.as_numpy_dtype
+        dtype = self._exchanged(sent.name, sent.dtype)
 
         def summed(received: np.ndarray, reduced_one: np.ndarray) -> np.ndarray:
-            total = _aligned(layer.size, dtype)
+            total = _aligned(layer.size, dtype.as_numpy_dtype)
             with self._lock:
                 try:
                     if self._error is None:
@@ -240,8 +244,13 @@ class Binding(BaseBinding):
             return total.reshape(layer.shape)
 
         with tf.device("CPU:0"):
-            total = tf.numpy_function(summed, [sent.step.received, reduced_one], sent.dtype)
-            return tf.ensure_shape(total, layer.shape)
+            total = tf.numpy_function(summed, [sent.step.received, reduced_one], dtype)
+            return tf.cast(tf.ensure_shape(total, layer.shape), sent.dtype)
+
+    def _exchanged(self, name: str, gradient: tf.DType) -> tf.DType:
+        """The type in which a gradient is exchanged: its own, if that adds to the residual's."""
+        work = tf.as_dtype(self._layers[self._position[name]].work_dtype)
+        return gradient if gradient.size == 2 and work == tf.float32 else work
 
     def decompress_dense(self, reduced: tf.Tensor, sent: Dense) -> tf.Tensor:
         """A gradient that Horovod has reduced whole."""
