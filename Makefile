@@ -7,6 +7,7 @@ VENV ?= .venv
 FRAMEWORK ?= torch
 DEMO_ARGS ?=
 TEST_ARGS ?=
+ENTRIES ?=
 
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
@@ -17,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint venv wheel clean
+.PHONY: help demo test lint matrix venv wheel clean
 
 # An environment is void if its Python is gone or another one, or if it was moved or copied here:
 # its scripts still name the old place.
@@ -29,6 +30,7 @@ help:
 	@echo "             (FRAMEWORK=torch or tensorflow, DEMO_ARGS=...)"
 	@echo "make test    run all tests (TEST_ARGS=...)"
 	@echo "make lint    ruff and mypy"
+	@echo "make matrix  the Docker test matrix, with docker, podman or buildah (ENTRIES=...)"
 	@echo "make venv    only set up $(VENV)"
 	@echo "make wheel   build and install Horovod's wheel, again after installing Open MPI"
 	@echo "make clean   remove $(VENV) and all caches here (the Horovod wheel stays cached)"
@@ -43,6 +45,9 @@ lint: $(DONE)/packages
 	@$(IN_VENV) -m ruff check .
 	@$(IN_VENV) -m ruff format --check .
 	@$(IN_VENV) -m mypy
+
+matrix: $(DONE)/packages
+	@$(IN_VENV) docker/matrix.py $(ENTRIES)
 
 venv: $(DONE)/horovod $(DONE)/package
 	@echo "$(VENV) is ready"

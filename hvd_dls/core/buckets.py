@@ -11,7 +11,7 @@ from hvd_dls.config import DLSConfig
 from hvd_dls.core.layers import LayerSpec
 from hvd_dls.core.payload import MAX_ENTRIES, Bucket
 
-_SLACK = 1 / 32  # room above what is needed now, so that moving ratios seldom change a length
+_SLACK = 0.01  # room above what is needed now, so that moving ratios seldom change a length
 _WASTE = 1 / 8  # of the room may stay empty before it shrinks
 
 

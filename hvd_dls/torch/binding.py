@@ -81,9 +81,12 @@ class Binding(BaseBinding):
 
     def name_of(self, gradient: torch.Tensor) -> str | None:
         """Name of the parameter whose ``.grad`` this tensor is, or None."""
-        for name, reference in self._of_shape.get(gradient.shape, ()):
+        entries = self._of_shape.get(gradient.shape, [])
+        for position, (name, reference) in enumerate(entries):
             parameter = reference()
             if parameter is not None and parameter.grad is gradient:
+                # Hooks fire in much the same order every step: the next one asked for is now first.
+                entries.append(entries.pop(position))
                 return name
         return None
 
