@@ -8,13 +8,13 @@ from typing import Any
 
 try:
     import numba
+
+    HAVE_NUMBA = True
 except ImportError:  # an optional package: pip install hvd-dls[fast]
-    numba = None
+    HAVE_NUMBA = False
     logging.getLogger("hvd_dls").warning(
         "numba is not installed: compression takes several times as long (pip install numba)"
     )
-
-HAVE_NUMBA = numba is not None
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,6 +23,7 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     It runs without the interpreter's lock, so that other threads (Horovod's, TensorFlow's) go on.
     Without numba the function comes back as it is: it must not be called then, only defined.
     """
-    if numba is None:
+    if not HAVE_NUMBA:
         return function
-    return numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+    compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    return compiled

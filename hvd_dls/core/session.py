@@ -256,7 +256,8 @@ class Session:
     # Room for the entries -----------------------------------------------------------------------
 
     def _k_of(self, bucket: int) -> np.ndarray:
-        return self._controller.k[self._rows[bucket]]
+        k: np.ndarray = self._controller.k[self._rows[bucket]]
+        return k
 
     def _fit_capacities(self) -> None:
         for number, bucket in enumerate(self.buckets):

@@ -25,7 +25,6 @@ DTYPES = [
     (np.float32, np.uint16),
     (np.float64, np.float64),
 ]
-THREADS = [1, 2, 3]
 
 
 @pytest.fixture(autouse=True, params=BACKENDS, ids=lambda module: module.__name__.split("_")[-1])
@@ -68,10 +67,10 @@ def top_k(total, k):
     return np.sort(np.lexsort((np.arange(len(total)), -np.abs(total)))[:k])
 
 
-def check_find(residual, gradient, k, last_threshold=0.0, threads=1):
+def check_find(residual, gradient, k, last_threshold=0.0):
     """All laws of finding on one case; returns what was found."""
     before = residual.tobytes(), gradient.tobytes()
-    found = passes.find(residual, gradient, k, last_threshold, threads=threads)
+    found = passes.find(residual, gradient, k, last_threshold)
     assert (residual.tobytes(), gradient.tobytes()) == before
     total = plus(residual, gradient)
     if not np.isfinite(total).all():
@@ -112,11 +111,11 @@ def cases(draw, sizes=(1, 2, 7, 63, 64, 65, 130, 1000, 2048, 2049, 5000)):
     return residual, gradient, k
 
 
-@given(cases(), st.sampled_from([0.0, 1e-9, 0.5, 1.0, 1.5, 1000.0]), st.sampled_from(THREADS))
-def test_what_is_found_is_the_exact_top_k_whatever_the_last_threshold(case, factor, threads):
+@given(cases(), st.sampled_from([0.0, 1e-9, 0.5, 1.0, 1.5, 1000.0]))
+def test_what_is_found_is_the_exact_top_k_whatever_the_last_threshold(case, factor):
     residual, gradient, k = case
     exact = np.abs(plus(residual, gradient))[top_k(plus(residual, gradient), k)].min()
-    check_find(residual, gradient, k, float(factor * exact), threads)
+    check_find(residual, gradient, k, float(factor * exact))
 
 
 @given(cases(sizes=(3000,)), st.sampled_from([1e-44, 5e-324, 3e38, 1e300, np.inf, np.nan, -1.0, 7]))
@@ -138,9 +137,9 @@ def test_many_blocks_and_full_buffers(shape, last_threshold, k):
         scale = {"ascending": 1, "descending": -1, "ties": 0, "zeros": 0}[shape]
         gradient = ranked[::scale] if scale else np.full_like(ranked, shape == "ties")
     gradient = np.ascontiguousarray(gradient)
-    found = [check_find(np.zeros_like(gradient), gradient, k, last_threshold, t) for t in THREADS]
+    found = check_find(np.zeros_like(gradient), gradient, k, last_threshold)
     if shape == "ties":
-        assert np.array_equal(found[0].indices, np.arange(k))
+        assert np.array_equal(found.indices, np.arange(k))
 
 
 @pytest.mark.parametrize("n", [SAMPLE, SAMPLE + 1, 2 * SAMPLE, 5 * SAMPLE + 7])
@@ -149,8 +148,7 @@ def test_sketches_of_large_layers_are_those_of_the_definition(kind, n):
     gradient = KINDS[kind](np.random.default_rng(2), n).astype(np.float32)
     residual = np.roll(gradient, 5)
     for k in (10, n // 100, n // 2):
-        for threads in THREADS:
-            check_find(residual, gradient, k, 0.0, threads)
+        check_find(residual, gradient, k)
 
 
 @pytest.mark.parametrize(("work", "dtype"), DTYPES)
@@ -169,8 +167,7 @@ def test_gradients_may_jump_vanish_and_return(work, dtype):
 
 @pytest.mark.parametrize(("work", "dtype"), DTYPES)
 @pytest.mark.parametrize("bad", [[np.nan], [np.inf], [-np.inf], [np.inf, -np.inf]], ids=str)
-@pytest.mark.parametrize("threads", THREADS)
-def test_nan_and_inf_are_found_wherever_they_are(work, dtype, bad, threads):
+def test_nan_and_inf_are_found_wherever_they_are(work, dtype, bad):
     n = 5003
     for start in (0, 1000, n - len(bad)):
         for k in (1, 10, n):
@@ -180,7 +177,7 @@ def test_nan_and_inf_are_found_wherever_they_are(work, dtype, bad, threads):
                 gradient[start] = 0xFFC1
             for last_threshold in (0.0, 1.0, 1e38):
                 residual = np.ones(n, work)
-                assert check_find(residual, gradient, k, last_threshold, threads) is None
+                assert check_find(residual, gradient, k, last_threshold) is None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -224,19 +221,19 @@ def settled(residual, gradient, indices, kept, received, scale, dtype):
     return residual, store(out, dtype)
 
 
-def check_settle(residual, gradient, indices, kept, received, scale, dtype=None, threads=1):
+def check_settle(residual, gradient, indices, kept, received, scale, dtype=None):
     """All laws of settling on one case: with the sum in the gradient's memory, and elsewhere."""
     dtype = dtype or gradient.dtype
     expected = settled(residual, gradient, indices, kept, received, scale, dtype)
     before = gradient.tobytes()
     own, out = residual.copy(), np.full(len(residual), 77, dtype)
-    passes.settle(own, gradient, indices, kept, received, scale, out, threads=threads)
+    passes.settle(own, gradient, indices, kept, received, scale, out)
     assert gradient.tobytes() == before
     assert own.tobytes() == expected[0].tobytes()
     assert out.tobytes() == expected[1].tobytes()
     if dtype == gradient.dtype:
         own, out = residual.copy(), gradient.copy()
-        passes.settle(own, out, indices, kept, received, scale, out, threads=threads)
+        passes.settle(own, out, indices, kept, received, scale, out)
         assert own.tobytes() == expected[0].tobytes()
         assert out.tobytes() == expected[1].tobytes()
 
@@ -257,9 +254,8 @@ def entries(draw, n, work):
     st.data(),
     st.integers(0, 5),
     st.sampled_from([1.0, 0.25, 1 / 3, -2.0, 0.0, -0.0, 1e-40, 1e30]),
-    st.sampled_from(THREADS),
 )
-def test_settling_is_what_the_plain_steps_are(case, data, ranks, scale, threads):
+def test_settling_is_what_the_plain_steps_are(case, data, ranks, scale):
     residual, gradient, _ = case
     work = residual.dtype
     received = [data.draw(entries(len(residual), work)) for _ in range(ranks)]
@@ -267,7 +263,7 @@ def test_settling_is_what_the_plain_steps_are(case, data, ranks, scale, threads)
     kept = data.draw(st.sampled_from([None, kept]))
     other = [np.float32, np.float16, np.uint16] if work == np.float32 else [np.float64, np.float32]
     for dtype in {gradient.dtype, np.dtype(data.draw(st.sampled_from(other)))}:
-        check_settle(residual, gradient, indices, kept, received, scale, dtype, threads)
+        check_settle(residual, gradient, indices, kept, received, scale, dtype)
 
 
 def test_ranks_are_added_in_their_order():

@@ -35,7 +35,8 @@ def test_variance_is_one(shape):
     log_x = np.linspace(-20, 60, 80_001)
     x = np.exp(log_x)
     integrand = 2 * x**2 * np.array([shape.survival(value) for value in x])
-    assert np.trapezoid(integrand, log_x) == pytest.approx(1, rel=1e-3)
+    trapezoids = (integrand[1:] + integrand[:-1]) / 2 * np.diff(log_x)
+    assert trapezoids.sum() == pytest.approx(1, rel=1e-3)
 
 
 @pytest.mark.parametrize(("heavy", "light"), [("pareto", "laplace"), ("laplace", "gaussian")])
