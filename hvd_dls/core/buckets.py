@@ -1,8 +1,7 @@
-"""Layers that travel together, fixed in advance, and how much room each group of them gets."""
+"""Layers that travel together, fixed in advance."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,9 +9,6 @@ import numpy as np
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.layers import LayerSpec
 from hvd_dls.core.payload import MAX_ENTRIES, Bucket
-
-_SLACK = 0.01  # room above what is needed now, so that moving ratios seldom change a length
-_WASTE = 1 / 8  # of the room may stay empty before it shrinks
 
 
 def make_buckets(layers: Sequence[LayerSpec], config: DLSConfig) -> tuple[Bucket, ...]:
@@ -39,14 +35,3 @@ def make_bucket(layers: Sequence[LayerSpec], config: DLSConfig) -> Bucket:
     """A bucket of these layers, all of one work dtype; float64 is sent as it is."""
     values = "float64" if layers[0].work_dtype == np.float64 else config.values
     return Bucket(tuple(layers), values, config.index_code)
-
-
-def capacity_for(needed: int, size: int, current: int = 0) -> int:
-    """Entries that a bucket's payload has room for: as before wherever that will do.
-
-    Horovod negotiates anew whenever a payload's length changes, so small changes of ``needed``
-    (entries to be sent; at most ``size``, the bucket's entries) leave it as it is.
-    """
-    if needed <= current and needed >= current * (1 - _WASTE):
-        return current
-    return min(size, math.ceil(needed * (1 + _SLACK)))

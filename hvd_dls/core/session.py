@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.buckets import capacity_for, make_buckets
+from hvd_dls.core.buckets import make_buckets
 from hvd_dls.core.controller import Controller
 from hvd_dls.core.layers import LayerSpec
 from hvd_dls.core.passes import Found, find, settle
@@ -82,7 +82,6 @@ class Session:
         self.world_size = world_size
         self.plan = make_plan(layers, config, world_size)
         self.buckets = make_buckets(self.plan.sparse, config)
-        self._controller = Controller(self.plan, config, initial_k(self.plan, config, norms))
         self._layers = {layer.name: layer for layer in self.plan.sparse}
         # Of each layer: its bucket, and its position therein.
         self._place = {
@@ -92,14 +91,19 @@ class Session:
         }
         row = {layer.name: row for row, layer in enumerate(self.plan.sparse)}
         self._rows = [np.array([row[x.name] for x in b.layers]) for b in self.buckets]
-        self._capacities = [0] * len(self.buckets)
-        self._fit_capacities()
+        k = initial_k(self.plan, config, norms)
+        self._controller = Controller(self.plan, config, k, self._rows)
         self.residuals = {n: np.zeros(x.size, x.work_dtype) for n, x in self._layers.items()}
         self._thresholds = dict.fromkeys(self._layers, 0.0)
         self._step = _Step()
         self.last_step: StepRecord | None = None
 
     # The way of a gradient ----------------------------------------------------------------------
+
+    @property
+    def k(self) -> np.ndarray:
+        """(L,) entries each sparse layer sends in the current step."""
+        return self._controller.k
 
     def is_sparse(self, name: str) -> bool:
         """Whether the plan compresses this layer."""
@@ -140,7 +144,7 @@ class Session:
     def payload(self, bucket: int) -> np.ndarray:
         """What this rank sends of a bucket: uint8, as long as every other rank's."""
         found = [self._step.found.get(x.name, ABSENT) for x in self.buckets[bucket].layers]
-        packed = pack(self.buckets[bucket], self._capacities[bucket], self._k_of(bucket), found)
+        packed = pack(self.buckets[bucket], self._entries_of(bucket), self._k_of(bucket), found)
         self._step.sent[bucket] = len(packed.payload)
         self._step.kept[bucket] = packed.kept
         return packed.payload
@@ -157,7 +161,7 @@ class Session:
         """
         self._step.received[bucket] = unpack(
             self.buckets[bucket],
-            self._capacities[bucket],
+            self._entries_of(bucket),
             self._k_of(bucket),
             gathered,
             self.world_size,
@@ -219,7 +223,6 @@ class Session:
             self._thresholds[name] = found.threshold
         k = self._controller.k.copy()
         self._controller.advance(*self._sketches(step))
-        self._fit_capacities()
         self.last_step = self._record(k, step)
 
     def _sketches(self, step: _Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -253,31 +256,22 @@ class Session:
             quality=quality,
         )
 
-    # Room for the entries -----------------------------------------------------------------------
-
     def _k_of(self, bucket: int) -> np.ndarray:
         k: np.ndarray = self._controller.k[self._rows[bucket]]
         return k
 
-    def _fit_capacities(self) -> None:
-        for number, bucket in enumerate(self.buckets):
-            needed = int(self._k_of(number).sum())
-            # A single bucket always sends all of the budget.
-            fitted = capacity_for(needed, bucket.size, self._capacities[number])
-            self._capacities[number] = needed if len(self.buckets) == 1 else fitted
+    def _entries_of(self, bucket: int) -> int:
+        return int(self._controller.budgets.budgets[bucket])
 
     # Agreement at the start ---------------------------------------------------------------------
 
     def agreed(self) -> np.ndarray:
-        """(1 + L,) int64: step and k of each sparse layer, which rank 0 hands to the others."""
-        return np.concatenate([[self._controller.step], self._controller.k])
+        """Step and ratios, int64, which rank 0 hands to the others."""
+        return self._controller.state()
 
     def agree(self, agreed: np.ndarray) -> None:
         """Takes over rank 0's ``agreed()``."""
-        self._controller.step = int(agreed[0])
-        self._controller.k = np.array(agreed[1:], dtype=np.int64)
-        self._capacities = [0] * len(self.buckets)
-        self._fit_capacities()
+        self._controller.restore(agreed)
 
     # State --------------------------------------------------------------------------------------
 
@@ -295,8 +289,7 @@ class Session:
             "layers": [
                 [layer.name, [*layer.shape, layer.work_dtype.name]] for layer in self.plan.sparse
             ],
-            "step": self._controller.step,
-            "k": self._controller.k.copy(),
+            "ratios": self._controller.state(),
             "thresholds": np.array(list(self._thresholds.values())),
             "residuals": dict(self.residuals),
         }
@@ -324,7 +317,9 @@ class Session:
                 f"saved by one of {state['world_size']} ranks, but there are {self.world_size} now"
             )
         self._check_layers(dict(state["layers"]), dict(own["layers"]))
-        for part in ("k", "thresholds", "residuals"):
+        if len(state["ratios"]) < 2 + 2 * len(self._layers):
+            raise StateMismatchError(f"the saved ratios have only {len(state['ratios'])} numbers")
+        for part in ("thresholds", "residuals"):
             if len(state[part]) != len(own[part]):
                 raise StateMismatchError(
                     f"the saved state has {len(state[part])} {part}, expected {len(own[part])}"
@@ -345,13 +340,10 @@ class Session:
         """
         self.check_state(state)
         self._step = _Step()
-        self._controller.step = int(state["step"])
-        self._controller.k = np.array(state["k"], dtype=np.int64)
+        self._controller.restore(np.asarray(state["ratios"], np.int64))
         self._thresholds = dict(zip(self._layers, map(float, state["thresholds"]), strict=True))
         for name, residual in self.residuals.items():
             residual[:] = np.asarray(state["residuals"][name])
-        self._capacities = [0] * len(self.buckets)
-        self._fit_capacities()
 
     @staticmethod
     def _check_layers(saved: Mapping[str, list[Any]], own: Mapping[str, list[Any]]) -> None:

@@ -147,7 +147,7 @@ class Binding(BaseBinding):
             return state
         residuals = {name: torch.from_numpy(r) for name, r in state["residuals"].items()}
         return state | {
-            "k": state["k"].tolist(),
+            "ratios": state["ratios"].tolist(),
             "thresholds": state["thresholds"].tolist(),
             "residuals": residuals,
         }

@@ -92,7 +92,7 @@ def step(
 
 def k_of(session: Session) -> dict[str, int]:
     """Entries each layer sends in the next step."""
-    return dict(zip((x.name for x in session.plan.sparse), session.agreed()[1:], strict=True))
+    return dict(zip((x.name for x in session.plan.sparse), session.k.tolist(), strict=True))
 
 
 def copies(arrays: Gradients) -> Gradients:

@@ -366,6 +366,17 @@ def test_a_saved_state_goes_on_to_the_bit(options):
             assert np.array_equal(a.last_step.thresholds, b.last_step.thresholds)
 
 
+def test_a_state_of_other_buckets_goes_on_with_the_same_ratios():
+    rng = np.random.default_rng(7)
+    sessions = make_sessions(2)
+    run(sessions, rng, 4)
+    others = make_sessions(2, bucket_bytes=1)
+    for session, other in zip(sessions, others, strict=True):
+        other.load_state_dict(session.state_dict())
+        assert np.array_equal(other.k, session.k)
+    run(others, rng, 2)
+
+
 def test_a_loaded_state_is_copied():
     rng = np.random.default_rng(7)
     sessions = make_sessions(2)
@@ -375,14 +386,14 @@ def test_a_loaded_state_is_copied():
     sessions[0].load_state_dict(state)
     run(sessions, rng, 2)
     assert same(state["residuals"], kept["residuals"])
-    assert np.array_equal(state["k"], kept["k"])
+    assert np.array_equal(state["ratios"], kept["ratios"])
 
 
 def test_a_state_of_lists_loads_too():
     sessions = make_sessions(2)
     run(sessions, np.random.default_rng(7), 2)
     state = sessions[0].state_dict()
-    plain = state | {"k": state["k"].tolist(), "thresholds": state["thresholds"].tolist()}
+    plain = state | {"ratios": state["ratios"].tolist(), "thresholds": state["thresholds"].tolist()}
     (other, _) = make_sessions(2)
     other.load_state_dict(plain)
     assert np.array_equal(other.agreed(), sessions[0].agreed())
@@ -486,23 +497,31 @@ def test_norms_are_taken_by_name():
 @pytest.mark.parametrize(
     ("broken", "match"),
     [
-        (lambda state: state.pop("k"), "lacks k"),
+        (lambda state: state.pop("ratios"), "lacks ratios"),
+        (lambda state: state.update(ratios=[0, 0, 1]), "ratios have only 3 numbers"),
         (lambda state: state.update(thresholds=[1.0]), "1 thresholds, expected"),
         (lambda state: state["residuals"].pop("l1"), "residuals, expected"),
         (lambda state: state["residuals"].update(l1=np.zeros(3)), r"'l1'.*\(3,\)"),
         (lambda state: state["layers"][1][1].__setitem__(-1, "float64"), "'l1'.*float64"),
     ],
-    ids=["no k", "too few thresholds", "a residual missing", "a residual too short", "other type"],
+    ids=[
+        "no ratios",
+        "few ratios",
+        "too few thresholds",
+        "a residual missing",
+        "a residual too short",
+        "other type",
+    ],
 )
 def test_a_damaged_state_is_refused_before_anything_changes(broken, match):
     layers = [layer_spec(f"l{i}", (40, 30)) for i in range(3)]
     session = Session(layers, DLSConfig(density=0.1, dense_below=0, cost_rule=False), 2)
     state = copy.deepcopy(session.state_dict())
-    state["step"] = 7
+    state["ratios"][0] = 7
     broken(state)
     with pytest.raises(StateMismatchError, match=match):
         session.load_state_dict(state)
-    assert session.state_dict()["step"] == 0
+    assert session.agreed()[0] == 0
 
 
 def test_what_is_not_on_its_way_cannot_be_decompressed():
