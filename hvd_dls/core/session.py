@@ -137,6 +137,11 @@ class Session:
         step.missing[bucket] = step.missing.get(bucket, len(self.buckets[bucket].layers)) - 1
         return None if step.missing[bucket] else bucket
 
+    @property
+    def complete(self) -> bool:
+        """Whether all layers have come in, and so all buckets have been sent."""
+        return len(self._step.gradients) == len(self._layers)
+
     def unfinished(self) -> list[int]:
         """Buckets with some layers in this step that have not been sent: send them now."""
         return sorted(self._step.missing.keys() - self._step.sent.keys())
@@ -289,6 +294,7 @@ class Session:
             "layers": [
                 [layer.name, [*layer.shape, layer.work_dtype.name]] for layer in self.plan.sparse
             ],
+            "step": self._controller.step,
             "ratios": self._controller.state(),
             "thresholds": np.array(list(self._thresholds.values())),
             "residuals": dict(self.residuals),

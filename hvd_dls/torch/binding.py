@@ -118,6 +118,15 @@ class Binding(BaseBinding):
         self.session.decompress(sent.name, _as_numpy(total), scale)
         return gradient if in_place else gradient.copy_(total)
 
+    def wait(self) -> None:
+        """Waits for what is on its way, if all is: sleeping, where Horovod's own wait would spin.
+
+        If some layers have not come in, Horovod's wait, which first compresses gradients of unused
+        parameters, must go first: other ranks may be waiting for these.
+        """
+        if self.session is not None and self.session.complete:
+            self._receive_all(self.session)
+
     def _send(self, session: Session, bucket: int) -> None:
         # A name of its own: Horovod matches operations of different ranks by name.
         name = f"{self._label}.{bucket}"

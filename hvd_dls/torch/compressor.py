@@ -104,7 +104,7 @@ class DLSCompressor(BaseCompressor):
     # Finding the parameters ---------------------------------------------------------------------
 
     def _before_step(self, optimizer: Any) -> None:
-        """Refuses what Horovod would let drift apart or what cannot be compressed.
+        """Refuses what Horovod would let drift apart or what cannot be compressed; waits.
 
         Args:
             optimizer: Horovod's, with the attributes that Horovod's torch/optimizer.py gives it.
@@ -119,6 +119,8 @@ class DLSCompressor(BaseCompressor):
                 for parameter in group["params"]:
                     if parameter.grad is not None and parameter not in optimizer._requires_update:
                         self._refuse_unreduced(optimizer, parameter)
+        for binding in self._bindings:
+            binding.wait()
 
     def _after_step(self, optimizer: Any) -> None:
         """Takes over the parameters of an optimizer whose gradients have passed ``compress``.

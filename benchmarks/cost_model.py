@@ -1,0 +1,347 @@
+#!/usr/bin/env python3
+"""What a step costs, as a formula fitted to measurements; and from it, where DLS pays.
+
+    python benchmarks/cost_model.py build/exchange.json build/network.json --picture cost.png
+
+Takes JSON files of exchange.py and network.py. A step, of P ranks over links of B bytes a second:
+
+    dense   start + hop P' + copy N             + wire 2 P'/P 4 N / B
+    fp16    start + hop P' + copy N + convert N + wire 2 P'/P 2 N / B
+    sparse  start + hop P' + pass N + entry K P + wire (P' payload + 2 P'/P rest) / B
+
+with P' = P - 1, N entries of the model, K entries a rank sends, and `rest` the bytes that go dense.
+All but the last term is time of a processor: where ranks share cores, it counts as often as ranks
+share one. `wire` should come out a little above 1: headers. The terms are added up, as if nothing
+overlapped. The first tables show the terms, and what they make beside what was measured. (`start`
+cannot be told from `copy` and `pass` by measurements of a single model, nor `hop` by a single P:
+then they share.)
+
+The predictions are for one rank a host with as fast a core as measured, and another `hop`: twice
+P' (dense) or once P' (sparse) --latency-us. "Horovod" compares with dense as fitted, on CPUs;
+"ideal" with an allreduce that costs nothing but the wire, as GPUs with NCCL nearly have it, while
+DLS still pays for passes on a CPU. An allgather grows with P, an allreduce does not: with
+P density above about 1.5 (float32), DLS sends more than dense and cannot win on any link.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.hosts import bits_per_second
+from benchmarks.jobs import table, title_of
+from benchmarks.shapes import MODELS, entries
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.buckets import make_buckets
+from hvd_dls.core.layers import layer_spec
+from hvd_dls.core.layout import payload_bytes
+from hvd_dls.core.plan import make_plan
+
+TERMS = ("start", "hop", "copy", "convert", "pass", "entry", "wire")
+UNITS = {
+    "start": (1e3, "ms a step"),
+    "hop": (1e3, "ms a step and rank"),
+    "copy": (1e9, "ns an entry of the model"),
+    "convert": (1e9, "ns an entry of the model"),
+    "pass": (1e9, "ns an entry of the model"),
+    "entry": (1e9, "ns an entry received"),
+    "wire": (1.0, "of the bytes claimed"),
+}
+RANKS = (16, 32, 64, 128, 256, 512, 1024)
+RATES = ("100mbit", "1gbit", "10gbit", "25gbit", "100gbit", "400gbit")
+RATES_BITS = {"400gbit": 4e11}  # beyond what hosts.py makes
+
+
+class Point(NamedTuple):
+    """A measured step."""
+
+    name: str
+    ranks: int
+    method: str
+    seconds: float
+    terms: np.ndarray  # what each term is multiplied by
+
+
+# Measurements and fit -----------------------------------------------------------------------------
+
+
+def points_of(path: Path) -> list[Point]:
+    """All measured steps in a file of exchange.py or network.py."""
+    data = json.loads(path.read_text())
+    points = []
+    for job in data.get("jobs", [data]):
+        if job.get("cycle_time"):
+            continue
+        ranks, n = job["ranks"], job["entries"]
+        bits = bits_per_second(job["rate"])
+        shared = max(1.0, ranks / job["about"]["cores"])
+        for method, figures in job["methods"].items():
+            if method == "nothing":
+                continue
+            steps = np.concatenate([turn["seconds"] for turn in figures["turns"]])
+            k = figures["handed_over"]["entries"]
+            terms = terms_of(method, ranks, n, k, figures["claimed_wire_bytes"], bits, shared)
+            name = f"{ranks} hosts, {job['rate']}" if bits else f"{ranks} ranks, loopback"
+            points.append(
+                Point(f"{job['model']}, {name}", ranks, method, float(np.median(steps)), terms)
+            )
+    return points
+
+
+def terms_of(
+    method: str, ranks: int, n: int, k: float, wire: float, bits: float | None, shared: float
+) -> np.ndarray:
+    """What each of TERMS is multiplied by."""
+    sparse = ":" in method
+    own = [1, ranks - 1, 0 if sparse else n, n if method == "fp16" else 0]
+    own += [n, k * ranks] if sparse else [0, 0]
+    return np.array([*(shared * np.array(own, float)), 8 * wire / bits if bits else 0.0])
+
+
+def fit(points: list[Point]) -> np.ndarray:
+    """Least squares of relative errors; terms that would be negative are zero."""
+    seconds = np.array([p.seconds for p in points])
+    matrix = np.array([p.terms for p in points]) / seconds[:, None]
+    used = matrix.any(axis=0)
+    while True:
+        columns = np.flatnonzero(used)
+        scales = np.abs(matrix[:, columns]).max(axis=0)
+        found = np.linalg.lstsq(matrix[:, columns] / scales, np.ones(len(points)), rcond=None)[0]
+        if (found >= 0).all():
+            result = np.zeros(len(TERMS))
+            result[columns] = found / scales
+            return result
+        used[columns[found.argmin()]] = False
+
+
+def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
+    table(
+        ["term", "fitted", ""],
+        [
+            [name, f"{value * UNITS[name][0]:.3g}", UNITS[name][1]]
+            for name, value in zip(TERMS, terms, strict=True)
+        ],
+    )
+    rows = []
+    for point in points:
+        model = float(point.terms @ terms)
+        rows.append(
+            {
+                "where": point.name,
+                "method": point.method,
+                "measured": point.seconds,
+                "model": model,
+                "error": model / point.seconds - 1,
+            }
+        )
+    table(
+        ["", "method", "measured, ms", "model, ms", "error"],
+        [
+            [
+                row["where"],
+                title_of(row["method"]),
+                f"{1e3 * row['measured']:.0f}",
+                f"{1e3 * row['model']:.0f}",
+                f"{row['error']:+.0%}",
+            ]
+            for row in rows
+        ],
+    )
+    errors = np.abs([row["error"] for row in rows])
+    print(f"Errors: median {np.median(errors):.0%}, largest {errors.max():.0%}\n")
+    return rows
+
+
+# Predictions --------------------------------------------------------------------------------------
+
+
+class Costs(NamedTuple):
+    """Seconds = fixed + wire_bits / (bits a second)."""
+
+    fixed: float
+    wire_bits: float
+
+    def at(self, bits: float) -> float:
+        """Seconds of a step."""
+        return self.fixed + self.wire_bits / bits
+
+
+def dense_costs(terms: np.ndarray, n: int, ranks: int, latency: float, ideal: bool) -> Costs:
+    at = dict(zip(TERMS, terms, strict=True))
+    hops = 2 * (ranks - 1)
+    bits = 8 * hops / ranks * 4 * n * max(at["wire"], 1.0)
+    return Costs((0 if ideal else at["start"] + at["copy"] * n) + hops * latency, bits)
+
+
+def sparse_costs(
+    terms: np.ndarray, model: str, density: float, values: str, ranks: int, latency: float
+) -> Costs:
+    at = dict(zip(TERMS, terms, strict=True))
+    # The cost rule would send layers dense where sparse is no smaller: here, what sparse costs.
+    config = DLSConfig(density=density, values=values, cost_rule=False)
+    layers = [layer_spec(name, shape) for name, shape in MODELS[model]().items()]
+    plan = make_plan(layers, config, ranks)
+    n, k = entries(MODELS[model]()), plan.total_k
+    buckets = make_buckets(plan.sparse, config)
+    payload = sum(payload_bytes(b, round(k * b.size / plan.sizes.sum())) for b in buckets)
+    fixed = at["start"] + at["pass"] * n + at["entry"] * k * ranks + 3 * (ranks - 1) * latency
+    sent = (ranks - 1) * payload + 2 * (ranks - 1) / ranks * plan.dense_bytes
+    return Costs(fixed, 8 * sent * max(at["wire"], 1.0))
+
+
+def crossover(dense: Costs, sparse: Costs) -> tuple[float, float]:
+    """Link speeds, in bits a second, between which sparse is faster."""
+    saved, more = dense.wire_bits - sparse.wire_bits, sparse.fixed - dense.fixed
+    if saved > 0:
+        return 0.0, (saved / more if more > 0 else np.inf)
+    return (saved / more, np.inf) if more < 0 else (np.inf, np.inf)
+
+
+def speed(bits: float) -> str:
+    if not np.isfinite(bits):
+        return "any"
+    unit, size = ("Gbit/s", 1e9) if bits >= 1e9 else ("Mbit/s", 1e6)
+    return f"{bits / size:.3g} {unit}"
+
+
+def said(dense: Costs, sparse: Costs) -> str:
+    low, high = crossover(dense, sparse)
+    if low == np.inf:
+        return "never"
+    if low > 0:
+        return f"above {speed(low)}"
+    return "always" if high == np.inf else f"below {speed(high)}"
+
+
+def predict(terms: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]:
+    latency, n = args.latency_us * 1e-6, entries(MODELS[args.model]())
+    rows = []
+    for density in args.density:
+        for ranks in args.ranks:
+            sparse = sparse_costs(terms, args.model, density, args.values, ranks, latency)
+            both = {
+                kind: dense_costs(terms, n, ranks, latency, kind == "ideal")
+                for kind in ("Horovod", "ideal")
+            }
+            rows.append(
+                {
+                    "density": density,
+                    "ranks": ranks,
+                    "pays": {kind: said(dense, sparse) for kind, dense in both.items()},
+                    "crossover": {kind: crossover(dense, sparse) for kind, dense in both.items()},
+                    "ratio": {
+                        kind: {
+                            rate: dense.at(bits_of(rate)) / sparse.at(bits_of(rate))
+                            for rate in RATES
+                        }
+                        for kind, dense in both.items()
+                    },
+                    "bytes_over_dense": sparse.wire_bits / both["ideal"].wire_bits,
+                }
+            )
+    return rows
+
+
+def bits_of(rate: str) -> float:
+    return RATES_BITS.get(rate) or float(bits_per_second(rate) or 0)
+
+
+def show_predictions(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    print(
+        f"Predicted for {args.model}, values in {args.values}, latency {args.latency_us:g} µs; "
+        "dense over DLS: Horovod on CPUs / an ideal allreduce\n"
+    )
+    lines = []
+    for row in rows:
+        ratios = [
+            f"{row['ratio']['Horovod'][rate]:.3g} / {row['ratio']['ideal'][rate]:.3g}"
+            for rate in RATES
+        ]
+        share = f"{row['bytes_over_dense']:.2%}"
+        pays = [row["pays"]["Horovod"], row["pays"]["ideal"]]
+        lines.append([f"{row['density']:g}", str(row["ranks"]), share, *ratios, *pays])
+    head = ["density", "ranks", "bytes of dense", *RATES, "pays, Horovod", "pays, ideal"]
+    table(head, lines)
+    losing = [row for row in rows if row["pays"]["ideal"] == "never"]
+    if losing:
+        places = ", ".join(f"{row['ranks']} ranks at {row['density']:g}" for row in losing)
+        print(f"Loses on every link against an ideal allreduce: {places}.")
+    print(
+        "Not in the model: overlap with backward, Horovod's negotiation among many ranks, several "
+        "ranks sharing a host's link, congestion. With so many ranks, take it for an order."
+    )
+
+
+def draw(fitted: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    densities = sorted({row["density"] for row in rows}, reverse=True)
+    figure, axes = plt.subplots(1, 1 + len(densities), figsize=(5 * (1 + len(densities)), 5))
+    for method in dict.fromkeys(row["method"] for row in fitted):
+        own = [row for row in fitted if row["method"] == method]
+        x, y = ([1e3 * row[what] for row in own] for what in ("measured", "model"))
+        axes[0].plot(x, y, "o", label=title_of(method))
+    ends = [f(1e3 * row["measured"] for row in fitted) for f in (min, max)]
+    axes[0].plot(ends, ends, "k:", lw=1)
+    axes[0].set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="model, ms", title="fit")
+    axes[0].legend(fontsize=7)
+    x = [bits_of(rate) / 1e9 for rate in RATES]
+    for axis, density in zip(axes[1:], densities, strict=True):
+        own = [row for row in rows if row["density"] == density]
+        for number, row in enumerate(own):
+            color = plt.get_cmap("viridis")(number / len(own))
+            for kind, style in (("Horovod", "-"), ("ideal", "--")):
+                y = [row["ratio"][kind][rate] for rate in RATES]
+                label = f"{row['ranks']} ranks" if kind == "Horovod" else None
+                axis.plot(x, y, style, color=color, label=label)
+        axis.axhline(1, color="black", lw=1)
+        axis.set(xscale="log", yscale="log", xlabel="link, Gbit/s", title=f"density {density:g}")
+        axis.grid(alpha=0.3)
+    axes[1].set_ylabel("dense over DLS (solid: Horovod's; dashed: ideal)")
+    axes[1].legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("measured", type=Path, nargs="+", help="of exchange.py or network.py")
+    parser.add_argument("--model", choices=MODELS, default="resnet50", help="to predict for")
+    parser.add_argument("--density", type=float, nargs="+", default=[0.01, 0.001])
+    parser.add_argument("--values", default="float32")
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument("--latency-us", type=float, default=20.0, help="of one hop of a ring")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--picture", type=Path, help="where to draw them (matplotlib)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    points = [point for path in args.measured for point in points_of(path)]
+    terms = fit(points)
+    fitted = show_fit(points, terms)
+    rows = predict(terms, args)
+    show_predictions(rows, args)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"terms": dict(zip(TERMS, terms, strict=True)), "fit": fitted, "predicted": rows}
+        args.json.write_text(json.dumps(result, indent=1))
+    if args.picture:
+        draw(fitted, rows, args.picture)
+
+
+if __name__ == "__main__":
+    main()
