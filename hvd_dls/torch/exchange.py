@@ -12,8 +12,9 @@ from horovod.common.exceptions import HorovodInternalError
 _POLL = 2e-4  # seconds between two looks
 # Horovod's own words do not tell: the joined rank's loop may have died and closed its connections.
 _IF_JOINED = (
-    "If no host or process failed, but a rank called hvd.join(): DLSCompressor gathers its payloads, and Horovod does not support "
-    "allgather while ranks have joined. Give every rank the same number of batches instead."
+    "If no host or process failed, but a rank called hvd.join(): DLSCompressor gathers its "
+    "payloads, and Horovod does not support allgather while ranks have joined. Give every rank the "
+    "same number of batches instead."
 )
 
 
@@ -30,8 +31,8 @@ def start(name: str, payload: np.ndarray, process_set: hvd.ProcessSet) -> int:
 def finish(handle: int) -> np.ndarray:
     """Waits for all ranks' payloads: (world size * length,) uint8, in rank order.
 
-    Sleeping, because ``hvd.synchronize`` keeps a core busy while it waits (WaitAndClear in Horovod's
-    torch/mpi_ops_v2.cc), which other ranks and Horovod's own thread may need.
+    Sleeping, because ``hvd.synchronize`` keeps a core busy while it waits (WaitAndClear in
+    Horovod's torch/mpi_ops_v2.cc), which other ranks and Horovod's own thread may need.
 
     Raises:
         HorovodInternalError: a rank failed or left, as Horovod reports it; elastic training
