@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import resource
 import sys
 import timeit
 from pathlib import Path
@@ -146,6 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "split_ms": split,
         "bytes": benchmark.bytes_a_step(),
         "unchanged_lengths": benchmark.cached(),
+        "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
@@ -155,6 +157,7 @@ def show(result: dict[str, Any]) -> None:
         log(f"  {milliseconds:8.2f} ms  {label}")
     for kind, count in result["bytes"].items():
         log(f"Bytes a rank handed to {kind} in a step: {count:,.0f}")
+    log(f"Peak memory of rank 0, frameworks included: {result['peak_megabytes']:,.0f} MB")
     if result["unchanged_lengths"] is not None:
         log(
             f"Steps in which no payload changed its length (hits in Horovod's response cache): "

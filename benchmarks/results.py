@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Runs the benchmarks and rebuilds docs/results.md from what they print.
+
+    python benchmarks/results.py                     # all, about 40 minutes; the network needs root
+    python benchmarks/results.py --only wire network # these; the others' last results stay
+    python benchmarks/results.py --only              # only builds the page
+
+Each benchmark's output is kept in build/results/: after an interruption, name the missing ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "build" / "results"
+PAGE = ROOT / "docs" / "results.md"
+INTRODUCTION = """# Results
+
+Made by `python benchmarks/results.py`, which runs each command below. Every ratio compares figures
+of one run, taken in turn on the same data; spreads stand beside them.
+"""
+
+
+class Benchmark(NamedTuple):
+    """One section of the page."""
+
+    title: str
+    command: str  # options of the script of the same name; {kept} is the folder of results
+    about: str
+    script: str = ""
+
+
+BENCHMARKS = {
+    "selection": Benchmark(
+        "Selection on one core",
+        "--sizes 1e3 1e4 1e5 1e6 2.5e7 --densities 1e-3 1e-2 0.1 --repeats 5",
+        "What the CPU pays for choosing: `find` reads residual and gradient and takes the k "
+        "largest sums; `settle`, after the exchange, writes both. Beside it the usual ways to do "
+        "the same, with the same work around them. The floor is one `np.add(residual, gradient, "
+        "out=residual)`.",
+    ),
+    "wire": Benchmark(
+        "Bytes on the wire",
+        "",
+        "Whole payloads, with headers and histograms, divided by their entries, against the "
+        "entropy of the index set plus the values' bits.",
+    ),
+    "exchange": Benchmark(
+        "Loopback: what DLS adds where the network is no bottleneck",
+        "",
+        "Two ranks, the 161 parameters of ResNet-50, no computation.",
+    ),
+    "network": Benchmark(
+        "Four hosts, a model of 10.7 million parameters",
+        "",
+        "Hosts are network namespaces of one machine of few cores, joined by links of the given "
+        "rate. A step is the exchange alone.",
+    ),
+    "network2": Benchmark(
+        "Two hosts, ResNet-50",
+        "--hosts 2 --model resnet50 --rounds 4",
+        "The same with a rank for each core of this machine.",
+        script="network",
+    ),
+    "cost_model": Benchmark(
+        "Does it pay on my network?",
+        "{kept}/exchange.json {kept}/network.json {kept}/network2.json",
+        "A model of the step's cost, fitted to the measurements above, and what it says of more "
+        "ranks and other links.",
+    ),
+}
+
+
+def command_of(name: str) -> list[str]:
+    benchmark = BENCHMARKS[name]
+    options = benchmark.command.format(kept=KEPT.relative_to(ROOT)).split()
+    return [f"benchmarks/{benchmark.script or name}.py", *options]
+
+
+def run(name: str) -> bool:
+    """Runs one benchmark; what it prints is kept if it succeeds."""
+    files = ["--json", f"{KEPT}/{name}.json", "--picture", f"{ROOT}/docs/images/{name}.png"]
+    command = [*command_of(name), *files]
+    print(f"\n== {' '.join(command)}", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode and not done.stdout.strip():
+        print(f"{name} ended with {done.returncode}", file=sys.stderr)
+        return False
+    header = f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}"
+    (KEPT / f"{name}.txt").write_text(f"{header}\n{done.stdout.strip()}\n")
+    return True
+
+
+def build_page() -> None:
+    parts = [INTRODUCTION]
+    for name, benchmark in BENCHMARKS.items():
+        kept = KEPT / f"{name}.txt"
+        if not kept.exists():
+            continue
+        header, _, output = kept.read_text().partition("\n")
+        parts.append(f"## {benchmark.title}\n\n{benchmark.about}\n")
+        parts.append(f"`python {' '.join(command_of(name))}` ({header})\n")
+        parts.append(f"```\n{output.strip()}\n```\n")
+        if (ROOT / "docs" / "images" / f"{name}.png").exists():
+            parts.append(f"![{benchmark.title}](images/{name}.png)\n")
+    PAGE.write_text("\n".join(parts))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=BENCHMARKS, help="which to run (default: all)")
+    options = parser.parse_args()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    names = list(BENCHMARKS) if options.only is None else options.only
+    failed = [name for name in names if not run(name)]
+    build_page()
+    print(f"{PAGE.relative_to(ROOT)} is made" + (f"; failed: {failed}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
