@@ -2,5 +2,5 @@
 
 import os
 
-if "HOROVOD_RANK" not in os.environ:
+if not {"HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):  # Gloo, MPI
     collect_ignore_glob = ["*/with_ranks/*"]

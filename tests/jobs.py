@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +13,20 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def controller() -> str:
+    """What carries the jobs: HVD_DLS_TEST_CONTROLLER, gloo or mpi."""
+    name = os.environ.get("HVD_DLS_TEST_CONTROLLER", "gloo")
+    if name not in ("gloo", "mpi"):
+        raise ValueError(f"HVD_DLS_TEST_CONTROLLER is gloo or mpi, not {name!r}")
+    return name
+
+
+def needs(*frameworks: str) -> pytest.MarkDecorator:
+    """Skips tests, with the reason, where a framework is not installed; imports none."""
+    missing = [name for name in frameworks if not importlib.util.find_spec(name)]
+    return pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
 
 
 def horovodrun(
@@ -32,7 +47,7 @@ def horovodrun(
     """
     launcher = Path(sys.executable).with_name("horovodrun")
     job = subprocess.Popen(
-        [str(launcher), "-np", str(ranks), "--gloo", sys.executable, *command],
+        [str(launcher), "-np", str(ranks), f"--{controller()}", sys.executable, *command],
         cwd=ROOT,
         env={
             **os.environ,
@@ -40,6 +55,7 @@ def horovodrun(
             "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "PYTHONPATH": str(ROOT),
+            "HVD_DLS_TEST_RANKS": str(ranks),  # known before hvd.init(), with either controller
             **(env or {}),
         },
         stdin=subprocess.DEVNULL,

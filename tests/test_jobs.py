@@ -8,7 +8,8 @@ from tests.jobs import horovodrun
 
 
 def test_a_failing_rank_fails_the_test_and_shows_its_output():
-    program = "import os, sys; print('I am', os.environ['HOROVOD_RANK']); sys.exit(3)"
+    rank = "os.environ.get('HOROVOD_RANK') or os.environ['OMPI_COMM_WORLD_RANK']"  # Gloo, MPI
+    program = f"import os, sys; print('I am', {rank}); sys.exit(3)"
     with pytest.raises(pytest.fail.Exception, match=r"(?s)ended with.*I am 1"):
         horovodrun(2, ["-c", program], time_limit=60)
 

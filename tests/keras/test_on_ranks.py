@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from tests.jobs import pytest_on_ranks
+from tests.jobs import needs, pytest_on_ranks
+
+pytestmark = needs("tensorflow")
 
 HERE = "tests/keras/with_ranks"
 

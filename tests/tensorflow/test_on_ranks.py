@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.jobs import pytest_on_ranks
+from tests.jobs import needs, pytest_on_ranks
+
+pytestmark = needs("tensorflow")
 
 HERE = "tests/tensorflow/with_ranks"
 

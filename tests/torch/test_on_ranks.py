@@ -1,6 +1,8 @@
 """Everything in with_ranks/, as real horovodrun jobs of 2 and 4 ranks."""
 
-from tests.jobs import horovodrun, pytest_on_ranks
+from tests.jobs import horovodrun, needs, pytest_on_ranks
+
+pytestmark = needs("torch")
 
 HERE = "tests/torch/with_ranks"
 

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from tests.jobs import ROOT
+from tests.jobs import ROOT, needs
+
+pytestmark = needs("torch")
 
 ONE_RANK = """
 import horovod.torch as hvd, torch

@@ -331,7 +331,7 @@ def test_horovods_own_wrapper_refuses_to_train_without_averaging(module, compres
 
 
 @pytest.mark.skipif(
-    "int(os.environ['HOROVOD_SIZE']) < 4", reason="needs two process sets of two ranks"
+    "int(os.environ['HVD_DLS_TEST_RANKS']) < 4", reason="needs two process sets of two ranks"
 )
 def test_process_sets(compression):
     halves = [hvd.add_process_set([0, 1]), hvd.add_process_set([2, 3])]

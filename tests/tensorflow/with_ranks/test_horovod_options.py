@@ -239,7 +239,7 @@ def test_variables_that_were_not_given_go_dense(mode, caplog):
 
 
 @pytest.mark.skipif(
-    int(os.environ["HOROVOD_SIZE"]) < 4, reason="needs two process sets of two ranks"
+    int(os.environ["HVD_DLS_TEST_RANKS"]) < 4, reason="needs two process sets of two ranks"
 )
 def test_process_sets(mode):
     halves = [hvd.add_process_set([0, 1]), hvd.add_process_set([2, 3])]

@@ -28,6 +28,10 @@ def compressor(**options):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_gradient_types(dtype):
+    try:
+        torch.ones(1, 1, dtype=dtype) @ torch.ones(1, 1, dtype=dtype)
+    except RuntimeError as problem:  # torch 2.1 multiplies no float16 on a CPU
+        pytest.skip(str(problem))
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 5)).to(dtype)
     compression = compressor()
     train(model, wrap(model, compression), range(6))

@@ -86,7 +86,7 @@ def test_parameters_that_horovod_does_not_reduce_are_refused(how):
     train(model, optimizer, range(3))
     if how == "added":
         late = nn.Parameter(torch.zeros(3))
-        optimizer.add_param_group({"params": [late]})
+        optimizer.add_param_group({"params": [late], "lr": 0.1})
         late.grad = torch.ones(3)
         wanted = r"'without a name' of shape \(3,\)"
     else:
