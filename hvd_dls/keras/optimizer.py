@@ -60,7 +60,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         raise DLSError(f"op={op!r}: accepted are hvd.Average and hvd.Sum")
     if gradient_predivide_factor != 1 and op != hvd.Average:
         raise DLSError("gradient_predivide_factor: accepted only with op=hvd.Average")
-    mixed = keras.config.dtype_policy().name == "mixed_float16"
+    mixed = keras.mixed_precision.dtype_policy().name == "mixed_float16"  # its name since 3.0
     if mixed and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)  # as compile() would
     kind = type(optimizer)
