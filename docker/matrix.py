@@ -174,9 +174,9 @@ def logged(
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
     if over:
-        raise FailError(f"not done after {report.duration(limit)}, see {log}")
+        raise FailError(f"not done after {report.duration(limit)}")
     if process.returncode:
-        raise FailError(f"{command[0]} ended with {process.returncode}, see {log}")
+        raise FailError(f"{command[0]} {command[1]} ended with {process.returncode}")
     return "".join(said)
 
 
@@ -247,7 +247,7 @@ class Matrix:
                 output = logged(command, log, self.line, TEST_LIMIT, self.engine.environ)
             passed, skipped = report.counts(output)
             result = replace(result, outcome="passed" if passed else "failed")
-            result = result if passed else replace(result, reason=f"no test passed, see {log}")
+            result = result if passed else replace(result, reason="no test passed")
         except SkipError as problem:
             result = replace(result, outcome="skipped", reason=str(problem))
         except (FailError, engines.EngineError) as problem:
@@ -333,6 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     kept = {**report.load(work / "results.json"), entry.name: result}
                     report.save(work / "results.json", kept)
                 line.say(" | ".join(filter(None, report.row(result))))
+                if result.outcome == "failed":  # not in the table, which goes to the docs
+                    line.say(f"see {matrix.logs / result.entry}.log")
                 now.append(result)
     print(report.table(now), end="")
     if options.write:

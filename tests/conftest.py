@@ -3,4 +3,4 @@
 import os
 
 if not {"HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):  # Gloo, MPI
-    collect_ignore_glob = ["*/with_ranks/*"]
+    collect_ignore_glob = ["*/with_ranks", "*/with_ranks/*"]

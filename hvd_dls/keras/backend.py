@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from hvd_dls.errors import DLSError
 
+# Before, a LossScaleOptimizer around ours goes unnoticed, and ranks skip different steps.
+OLDEST = (3, 10)
+
 
 def require_tensorflow_backend() -> None:
-    """Refuses Keras on another backend, before TensorFlow and Horovod's half for it are loaded.
+    """Refuses other Keras than ours, before TensorFlow and Horovod's half for it are loaded.
 
     Raises:
-        DLSError: Keras 3 runs on torch or jax.
+        DLSError: Keras is older than 3.10, or runs on torch or jax.
     """
     import keras
 
+    if tuple(map(int, keras.__version__.split(".")[:2])) < OLDEST:
+        raise DLSError(
+            f"hvd_dls.keras needs Keras 3.10 or newer, this is {keras.__version__}. tf_keras, Keras "
+            "2, needs no hvd_dls.keras: see docs/tensorflow.md"
+        )
     backend = keras.backend.backend()
     if backend != "tensorflow":
         raise DLSError(

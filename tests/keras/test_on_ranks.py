@@ -47,6 +47,17 @@ def test_tf_keras_on_four_ranks():
     assert output.count(" passed") == 4, output
 
 
+@pytest.mark.parametrize("version", ["2.15.0", "3.9.2"])
+def test_an_older_keras_is_refused(version):
+    program = (
+        "import sys, types; keras = sys.modules['keras'] = types.ModuleType('keras'); "
+        f"keras.__version__ = {version!r}; import hvd_dls.keras"
+    )
+    job = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert f"needs Keras 3.10 or newer, this is {version}" in job.stderr
+
+
+@needs("torch")
 def test_another_backend_is_refused():
     program = "import os; os.environ['KERAS_BACKEND'] = 'torch'; import hvd_dls.keras"
     job = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
