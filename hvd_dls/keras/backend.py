@@ -18,8 +18,8 @@ def require_tensorflow_backend() -> None:
 
     if tuple(map(int, keras.__version__.split(".")[:2])) < OLDEST:
         raise DLSError(
-            f"hvd_dls.keras needs Keras 3.10 or newer, this is {keras.__version__}. tf_keras, Keras "
-            "2, needs no hvd_dls.keras: see docs/tensorflow.md"
+            f"hvd_dls.keras needs Keras 3.10 or newer, this is {keras.__version__}. tf_keras needs "
+            "no hvd_dls.keras: see docs/tensorflow.md"
         )
     backend = keras.backend.backend()
     if backend != "tensorflow":
