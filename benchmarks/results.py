@@ -72,7 +72,7 @@ BENCHMARKS = {
     ),
     "cost_model": Benchmark(
         "Does it pay on my network?",
-        "{kept}/exchange.json {kept}/network.json {kept}/network2.json",
+        "{kept}/exchange.json {kept}/network.json",
         "A model of the step's cost, fitted to the measurements above, and what it says of more "
         "ranks and other links.",
     ),
