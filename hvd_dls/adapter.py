@@ -17,7 +17,7 @@ from hvd_dls.core.agreement import check_agreement, digest
 from hvd_dls.core.layers import LayerSpec
 from hvd_dls.core.session import Session
 from hvd_dls.core.telemetry import StepRecord
-from hvd_dls.errors import StateMismatchError
+from hvd_dls.errors import DLSError, StateMismatchError
 
 STATE_VERSION = 1
 _labels_given: Counter[str] = Counter()
@@ -48,6 +48,7 @@ class BaseBinding(ABC):
 
     def __init__(self, layers: Sequence[LayerSpec], config: DLSConfig) -> None:
         self.session: Session | None = None
+        self.loss_scale: Callable[[], float] | None = None
         self._layers = list(layers)
         self._config = config
         self._loaded: dict[str, Any] | None = None  # a state that waits for the session
@@ -90,6 +91,11 @@ class BaseBinding(ABC):
         self.session = session
         return session
 
+    def _follow_loss_scale(self, session: Session) -> None:
+        """To be called before a step's first gradient comes in."""
+        if self.loss_scale is not None and not session.in_step:
+            session.scale_to(float(self.loss_scale()))
+
     def state_dict(self) -> dict[str, Any]:
         """The session's state; a state that still waits, as it came."""
         return (self._loaded or {}) if self.session is None else self.session.state_dict()
@@ -111,6 +117,9 @@ class BaseCompressor:
     """Options, models and their state; the frameworks add ``compress`` and ``decompress``.
 
     Args:
+        loss_scale: tells what the loss is multiplied by at the moment, if it is
+            (``torch.amp.GradScaler().get_scale``): asked once a step, so that residuals stay in
+            proportion to gradients.  With it, nonfinite="skip" is the default.
         **options: see ``DLSConfig``.
 
     Raises:
@@ -119,8 +128,16 @@ class BaseCompressor:
 
     _default_instance: ClassVar[BaseCompressor | None] = None
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, loss_scale: Callable[[], float] | None = None, **options: Any) -> None:
+        if loss_scale is not None:
+            if not callable(loss_scale):
+                raise DLSError(
+                    f"loss_scale={loss_scale!r}: accepted is a function without arguments, as "
+                    "scaler.get_scale"
+                )
+            options.setdefault("nonfinite", "skip")
         self.config = DLSConfig.from_options(**options)
+        self._loss_scale = loss_scale
         self._bindings: list[Any] = []
         self._loaded: list[dict[str, Any]] = []
 
@@ -165,6 +182,11 @@ class BaseCompressor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Spark and Ray pickle the compressor before training starts: only options travel.
+        if self._loss_scale is not None:
+            raise DLSError(
+                "a compressor with loss_scale cannot be pickled: make it where training runs, "
+                "beside what scales the loss"
+            )
         return functools.partial(type(self), **vars(self.config)), ()
 
     @classmethod
@@ -175,6 +197,7 @@ class BaseCompressor:
 
     def _add(self, binding: BaseBinding) -> None:
         """Takes a new model on, with its part of a loaded state, and drops those that are gone."""
+        binding.loss_scale = self._loss_scale
         if self._loaded:
             binding.load_state_dict(self._loaded.pop(0))
         self._bindings = [*(old for old in self._bindings if old.alive), binding]

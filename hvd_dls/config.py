@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
-from hvd_dls.core.prior import PRIORS
+from hvd_dls.core.prior import MEASURED, PRIORS
 from hvd_dls.core.tails import TAILS
 from hvd_dls.errors import DLSError
 
-STRATEGIES = ("dls", "layerwise")
+STRATEGIES = ("dls", "layerwise", "global", "norm", "hard")
 VALUES = ("float32", "float16", "bfloat16")
 INDEX_CODES = ("elias-fano", "plain")
+NONFINITE = ("raise", "skip")
+DENSE = "dense"  # what ``layer_density`` accepts beside a density
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,41 @@ class DLSConfig:
     # Often set ---------------------------------------------------------------------------------
     # Share of the compressed layers' entries sent each step, in (0, 1].  Lower = less traffic.
     density: float = 0.01
-    # "dls": ratios move until all layers share one threshold.  "layerwise": density everywhere.
+    # "dls": ratios move until all layers share one threshold.  The others are to compare with:
+    # "layerwise", density everywhere; and three by which each rank chooses for itself: "global",
+    # exact top-k of the whole model, without overlap with backward; "norm", k in proportion to each
+    # layer's norm in the step before; "hard", whatever reaches ``threshold``, however much.
     strategy: str = "dls"
+    # Momentum before the selection, instead of the optimizer's, which must then be 0 (momentum
+    # correction: DGC, arXiv:1712.01887, 3.2), in [0, 1).
+    momentum: float = 0.0
+    # Steps at first that send whole gradients.
+    dense_steps: int = 0
+    # Steps after these in which the density halves, from ``warmup_density`` down to ``density``.
+    warmup_steps: int = 0
+    # What becomes of a step in which a gradient holds NaN or Inf on any rank: "raise", every rank
+    # raises the same error; "skip", no rank changes its weights.  Both leave residuals alone.
+    nonfinite: str = "raise"
 
     # Seldom set --------------------------------------------------------------------------------
-    # Source of the first step's ratios: "paper" (Eq. 8 and 9), "weight_norm" or "uniform".
+    # Layers with a density of their own, or "dense": {pattern of names, as a shell's: density}, the
+    # first that matches; outside the budget that the other layers share.
+    layer_density: tuple[tuple[str, float | str], ...] = ()
+    # Density that the warm-up begins with.
+    warmup_density: float = 0.25
+    # Nesterov's momentum, as torch.optim.SGD has it.
+    nesterov: bool = False
+    # Clear the momentum of entries that are sent, so that they do not go on in an old direction
+    # (momentum factor masking: DGC 3.3).
+    momentum_masking: bool = True
+    # Largest L2 norm of each layer's own gradient, before it enters momentum and residual.
+    clip_norm: float | None = None
+    # Largest magnitude of each entry of it.
+    clip_value: float | None = None
+    # Smallest magnitude sent, for strategy="hard".
+    threshold: float | None = None
+    # Source of the first step's ratios: "paper" (Eq. 8 and 9), "weight_norm", "uniform", or
+    # "measured": from the whole gradients of a first step that is sent dense.
     prior: str = "paper"
     # Assumed shape of a layer's gradient, to turn variances into ratios: see core/tails.py.
     tail: str = "gaussian"
@@ -59,7 +94,22 @@ class DLSConfig:
     def __post_init__(self) -> None:
         self._require_number("density", "a number in (0, 1]", lambda v: 0 < v <= 1)
         self._require_choice("strategy", STRATEGIES)
-        self._require_choice("prior", tuple(PRIORS))
+        self._require_number("momentum", "a number in [0, 1)", lambda v: 0 <= v < 1)
+        self._require_integer("dense_steps", 0)
+        self._require_integer("warmup_steps", 0)
+        self._require_number("warmup_density", "a number in (0, 1]", lambda v: 0 < v <= 1)
+        self._require_choice("nonfinite", NONFINITE)
+        object.__setattr__(self, "layer_density", _pairs(self.layer_density))
+        for option in ("clip_norm", "clip_value", "threshold"):
+            if getattr(self, option) is not None:
+                accepted = "a finite number > 0, or None"
+                self._require_number(option, accepted, lambda v: 0 < v < math.inf)
+        if (self.strategy == "hard") != (self.threshold is not None):
+            raise DLSError(
+                f"strategy={self.strategy!r} with threshold={self.threshold!r}: strategy='hard' "
+                "needs a threshold, and no other takes one"
+            )
+        self._require_choice("prior", (*PRIORS, MEASURED))
         self._require_choice("tail", tuple(TAILS))
         if self.pair_steps is not None:
             self._require_integer("pair_steps", 1, or_else=" or None")
@@ -70,8 +120,11 @@ class DLSConfig:
         self._require_choice("values", VALUES)
         self._require_choice("index_code", INDEX_CODES)
         self._require_integer("bucket_bytes", 1)
-        if not isinstance(self.cost_rule, bool):
-            raise DLSError(f"cost_rule={self.cost_rule!r}: accepted are True and False")
+        for option in ("cost_rule", "nesterov", "momentum_masking"):
+            if not isinstance(getattr(self, option), bool):
+                raise DLSError(f"{option}={getattr(self, option)!r}: accepted are True and False")
+        if self.nesterov and not self.momentum:
+            raise DLSError("nesterov=True needs a momentum")
 
     @classmethod
     def from_options(cls, **options: object) -> DLSConfig:
@@ -86,7 +139,7 @@ class DLSConfig:
                 raise DLSError(f"unknown option {name!r}: accepted are {', '.join(known)}")
         return cls(**options)  # type: ignore[arg-type]
 
-    def _require_number(self, name, accepted, ok):  # type: ignore[no-untyped-def]
+    def _require_number(self, name: str, accepted: str, ok: Callable[[Any], bool]) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not ok(value):
             raise DLSError(f"{name}={value!r}: accepted is {accepted}")
@@ -100,3 +153,21 @@ class DLSConfig:
         value = getattr(self, name)
         if value not in accepted:
             raise DLSError(f"{name}={value!r}: accepted are {', '.join(map(repr, accepted))}")
+
+
+def _pairs(given: Any) -> tuple[tuple[str, float | str], ...]:
+    """``layer_density`` as pairs, which print the same on every rank."""
+    try:
+        pairs = tuple(given.items() if isinstance(given, Mapping) else map(tuple, given))
+        for pattern, density in pairs:
+            number = isinstance(density, numbers.Real) and not isinstance(density, bool)
+            if not isinstance(pattern, str) or not (
+                density == DENSE or (number and 0 < density <= 1)
+            ):
+                raise TypeError
+    except (TypeError, ValueError):
+        raise DLSError(
+            f"layer_density={given!r}: accepted is {{pattern of layer names: density in (0, 1] or "
+            f"{DENSE!r}}}"
+        ) from None
+    return pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class DLSError(ValueError):
@@ -21,16 +22,21 @@ class NonFiniteGradientError(ArithmeticError):
     """A gradient held NaN or Inf on some rank.  Every rank raises this same error.
 
     Args:
-        where: (layer name, rank) of each offending gradient of the step.
+        where: (layer name, rank) of each offending gradient of the step; rank None: it was seen
+            in the sum over ranks only.
     """
 
-    def __init__(self, where: Iterable[tuple[str, int]]) -> None:
-        self.where = sorted(set(where))
-        places = ", ".join(f"layer {name!r} on rank {rank}" for name, rank in self.where)
+    def __init__(self, where: Iterable[tuple[str, int | None]]) -> None:
+        self.where = sorted(set(where), key=str)
+        places = ", ".join(
+            f"layer {name!r} " + ("of some rank" if rank is None else f"on rank {rank}")
+            for name, rank in self.where
+        )
         super().__init__(
             f"gradient with NaN or Inf in {places}; nothing of it entered a residual. "
-            "Lower the learning rate or clip gradients."
+            "Lower the learning rate or clip gradients. With loss scaling, as torch.amp.GradScaler "
+            "does it, pass nonfinite='skip' and loss_scale to DLSCompressor."
         )
 
-    def __reduce__(self):  # type: ignore[no-untyped-def]
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.where,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,9 @@ from hvd_dls.config import DLSConfig
 from hvd_dls.core.balance import balance_at_once, optimal_adjustment
 from hvd_dls.core.budgets import Budgets
 from hvd_dls.core.curves import SketchedCurves
-from hvd_dls.core.plan import Plan
+from hvd_dls.core.plan import Plan, shared_out
+from hvd_dls.core.prior import MEASURED
+from hvd_dls.core.schedule import density_at
 
 
 class Controller:
@@ -29,6 +32,7 @@ class Controller:
         wanted: (L,) what Algorithm 2 would send.
         k: (L,) what is sent: the same, but for the buckets' budgets.
         budgets: of the buckets.
+        dense_steps: steps at first that send whole gradients.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class Controller:
             buckets = [np.arange(len(self.k))]
         least = np.minimum(config.min_k, plan.sizes)
         self.budgets = Budgets(buckets, plan.sizes, least, self.k)
+        measures = config.strategy == "dls" and config.prior == MEASURED
+        self.dense_steps = max(config.dense_steps, int(measures))
         self._plan = plan
         self._config = config
         self._row = {layer.name: row for row, layer in enumerate(plan.sparse)}
@@ -70,20 +76,43 @@ class Controller:
         """Entries the layer sends in the current step."""
         return int(self.k[self._row[name]])
 
-    def advance(self, rows: np.ndarray, bases: np.ndarray, counts: np.ndarray) -> None:
+    @property
+    def dense(self) -> bool:
+        """Whether the current step sends whole gradients."""
+        return self.step < self.dense_steps
+
+    @property
+    def density(self) -> float:
+        """Density of the current step, or of the first sparse one."""
+        return density_at(self._config, max(self.step - self.dense_steps, 0))
+
+    def start_from(self, k: np.ndarray) -> None:
+        """Takes (L,) entries for the step to come."""
+        self.wanted = self.k = k
+        self.budgets.restart(k)
+
+    def advance(
+        self, rows: np.ndarray | None = None, bases: Any = None, counts: Any = None
+    ) -> None:
         """Ends a step.
 
         Args:
             rows: (L',) ascending positions among the plan's sparse layers of those that were
-                exchanged in it.  The others' wanted k stays.
+                exchanged in it.  The others' wanted k stays.  None: nothing is to be learnt.
             bases: (L', P) first bin of each layer's sketch on each rank.
             counts: (L', P, WINDOW) counts of these sketches.
         """
+        density = self.density
         self.step += 1
-        if self._config.strategy == "layerwise" or self.step % self._config.adjust_every:
-            return
-        if len(rows) < 2:
-            return
+        if rows is not None and self._config.strategy == "dls":
+            sharing = np.isin(rows, self._plan.sharing)
+            if not self.step % self._config.adjust_every and np.count_nonzero(sharing) > 1:
+                self._balance(rows[sharing], bases[sharing], counts[sharing])
+        if self.density != density:
+            wanted = self.wanted[self._plan.sharing]
+            self.start_from(shared_out(self._plan, self._config, self.density, wanted))
+
+    def _balance(self, rows: np.ndarray, bases: np.ndarray, counts: np.ndarray) -> None:
         curves = SketchedCurves(bases, counts, self._plan.sizes[rows])
         before, min_k, steps = self.wanted[rows], self._config.min_k, self._config.pair_steps
         self.wanted = self.wanted.copy()

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hvd_dls.core.sketch import WINDOW, edges
+from hvd_dls.core.sketch import edges
 
 
 class Curves(Protocol):
@@ -73,7 +73,7 @@ class SketchedCurves:
 
     Args:
         bases: (L, P) first bin of each layer's sketch on each of P ranks.
-        counts: (L, P, WINDOW) counts of these sketches.
+        counts: (L, P, W) counts of these sketches, of W bins each.
         sizes: (L,) entries of each layer.
     """
 
@@ -82,10 +82,11 @@ class SketchedCurves:
         bases = np.asarray(bases, dtype=np.int64)
         counts = np.asarray(counts, dtype=np.float64)
         n_layers, world_size = bases.shape
-        first, last = int(bases.min()), int(bases.max()) + WINDOW
+        window = counts.shape[-1]
+        first, last = int(bases.min()), int(bases.max()) + window
         span = last - first
         rows = np.arange(n_layers)[:, None, None] * span
-        cells = rows + (bases[:, :, None] - first) + np.arange(WINDOW)
+        cells = rows + (bases[:, :, None] - first) + np.arange(window)
         # Whole numbers below 2**53 add exactly in float64, whatever the order.
         total = np.bincount(cells.ravel(), counts.ravel(), minlength=n_layers * span)
         total = total.reshape(n_layers, span)
@@ -128,8 +129,10 @@ class SketchedCurves:
         together = counts.sum(axis=0)
         edge = int(np.count_nonzero(together >= total)) - 1
         if edge < 0:
-            return counts[:, 0]
+            everything: np.ndarray = counts[:, 0]
+            return everything
         edge = min(edge, len(together) - 2)
         within, beyond = together[edge], together[edge + 1]
         share = (total - beyond) / (within - beyond) if within > beyond else 0.0
-        return counts[:, edge + 1] + share * (counts[:, edge] - counts[:, edge + 1])
+        at: np.ndarray = counts[:, edge + 1] + share * (counts[:, edge] - counts[:, edge + 1])
+        return at

@@ -6,9 +6,10 @@
     indices  Elias–Fano: lower part, upper part (elias_fano.py), counted through the whole bucket;
              or plain: room for C uint32, counted in each layer
 
-C is the bucket's capacity.  The length follows from bucket and capacity alone, which every rank
-knows: payloads of different ranks are equally long, and so are those of different steps while the
-capacity stays.  Whatever is not used is zero.
+C is the payload's capacity: the entries of all its layers, also those that take no part in a step.
+The length follows from bucket and capacity alone.  Where ranks agree on the entries of each layer,
+their payloads are equally long, and so are those of different steps while the sum stays.  Whatever
+is not used is zero.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hvd_dls.core.sketch import WINDOW
 from hvd_dls.core.values import WIRE_DTYPES
 from hvd_dls.errors import DLSError
 
-VERSION = 2
+VERSION = 3
 MAX_ENTRIES = (1 << 32) - 1  # of one bucket
 
 VALUE_CODES = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
@@ -46,7 +47,7 @@ HEADER = np.dtype(
         ("low_bits", "u1"),  # of Elias–Fano; 0 if plain
         ("reserved", "u1"),
         ("layers", "<u4"),
-        ("reserved2", "<u4"),
+        ("not_finite", "<u4"),  # 1 + number of the first of ``watched`` that was not finite, or 0
     ]
 )
 RECORD = np.dtype(
@@ -83,6 +84,8 @@ class Bucket:
             "bfloat16".
         code: of the indices: "elias-fano", or "plain" for networks so fast that coding costs more
             than it saves.
+        watched: names of layers that go dense; the payload tells whether their gradients were
+            finite.
 
     Raises:
         DLSError: something else.
@@ -91,6 +94,7 @@ class Bucket:
     layers: tuple[LayerSpec, ...]
     values: str = "float32"
     code: str = "elias-fano"
+    watched: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         dtypes = {layer.work_dtype.name for layer in self.layers}
@@ -131,14 +135,6 @@ class Bucket:
     def size(self) -> int:
         """Number of entries."""
         return sum(layer.size for layer in self.layers)
-
-    def position(self, name: str) -> int:
-        """Number of a layer in the bucket, by its name."""
-        return self._positions[name]
-
-    @cached_property
-    def _positions(self) -> dict[str, int]:
-        return {layer.name: position for position, layer in enumerate(self.layers)}
 
 
 class Parts(NamedTuple):
@@ -181,7 +177,7 @@ def parts_of(bucket: Bucket, capacity: int, payload: np.ndarray) -> Parts:
     )
 
 
-def header_of(bucket: Bucket, capacity: int, entries: int) -> np.ndarray:
+def header_of(bucket: Bucket, capacity: int, entries: int = 0, not_finite: int = 0) -> np.ndarray:
     """The header of a payload with so many entries: () HEADER."""
     header = np.zeros((), HEADER)
     header["magic"] = b"DLS"
@@ -194,6 +190,7 @@ def header_of(bucket: Bucket, capacity: int, entries: int) -> np.ndarray:
     header["indices"] = INDEX_CODES[bucket.code]
     header["low_bits"] = _low_bits(bucket, capacity)
     header["layers"] = len(bucket.layers)
+    header["not_finite"] = not_finite
     return header
 
 

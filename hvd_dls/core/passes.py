@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hvd_dls.core.jit import HAVE_NUMBA
-from hvd_dls.core.sketch import Sketch
+from hvd_dls.core.sketch import WINDOW, Sketch
 
 if HAVE_NUMBA:
     from hvd_dls.core import passes_numba as _backend
@@ -58,6 +58,11 @@ def find(
     return None if found is None else Found(*found)
 
 
+def nothing_found(found: Found) -> Found:
+    """The same with no entries: of a layer that sends none, but was finite."""
+    return Found(found.indices[:0], found.values[:0], 0.0, Sketch(0, np.zeros(WINDOW, np.uint32)))
+
+
 def settle(
     residual: np.ndarray,
     gradient: np.ndarray,
@@ -91,6 +96,11 @@ def settle(
     assert out.flags.c_contiguous
     assert kept is None or kept.dtype == residual.dtype
     _backend.settle(residual, gradient, indices, kept, received, float(scale), out)
+
+
+def fill_infinite(out: np.ndarray) -> None:
+    """Writes Inf everywhere, of a step that counts for nothing: whoever uses it will see."""
+    out[:] = 0x7F80 if out.dtype == np.uint16 else np.inf
 
 
 def _check(residual: np.ndarray, gradient: np.ndarray) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "pack",
     "payload_bytes",
     "unpack",
+    "unpack_own",
 ]
 
 
@@ -69,6 +70,7 @@ class Packed(NamedTuple):
 class Payload(NamedTuple):
     """One rank's part of a gathered buffer; values and indices may be views into it."""
 
+    not_finite: str | None  # the first watched layer whose gradient was not
     status: np.ndarray  # (L,) uint8: SENT, NOT_FINITE or ABSENT
     bases: np.ndarray  # (L,) uint16, of the sketches
     counts: np.ndarray  # (L, WINDOW) int64
@@ -81,35 +83,31 @@ class Payload(NamedTuple):
         part = slice(self.starts[position], self.starts[position + 1])
         return self.indices[part], self.values[part]
 
-    def sketch(self, position: int) -> Sketch:
-        """Sketch of a layer, by its number in the bucket; its counts are int64."""
-        return Sketch(int(self.bases[position]), self.counts[position])
-
 
 def pack(
     bucket: Bucket,
-    capacity: int,
     k: np.ndarray,
     found: Sequence[Found | Literal[Status.ABSENT] | None],
+    not_finite: str | None = None,
 ) -> Packed:
     """Writes one payload.
 
     Args:
         bucket: whose entries these are.
-        capacity: entries there is room for.
-        k: (L,) entries of each layer.
+        k: (L,) entries of each layer; their sum is the payload's capacity.
         found: of each layer its k entries; None if its gradient was not finite; ABSENT if it takes
             no part in this step.
+        not_finite: the first of the bucket's watched layers whose gradient was not finite.
 
     Returns:
-        The payload, of ``payload_bytes(bucket, capacity)``, and the rounding errors, which belong
+        The payload, of ``payload_bytes(bucket, k.sum())``, and the rounding errors, which belong
         back into the residuals.
 
     Raises:
-        DLSError: there is not the right number of layers or entries, not enough room, or indices
-            do not ascend or leave their layer.
+        DLSError: there is not the right number of layers or entries, or indices do not ascend or
+            leave their layer.
     """
-    k = _checked_k(bucket, capacity, k)
+    k, capacity = _checked_k(bucket, k)
     status = [NOT_FINITE if f is None else ABSENT if f is ABSENT else SENT for f in found]
     if len(status) != len(bucket.layers):
         raise DLSError(
@@ -124,7 +122,8 @@ def pack(
 
     payload = np.zeros(payload_bytes(bucket, capacity), np.uint8)
     parts = parts_of(bucket, capacity, payload)
-    parts.header[0] = header_of(bucket, capacity, int(starts[-1]))
+    refused = 0 if not_finite is None else 1 + bucket.watched.index(not_finite)
+    parts.header[0] = header_of(bucket, capacity, int(starts[-1]), refused)
     parts.records["status"] = status
     parts.records["entries"] = entries
     if not sent:
@@ -147,26 +146,27 @@ def pack(
 
 
 def unpack(
-    bucket: Bucket, capacity: int, k: np.ndarray, gathered: np.ndarray, world_size: int
+    bucket: Bucket, k: np.ndarray, gathered: np.ndarray, world_size: int, first_rank: int = 0
 ) -> list[Payload]:
     """Reads all ranks' payloads of one bucket and checks all there is to check.
 
     Args:
         bucket: whose payloads these should be.
-        capacity: entries they should have room for.
         k: (L,) entries of each layer that is sent.
-        gathered: (world_size * payload_bytes(bucket, capacity),) uint8, payloads in rank order.
+        gathered: (world_size * payload_bytes(bucket, k.sum()),) uint8, payloads in rank order.
         world_size: number of ranks.
+        first_rank: whose payload comes first, for messages.
 
     Returns:
         One payload a rank.
 
     Raises:
-        DLSError: k is not one number a layer, or more than the capacity.
+        DLSError: k is not one number a layer.
         PayloadError: the buffer is not that; the message names layer or bucket, rank, what was
             found and what was expected.
     """
-    k, length = _checked_k(bucket, capacity, k), payload_bytes(bucket, capacity)
+    k, capacity = _checked_k(bucket, k)
+    length = payload_bytes(bucket, capacity)
     if gathered.dtype != np.uint8 or gathered.shape != (world_size * length,):
         raise PayloadError(
             f"bucket {bucket.name!r}: gathered {gathered.size} items of {gathered.dtype}, expected "
@@ -175,13 +175,45 @@ def unpack(
     if not gathered.flags.c_contiguous or gathered.__array_interface__["data"][0] % 8:
         gathered = gathered.copy()  # compiled loops read whole words
     parts = parts_of(bucket, capacity, gathered.reshape(world_size, length))
-    _check_headers(bucket, capacity, parts.header)
-    _check_records(bucket, k, parts)
+    _check_headers(bucket, capacity, parts.header, first_rank)
+    _check_records(bucket, k, parts, first_rank)
     counts = decode_counts(parts.records["counts"])
     return [
-        _unpack_one(bucket, rank, Parts(*(part[rank] for part in parts)), counts[rank])
-        for rank in range(world_size)
+        _unpack_one(bucket, first_rank + i, Parts(*(part[i] for part in parts)), counts[i])
+        for i in range(world_size)
     ]
+
+
+def unpack_own(bucket: Bucket, gathered: np.ndarray, world_size: int) -> list[Payload]:
+    """Like ``unpack``, where each rank chose the entries of its layers, and so the length, itself.
+
+    Raises:
+        PayloadError: as ``unpack``.
+    """
+    payloads: list[Payload] = []
+    gathered = np.asarray(gathered)
+    start, head = 0, payload_bytes(bucket, 0)  # header and records
+    for rank in range(world_size):
+        first = gathered[start : start + head].copy()
+        if first.dtype != np.uint8 or len(first) < head:
+            raise PayloadError(
+                f"bucket {bucket.name!r}, payload of rank {rank}: {len(first)} items of "
+                f"{first.dtype}, expected {head} bytes or more"
+            )
+        parts = parts_of(bucket, 0, first)
+        capacity = int(parts.header["capacity"][0])
+        k = np.where(parts.records["status"] == SENT, parts.records["entries"], 0).astype(np.int64)
+        if k.sum() != capacity or (k > np.diff(bucket.offsets)).any():
+            _refuse_payload(bucket, rank, "capacity", capacity, int(k.sum()))
+        length = payload_bytes(bucket, capacity)
+        payloads += unpack(bucket, k, gathered[start : start + length], 1, rank)
+        start += length
+    if start != len(gathered):
+        raise PayloadError(
+            f"bucket {bucket.name!r}: gathered {len(gathered)} bytes, expected {start} from "
+            f"{world_size} ranks"
+        )
+    return payloads
 
 
 # Writing ----------------------------------------------------------------------------------------
@@ -236,44 +268,57 @@ def _first_wrong(bucket: Bucket, starts: np.ndarray, indices: np.ndarray) -> int
 # Reading ----------------------------------------------------------------------------------------
 
 
-def _check_headers(bucket: Bucket, capacity: int, headers: np.ndarray) -> None:
+def _check_headers(bucket: Bucket, capacity: int, headers: np.ndarray, first_rank: int) -> None:
     """Checks all fields of all ranks' headers but the number of entries."""
-    expected = header_of(bucket, capacity, 0)
+    expected = header_of(bucket, capacity)
     headers = headers[:, 0].copy()
-    headers["entries"] = 0
+    for rank, refused in enumerate(headers["not_finite"], start=first_rank):
+        if refused > len(bucket.watched):
+            wanted = f"at most {len(bucket.watched)}"
+            _refuse_payload(bucket, rank, "not_finite", refused, wanted)
+    headers["entries"] = headers["not_finite"] = 0
     if headers.tobytes() == expected.tobytes() * len(headers):
         return
-    for rank, header in enumerate(headers):
+    for rank, header in enumerate(headers, start=first_rank):
         for field in HEADER.names or ():
             if header[field] != expected[field]:
                 _refuse_payload(bucket, rank, field, header[field], expected[field])
 
 
-def _check_records(bucket: Bucket, k: np.ndarray, parts: Parts) -> None:
+def _check_records(bucket: Bucket, k: np.ndarray, parts: Parts, first_rank: int) -> None:
     """Checks all ranks' records, and the number of entries in their headers."""
     records = parts.records
     status, bases, exponents = records["status"], records["sketch_base"], records["exponent"]
-    _check_layers(bucket, "status", status, (status >= SENT) & (status <= ABSENT), "1, 2 or 3")
+
+    def check(field: str, good: np.ndarray, wanted: object) -> None:
+        _check_layers(bucket, field, records[field], good, wanted, first_rank)
+
+    check("status", (status >= SENT) & (status <= ABSENT), "1, 2 or 3")
     expected = np.where(status == SENT, k, 0)
-    _check_layers(bucket, "entries", records["entries"], records["entries"] == expected, expected)
-    _check_layers(bucket, "sketch_base", bases, bases <= LAST_BASE, f"at most {LAST_BASE}")
+    check("entries", records["entries"] == expected, expected)
+    check("sketch_base", bases <= LAST_BASE, f"at most {LAST_BASE}")
     if bucket.values != "float16":
-        _check_layers(bucket, "exponent", exponents, exponents == 0, 0)
+        check("exponent", exponents == 0, 0)
     entries, totals = parts.header["entries"][:, 0], expected.sum(axis=1)
     if (entries != totals).any():
         rank = int(np.argmax(entries != totals))
-        _refuse_payload(bucket, rank, "entries", entries[rank], totals[rank])
+        _refuse_payload(bucket, first_rank + rank, "entries", entries[rank], totals[rank])
 
 
 def _check_layers(
-    bucket: Bucket, field: str, found: np.ndarray, good: np.ndarray, expected: object
+    bucket: Bucket,
+    field: str,
+    found: np.ndarray,
+    good: np.ndarray,
+    expected: object,
+    first_rank: int,
 ) -> None:
     if good.all():
         return
     rank, layer = np.argwhere(~good)[0]
     wanted = expected[rank, layer] if isinstance(expected, np.ndarray) else expected
     raise PayloadError(
-        f"layer {bucket.layers[layer].name!r}, payload of rank {rank}: {field} is "
+        f"layer {bucket.layers[layer].name!r}, payload of rank {first_rank + rank}: {field} is "
         f"{found[rank, layer]}, expected {wanted}"
     )
 
@@ -304,7 +349,16 @@ def _unpack_one(bucket: Bucket, rank: int, parts: Parts, counts: np.ndarray) -> 
     indices = _take_indices(bucket, rank, parts, starts)
     if parts.values[total:].view(np.uint8).any():
         _refuse_payload(bucket, rank, "room for further values", "in use", "zero")
-    return Payload(records["status"], records["sketch_base"], counts, starts, indices, values)
+    refused = int(parts.header["not_finite"][0])
+    return Payload(
+        bucket.watched[refused - 1] if refused else None,
+        records["status"],
+        records["sketch_base"],
+        counts,
+        starts,
+        indices,
+        values,
+    )
 
 
 def _take_indices(bucket: Bucket, rank: int, parts: Parts, starts: np.ndarray) -> np.ndarray:
@@ -336,14 +390,15 @@ def _take_indices(bucket: Bucket, rank: int, parts: Parts, starts: np.ndarray) -
 # Both -------------------------------------------------------------------------------------------
 
 
-def _checked_k(bucket: Bucket, capacity: int, k: np.ndarray) -> np.ndarray:
+def _checked_k(bucket: Bucket, k: np.ndarray) -> tuple[np.ndarray, int]:
+    """k as int64, and the capacity it makes."""
     k = np.asarray(k, np.int64)
-    if k.shape != (len(bucket.layers),) or k.min() < 0 or k.sum() > capacity:
+    if k.shape != (len(bucket.layers),) or k.min() < 0:
         raise DLSError(
-            f"bucket {bucket.name!r} of {len(bucket.layers)} layers: k of shape {k.shape} and sum "
-            f"{k.sum()} with a capacity of {capacity}"
+            f"bucket {bucket.name!r} of {len(bucket.layers)} layers: k of shape {k.shape}, "
+            f"{k.tolist()[:8]}"
         )
-    return k
+    return k, int(k.sum())
 
 
 def _starts(entries: np.ndarray) -> np.ndarray:

@@ -1,15 +1,16 @@
 """One model's compression on one rank: a gradient in, a payload out; all payloads in, a sum out.
 
-A step is a transaction.  ``compress`` only looks; nothing changes until the payloads of all ranks
-are there and none of them tells of NaN or Inf.  ``Controller`` holds what all ranks agree on; a
-session holds what is this rank's own: residuals, thresholds, and the step in progress.
+A step is a transaction.  What comes in is only looked at; nothing changes until the payloads of all
+ranks are there and none of them tells of NaN or Inf.  ``Controller`` holds what all ranks agree on;
+a session holds what is this rank's own: residuals, velocities, thresholds, the step in progress.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,49 +18,27 @@ import numpy as np
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.buckets import make_buckets
 from hvd_dls.core.controller import Controller
+from hvd_dls.core.correction import Correction
 from hvd_dls.core.layers import LayerSpec
-from hvd_dls.core.passes import Found, find, settle
-from hvd_dls.core.payload import ABSENT, NOT_FINITE, Payload, pack, unpack
-from hvd_dls.core.plan import initial_k, make_plan
+from hvd_dls.core.own_choice import OWN_CHOICE, OwnChoice
+from hvd_dls.core.passes import Found, fill_infinite, find, nothing_found, settle
+from hvd_dls.core.payload import ABSENT, NOT_FINITE, pack, unpack, unpack_own
+from hvd_dls.core.plan import histogram, initial_k, make_plan, measured_k
 from hvd_dls.core.sketch import WINDOW
+from hvd_dls.core.state import STATE_VERSION, check_state
+from hvd_dls.core.step import Step
 from hvd_dls.core.telemetry import StepRecord, measure_quality
-from hvd_dls.errors import DLSError, NonFiniteGradientError, StateMismatchError
-
-STATE_VERSION = 1
-# May differ between saving and loading.
-FREE_OPTIONS = ("measure_every", "bucket_bytes", "values", "index_code")
-
-
-@dataclass
-class _Step:
-    """A step in progress.
-
-    Attributes:
-        gradients: (n,) of the layers that have come in, by name.
-        found: what each of them sends; None where the gradient was not finite.
-        missing: how many layers of each bucket that was begun have not come in.
-        kept: what rounding to 16 bits leaves of each layer's values, by bucket.
-        sent: length of each payload that went out, by bucket.
-        received: all ranks' payloads, by bucket.
-        settled: layers whose residual and gradient are done.
-    """
-
-    gradients: dict[str, np.ndarray] = field(default_factory=dict)
-    found: dict[str, Found | None] = field(default_factory=dict)
-    missing: dict[int, int] = field(default_factory=dict)
-    kept: dict[int, list[np.ndarray | None]] = field(default_factory=dict)
-    sent: dict[int, int] = field(default_factory=dict)
-    received: dict[int, list[Payload]] = field(default_factory=dict)
-    settled: set[str] = field(default_factory=set)
+from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
 class Session:
     """Compresses the gradients of one model.
 
-    In a step, each sparse layer goes through ``compress``; each bucket that is complete through
-    ``payload``, the network, and ``receive``; then each layer through ``decompress``.  When all
-    have, the step ends and the ratios move.  A bucket of which only some layers take part in a
-    step is among ``unfinished`` in the end.
+    In a step, each layer that ``is_sparse`` goes through ``compress``, each other one through
+    ``note``; each bucket that is complete through ``payload``, the network, and ``receive``; then
+    each layer through ``decompress`` or ``accept``.  When all have, the step ends and the ratios
+    move.  A bucket of which only some layers take part in a step is among ``unfinished`` in the
+    end.
 
     Args:
         layers: all parameters, in model order.
@@ -67,8 +46,14 @@ class Session:
         world_size: number of ranks, P.
         norms: Frobenius norm of each layer's weights, for prior="weight_norm".
 
+    Attributes:
+        residuals: (n,) of each compressed layer, by name.
+        loss_scale: what residuals and velocities are multiplied by.
+        skipped: steps that were skipped for NaN or Inf.
+        last_step: what happened in the last step that was not.
+
     Raises:
-        DLSError: see ``make_plan``.
+        DLSError: see ``make_plan`` and ``make_buckets``.
     """
 
     def __init__(
@@ -81,39 +66,73 @@ class Session:
         self.config = config
         self.world_size = world_size
         self.plan = make_plan(layers, config, world_size)
-        self.buckets = make_buckets(self.plan.sparse, config)
+        self.buckets = make_buckets(self.plan.layers, self.plan.sparse, config)
         self._layers = {layer.name: layer for layer in self.plan.sparse}
-        # Of each layer: its bucket, and its position therein.
+        # Of each compressed layer: its bucket, and its position therein.
         self._place = {
             layer.name: (number, position)
             for number, bucket in enumerate(self.buckets)
             for position, layer in enumerate(bucket.layers)
         }
-        row = {layer.name: row for row, layer in enumerate(self.plan.sparse)}
-        self._rows = [np.array([row[x.name] for x in b.layers]) for b in self.buckets]
+        self._members = [{*(x.name for x in b.layers), *b.watched} for b in self.buckets]
+        self._bucket_of = {n: number for number, names in enumerate(self._members) for n in names}
+        self._row = {layer.name: row for row, layer in enumerate(self.plan.sparse)}
+        self._rows = [np.array([self._row[x.name] for x in b.layers]) for b in self.buckets]
         k = initial_k(self.plan, config, norms)
         self._controller = Controller(self.plan, config, k, self._rows)
+        self._own = OwnChoice(self.plan, config) if config.strategy in OWN_CHOICE else None
+        self._correction = Correction(self.plan.layers, config)
         self.residuals = {n: np.zeros(x.size, x.work_dtype) for n, x in self._layers.items()}
         self._thresholds = dict.fromkeys(self._layers, 0.0)
-        self._step = _Step()
+        self.loss_scale = 1.0
+        self._step = Step()
+        self._refused = False
+        self.skipped = 0
         self.last_step: StepRecord | None = None
 
     # The way of a gradient ----------------------------------------------------------------------
 
     @property
     def k(self) -> np.ndarray:
-        """(L,) entries each sparse layer sends in the current step."""
+        """(L,) entries each sparse layer sends in the current step, as far as ranks agree on it."""
         return self._controller.k
 
     def is_sparse(self, name: str) -> bool:
-        """Whether the plan compresses this layer."""
+        """Whether a layer is compressed in the current step."""
+        return name in self._layers and not self._controller.dense
+
+    def may_be_sparse(self, name: str) -> bool:
+        """Whether a layer is compressed in some steps."""
         return name in self._layers
+
+    def takes_part(self, name: str) -> bool:
+        """Whether there is anything to do for a layer, compressed or not."""
+        return name in self._bucket_of or self._correction.active
+
+    def bucket_of(self, name: str) -> int | None:
+        """Number of the bucket that a layer travels in, or that tells whether it is finite."""
+        return self._bucket_of.get(name)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return bool(self._step.arrived)
+
+    @property
+    def dense_step(self) -> bool:
+        """Whether the current step sends whole gradients."""
+        return self._controller.dense
+
+    @property
+    def corrects(self) -> bool:
+        """Whether gradients that go dense must go through ``correct`` first."""
+        return self._correction.active
 
     def compress(self, name: str, gradient: np.ndarray) -> int | None:
         """Looks for the largest entries of a layer's residual plus its gradient.
 
         Args:
-            name: of a sparse layer.
+            name: of a layer that ``is_sparse``.
             gradient: (n,) contiguous, of the layer's work dtype, float16, or uint16 (the bits of
                 bfloat16); it must not change before ``decompress``.
 
@@ -123,35 +142,94 @@ class Session:
         Raises:
             DLSError: the layer has been in this step already, or the gradient has another size.
         """
-        step, layer = self._step, self._layers[name]
-        if name in step.gradients:
+        self._arrive(name, gradient)
+        if self._correction.active:
+            gradient = self._correction.apply(name, gradient, self.loss_scale)
+        self._step.gradients[name] = gradient
+        if self._own is None:
+            self._find(name, self._controller.k_of(name))
+        elif not self._own.needs_all:
+            k = self._own.k_of(name, self.residuals[name], gradient, self.loss_scale)
+            self._find(name, k)
+        return self._complete(name)
+
+    def correct(self, name: str, gradient: np.ndarray) -> np.ndarray:
+        """What to send of a layer that goes dense, if gradients are clipped or get momentum.
+
+        Args:
+            name: of a layer.
+            gradient: as for ``compress``.
+
+        Returns:
+            (n,) of the work dtype, the caller's to change.
+        """
+        corrected = self._correction.apply(name, gradient, self.loss_scale)
+        return corrected if self.config.nesterov else corrected.copy()
+
+    def note(self, name: str, finite: bool) -> int | None:
+        """Takes note of a layer that goes dense.
+
+        Args:
+            name: of a layer that is not ``is_sparse``.
+            finite: whether its gradient is free of NaN and Inf on this rank.
+
+        Returns:
+            As ``compress``.
+
+        Raises:
+            DLSError: the layer has been in this step already.
+        """
+        self._arrive(name)
+        if not finite:
+            self._step.not_finite.append(name)
+        return self._complete(name)
+
+    def _arrive(self, name: str, gradient: np.ndarray | None = None) -> None:
+        step = self._step
+        if name in step.arrived:
             raise DLSError(f"layer {name!r}: compressed twice before it was decompressed")
-        if gradient.shape != (layer.size,):
+        if gradient is not None and gradient.shape != (self._layers[name].size,):
             raise DLSError(
-                f"layer {name!r}: gradient of shape {gradient.shape}, expected ({layer.size},)"
+                f"layer {name!r}: gradient of shape {gradient.shape}, expected "
+                f"({self._layers[name].size},)"
             )
-        k = self._controller.k_of(name)
-        found = find(self.residuals[name], gradient, k, self._thresholds[name])
-        step.gradients[name], step.found[name] = gradient, found
-        bucket, _ = self._place[name]
-        step.missing[bucket] = step.missing.get(bucket, len(self.buckets[bucket].layers)) - 1
-        return None if step.missing[bucket] else bucket
+        self._refused = False
+        step.arrived.add(name)
+
+    def _complete(self, name: str) -> int | None:
+        bucket = self._bucket_of.get(name)
+        if bucket is None or self._controller.dense:
+            return None
+        missing = self._step.missing
+        missing[bucket] = missing.get(bucket, len(self._members[bucket])) - 1
+        return None if missing[bucket] else bucket
 
     @property
     def complete(self) -> bool:
         """Whether all layers have come in, and so all buckets have been sent."""
-        return len(self._step.gradients) == len(self._layers)
+        return len(self._step.sent) == len(self.buckets)
 
     def unfinished(self) -> list[int]:
         """Buckets with some layers in this step that have not been sent: send them now."""
         return sorted(self._step.missing.keys() - self._step.sent.keys())
 
     def payload(self, bucket: int) -> np.ndarray:
-        """What this rank sends of a bucket: uint8, as long as every other rank's."""
-        found = [self._step.found.get(x.name, ABSENT) for x in self.buckets[bucket].layers]
-        packed = pack(self.buckets[bucket], self._entries_of(bucket), self._k_of(bucket), found)
-        self._step.sent[bucket] = len(packed.payload)
-        self._step.kept[bucket] = packed.kept
+        """What this rank sends of a bucket: uint8; as long as every other rank's if they agree."""
+        step, layers = self._step, self.buckets[bucket].layers
+        if self._own is not None and self._own.needs_all:
+            together = self._own.k_together(self.residuals, step.gradients)
+            for name, own in together.items():
+                self._find(name, own)
+        found = [step.found.get(x.name, ABSENT) for x in layers]
+        if self._own is not None:
+            k = np.array([len(f.indices) if isinstance(f, Found) else 0 for f in found])
+        else:
+            k = self._k_of(bucket)
+        watched = self.buckets[bucket].watched
+        not_finite = next((name for name in watched if name in step.not_finite), None)
+        packed = pack(self.buckets[bucket], k, found, not_finite)
+        step.sent[bucket] = len(packed.payload)
+        step.kept[bucket] = packed.kept
         return packed.payload
 
     def receive(self, bucket: int, gathered: np.ndarray) -> None:
@@ -159,18 +237,17 @@ class Session:
 
         Args:
             bucket: its number.
-            gathered: (world_size * payload length,) uint8, payloads in rank order.
+            gathered: uint8, all payloads in rank order.
 
         Raises:
             PayloadError: the payloads are not this bucket's.
         """
-        self._step.received[bucket] = unpack(
-            self.buckets[bucket],
-            self._entries_of(bucket),
-            self._k_of(bucket),
-            gathered,
-            self.world_size,
-        )
+        of = self.buckets[bucket]
+        if self._own is not None:
+            self._step.received[bucket] = unpack_own(of, gathered, self.world_size)
+        else:
+            k = self._k_of(bucket)
+            self._step.received[bucket] = unpack(of, k, gathered, self.world_size)
 
     def decompress(self, name: str, out: np.ndarray, scale: float = 1.0) -> None:
         """Adds up what all ranks sent of a layer; with the last layer, ends the step.
@@ -179,23 +256,28 @@ class Session:
             name: of a layer that went through ``compress``.
             out: (n,) overwritten with the sum over ranks, added rank by rank and so the same bits
                 on every rank; may be the gradient itself.  Its dtype is one that ``compress``
-                takes.
+                takes.  Inf everywhere, if the step is skipped.
             scale: factor on the sum.
 
         Raises:
             DLSError: the layer, or a bucket of this step, has not arrived.
-            NonFiniteGradientError: some rank's gradient held NaN or Inf; on every rank alike, in
-                the first call of the step.  All residuals are as they were before the step.
+            NonFiniteGradientError: with nonfinite="raise", some rank's gradient held NaN or Inf; on
+                every rank alike, in the first call of the step.  All residuals are as they were
+                before the step.
         """
         step, (bucket, position) = self._step, self._place[name]
         if name not in step.gradients or name in step.settled:
             raise DLSError(f"layer {name!r}: decompressed, but not on its way")
-        if not step.settled:
-            self._check_arrived()
+        self._check_arrived()
+        if step.refused:
+            fill_infinite(out)
+            self._settled(name)
+            return
         found = step.found[name]
         assert found is not None  # or the step would have been refused
+        residual = self.residuals[name]
         settle(
-            self.residuals[name],
+            residual,
             step.gradients[name],
             found.indices,
             step.kept[bucket][position],
@@ -203,34 +285,115 @@ class Session:
             scale,
             out,
         )
-        step.settled.add(name)
-        if len(step.settled) == len(step.gradients):
-            self._end_step()
+        if self._own is not None:
+            self._own.take_note(name, residual, found.values)
+        self._settled(name)
+
+    def accept(self, name: str, reduced: np.ndarray | None = None) -> bool:
+        """Takes note that a layer that went dense has been reduced; with the last, ends the step.
+
+        Args:
+            name: of a layer that went through ``note``.
+            reduced: (n,) what came back, in a ``dense_step``; None otherwise.
+
+        Returns:
+            Whether it counts; not if the step is skipped.
+
+        Raises:
+            As ``decompress``; in a ``dense_step``, with the step's last layer.
+        """
+        step = self._step
+        if name not in step.arrived or name in step.settled:
+            raise DLSError(f"layer {name!r}: reduced, but not on its way")
+        if not self._controller.dense:
+            self._check_arrived()
+        elif reduced is not None:
+            if not np.isfinite(reduced).all():
+                step.refused = NonFiniteGradientError([(name, None)])
+            elif self._controller.dense_steps == self._controller.step + 1:
+                step.whole[name] = histogram(reduced)
+        counts = step.refused is None
+        self._settled(name)
+        return counts
+
+    # The end of a step --------------------------------------------------------------------------
+
+    @property
+    def refused(self) -> bool:
+        """Whether the step in progress, or the last one if none has begun since, is skipped."""
+        return self._refused
 
     def _check_arrived(self) -> None:
+        """Before the first change: is everything there, and good?"""
         step = self._step
+        if step.settled:
+            return
         if missing := step.missing.keys() - step.received.keys():
             raise DLSError(f"decompressed before buckets {sorted(missing)} were received")
-        not_finite = [
+        not_finite: list[tuple[str, int | None]] = [
             (self.buckets[bucket].layers[position].name, rank)
             for bucket, payloads in step.received.items()
             for rank, payload in enumerate(payloads)
             for position in np.flatnonzero(payload.status == NOT_FINITE)
         ]
-        if not_finite:
-            self._step = _Step()
-            raise NonFiniteGradientError(not_finite)
+        not_finite += [
+            (payload.not_finite, rank)
+            for payloads in step.received.values()
+            for rank, payload in enumerate(payloads)
+            if payload.not_finite is not None
+        ]
+        if not not_finite:
+            return
+        step.refused = NonFiniteGradientError(not_finite)
+        if self.config.nonfinite == "raise":
+            self._forget_step()
+            raise step.refused
+        self._refused = True
 
-    def _end_step(self) -> None:
-        step, self._step = self._step, _Step()
-        for name, found in step.found.items():
-            assert found is not None
-            self._thresholds[name] = found.threshold
+    def _settled(self, name: str) -> None:
+        step = self._step
+        step.settled.add(name)
+        if len(step.settled) < len(step.arrived):
+            return
+        self._forget_step(step.refused is not None)
+        if step.refused is None:
+            self._end_step(step)
+            return
+        if self.config.nonfinite == "raise":
+            raise step.refused
+        self._refused = True
+        self.skipped += 1
+
+    def _forget_step(self, also_velocities: bool = True) -> None:
+        self._step = Step()
+        if also_velocities:
+            self._correction.forget()
+
+    def _end_step(self, step: Step) -> None:
+        found = {name: f for name, f in step.found.items() if f is not None}
+        self._correction.commit({name: f.indices for name, f in found.items()})
+        for name, f in found.items():
+            self._thresholds[name] = f.threshold
+        if self._controller.dense:
+            self._controller.advance()
+            self.last_step = self._record_of_dense_step(step)
+            if step.whole and not self._controller.dense and self.config.prior == "measured":
+                density = self._controller.density
+                k = measured_k(self.plan, self.config, step.whole, density)
+                self._controller.start_from(k)
+            return
         k = self._controller.k.copy()
-        self._controller.advance(*self._sketches(step))
+        if self._own is not None:
+            k[:] = 0
+            for name, f in found.items():
+                k[self._row[name]] = len(f.indices)
+            self._controller.advance()
+            self._own.start_step(self._controller.density)
+        else:
+            self._controller.advance(*self._sketches(step))
         self.last_step = self._record(k, step)
 
-    def _sketches(self, step: _Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _sketches(self, step: Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What ``Controller.advance`` takes."""
         shape = len(self._layers), self.world_size
         present = np.zeros(shape[0], bool)
@@ -243,7 +406,7 @@ class Session:
         rows = np.flatnonzero(present)
         return rows, bases[rows], counts[rows]
 
-    def _record(self, k: np.ndarray, step: _Step) -> StepRecord:
+    def _record(self, k: np.ndarray, step: Step) -> StepRecord:
         every = self.config.measure_every
         quality = None
         if every and self._controller.step % every == 0:
@@ -261,12 +424,53 @@ class Session:
             quality=quality,
         )
 
+    def _record_of_dense_step(self, step: Step) -> StepRecord:
+        return StepRecord(
+            step=self._controller.step,
+            time=time.time(),
+            names=tuple(self._layers),
+            sizes=self.plan.sizes,
+            k=self.plan.sizes,
+            thresholds=np.zeros(len(self._layers)),
+            sparse_bytes=0,
+            dense_bytes=sum(
+                x.size * x.itemsize for x in self.plan.layers if x.name in step.arrived
+            ),
+        )
+
     def _k_of(self, bucket: int) -> np.ndarray:
         k: np.ndarray = self._controller.k[self._rows[bucket]]
         return k
 
-    def _entries_of(self, bucket: int) -> int:
-        return int(self._controller.budgets.budgets[bucket])
+    def _find(self, name: str, k: int) -> None:
+        found = find(
+            self.residuals[name], self._step.gradients[name], max(k, 1), self._thresholds[name]
+        )
+        self._step.found[name] = found if k or found is None else nothing_found(found)
+
+    # Loss scaling -------------------------------------------------------------------------------
+
+    def scale_to(self, loss_scale: float) -> None:
+        """Tells what the loss, and so each gradient to come, is multiplied by.
+
+        Residuals and velocities follow: exactly, by powers of two.
+
+        Raises:
+            DLSError: it is not a finite number > 0, or a step is in progress.
+        """
+        if loss_scale == self.loss_scale:
+            return
+        if not (math.isfinite(loss_scale) and loss_scale > 0):
+            raise DLSError(f"loss_scale={loss_scale!r}: accepted is a finite number > 0")
+        if self._step.arrived:
+            raise DLSError(
+                f"the loss scale changed from {self.loss_scale} to {loss_scale} within a step"
+            )
+        factor = loss_scale / self.loss_scale
+        for array in (*self.residuals.values(), *self._correction.velocities.values()):
+            array *= array.dtype.type(factor)
+        self._thresholds = {name: factor * value for name, value in self._thresholds.items()}
+        self.loss_scale = loss_scale
 
     # Agreement at the start ---------------------------------------------------------------------
 
@@ -277,27 +481,33 @@ class Session:
     def agree(self, agreed: np.ndarray) -> None:
         """Takes over rank 0's ``agreed()``."""
         self._controller.restore(agreed)
+        if self._own is not None:
+            self._own.start_step(self._controller.density)
 
     # State --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's training state: plain values and arrays (residuals are not copied)."""
-        if self._step.gradients:
+        """This rank's training state: plain values and arrays (the large ones are not copied)."""
+        if self._step.arrived:
             raise DLSError("state_dict() in the middle of a step: call it after optimizer.step()")
         return self._state()
 
     def _state(self) -> dict[str, Any]:
+        config = asdict(self.config)
         return {
             "version": STATE_VERSION,
-            "config": asdict(self.config),
+            "config": config | {"layer_density": [list(x) for x in self.config.layer_density]},
             "world_size": self.world_size,
             "layers": [
                 [layer.name, [*layer.shape, layer.work_dtype.name]] for layer in self.plan.sparse
             ],
             "step": self._controller.step,
+            "loss_scale": self.loss_scale,
             "ratios": self._controller.state(),
             "thresholds": np.array(list(self._thresholds.values())),
+            "squares": [] if self._own is None else list(self._own.squares.values()),
             "residuals": dict(self.residuals),
+            "velocities": dict(self._correction.velocities),
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -307,36 +517,7 @@ class Session:
             StateMismatchError: it belongs to other layers, another configuration or another
                 number of ranks; the message names the first difference.
         """
-        own = self._state()
-        if state.get("version") != STATE_VERSION:
-            raise StateMismatchError(
-                f"saved state has version {state.get('version')}, expected {STATE_VERSION}"
-            )
-        if missing := own.keys() - state.keys():
-            raise StateMismatchError(f"the saved state lacks {', '.join(sorted(missing))}")
-        for option, value in own["config"].items():
-            saved = state["config"].get(option)
-            if saved != value and option not in FREE_OPTIONS:
-                raise StateMismatchError(f"saved with {option}={saved!r}, but it is {value!r} now")
-        if state["world_size"] != self.world_size:
-            raise StateMismatchError(
-                f"saved by one of {state['world_size']} ranks, but there are {self.world_size} now"
-            )
-        self._check_layers(dict(state["layers"]), dict(own["layers"]))
-        if len(state["ratios"]) < 2 + 2 * len(self._layers):
-            raise StateMismatchError(f"the saved ratios have only {len(state['ratios'])} numbers")
-        for part in ("thresholds", "residuals"):
-            if len(state[part]) != len(own[part]):
-                raise StateMismatchError(
-                    f"the saved state has {len(state[part])} {part}, expected {len(own[part])}"
-                )
-        for name, residual in self.residuals.items():
-            saved_shape = np.shape(state["residuals"].get(name, ()))
-            if saved_shape != residual.shape:
-                raise StateMismatchError(
-                    f"layer {name!r}: saved residual of shape {saved_shape}, expected "
-                    f"{residual.shape}"
-                )
+        check_state(state, self._state(), ratios=2 + 2 * len(self._layers))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state, copying it; a step in progress is forgotten.
@@ -345,23 +526,13 @@ class Session:
             StateMismatchError: see ``check_state``; nothing has changed then.
         """
         self.check_state(state)
-        self._step = _Step()
+        self._forget_step()
         self._controller.restore(np.asarray(state["ratios"], np.int64))
         self._thresholds = dict(zip(self._layers, map(float, state["thresholds"]), strict=True))
-        for name, residual in self.residuals.items():
-            residual[:] = np.asarray(state["residuals"][name])
-
-    @staticmethod
-    def _check_layers(saved: Mapping[str, list[Any]], own: Mapping[str, list[Any]]) -> None:
-        for name in saved:
-            if name not in own:
-                raise StateMismatchError(f"saved with a compressed layer {name!r}, not there now")
-        for name, shape in own.items():
-            if name not in saved:
-                raise StateMismatchError(f"compressed layer {name!r} is not in the saved state")
-            if list(saved[name]) != shape:
-                raise StateMismatchError(
-                    f"layer {name!r} was saved as {list(saved[name])}, it is {shape} now"
-                )
-        if list(saved) != list(own):
-            raise StateMismatchError("the saved layers stand in another order")
+        if self._own is not None:
+            self._own.restore(state["squares"], self._controller.density)
+        self.loss_scale = float(state["loss_scale"])
+        velocities = self._correction.velocities
+        for part, own in (("residuals", self.residuals), ("velocities", velocities)):
+            for name, array in own.items():
+                array[:] = np.asarray(state[part][name])

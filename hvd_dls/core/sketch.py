@@ -17,8 +17,8 @@ WINDOW = 48  # bins of a sketch: six octaves
 BELOW = 16  # of which two octaves lie below the threshold
 SAMPLE = 1 << 16  # unsent entries looked at, at most about
 
-_N_BINS = 255 * BINS_PER_OCTAVE  # all finite float32 magnitudes
-LAST_BASE = _N_BINS - WINDOW
+N_BINS = 255 * BINS_PER_OCTAVE  # all finite float32 magnitudes
+LAST_BASE = N_BINS - WINDOW
 _MANTISSA_SHIFT = 20
 
 
@@ -33,7 +33,7 @@ def bin_of(magnitudes: np.ndarray) -> np.ndarray:
     """Bin number of each magnitude (float32 or float64, finite, >= 0): (n,) int64."""
     with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite here: the last bin
         bits = np.asarray(magnitudes, dtype=np.float32).view(np.uint32)
-    bins: np.ndarray = np.minimum(bits >> _MANTISSA_SHIFT, _N_BINS - 1).astype(np.int64)
+    bins: np.ndarray = np.minimum(bits >> _MANTISSA_SHIFT, N_BINS - 1).astype(np.int64)
     return bins
 
 

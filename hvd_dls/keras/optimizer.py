@@ -67,14 +67,15 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     namespace = {"__module__": _public_module(kind)}  # saved and loaded as that class
     distributed: Any = type(kind.__name__, (_Distributed, kind), namespace)
     made = distributed.from_config(optimizer.get_config())
+    _refuse_second_momentum(made, compression)
     made._reduction = _Reduction(
+        made,
         name or f"Distributed{kind.__name__}",
         compression,
         sparse_as_dense,
         gradient_predivide_factor,
         op,
         process_set,
-        skips_overflow=isinstance(made, keras.optimizers.LossScaleOptimizer),
     )
     if optimizer.built:
         made.build(optimizer._trainable_variables)
@@ -109,9 +110,19 @@ class _Distributed:
             variables = list(getattr(self, "_trainable_variables", ()))
         else:
             trainable_variables = variables = list(trainable_variables)
-        if len(variables) == len(grads):  # else Keras has something to say
-            grads = self._reduction(grads, variables)
-        return base.apply(grads, trainable_variables)
+        if len(variables) != len(grads):  # Keras has something to say
+            return base.apply(grads, trainable_variables)
+        grads = self._reduction(grads, variables)
+        if not self._reduction.may_skip:
+            return base.apply(grads, trainable_variables)
+        if not getattr(self, "built", True):
+            with tf.init_scope():
+                base.build(variables)
+        return tf.cond(
+            _counts(grads),
+            lambda: _nothing(base.apply(grads, trainable_variables)),
+            lambda: _nothing(),
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss_scale_factor" and self._reduction is not None:
@@ -128,13 +139,13 @@ class _Reduction:
 
     def __init__(
         self,
+        optimizer: Any,
         name: str,
         compression: Any,
         sparse_as_dense: bool,
         predivide_factor: float,
         op: int,
         process_set: hvd.ProcessSet,
-        skips_overflow: bool,
     ) -> None:
         _made[name] += 1
         self._name = f"{name}.{_made[name]}"
@@ -145,7 +156,11 @@ class _Reduction:
         self._predivide_factor = predivide_factor
         self._op = op
         self._process_set = process_set
-        self._skips_overflow = skips_overflow
+        self._scales_loss = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        self._optimizer = optimizer
+        # LossScaleOptimizer skips steps that are not finite itself.
+        skips = isinstance(compression, DLSCompressor) and compression.config.nonfinite == "skip"
+        self.may_skip = skips and not self._scales_loss
         self._traced: dict[tuple[int, ...], Any] = {}
 
     def __call__(self, gradients: list[Any], variables: list[Any]) -> list[Any]:
@@ -171,7 +186,7 @@ class _Reduction:
             gradients = [
                 tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients
             ]
-        if not isinstance(self._compression, DLSCompressor) or not self._skips_overflow:
+        if not isinstance(self._compression, DLSCompressor) or not self._scales_loss:
             return self._exchange(gradients, variables)
         # Loss scaling runs into overflow on purpose and skips the step: on all ranks or none.
         dense = [g for g in gradients if g is not None and not isinstance(g, tf.IndexedSlices)]
@@ -235,6 +250,9 @@ class _Reduction:
             if not isinstance(g, tf.IndexedSlices)
         ]
         binding = self._compression.binding_of(ours)
+        binding.marks_skipped = self.may_skip or self._scales_loss
+        if self._scales_loss and binding.loss_scale is None:
+            binding.loss_scale = self._loss_scale
         binding.start(self._process_set)
         dense = [
             (v, g)
@@ -245,6 +263,12 @@ class _Reduction:
             return [hvd.Compression.none] * len(gradients)
         step = binding.step([v for v, _ in dense], [g for _, g in dense])
         return [_Layer(self._compression, binding, binding.name_of(v), step) for v in variables]
+
+    def _loss_scale(self) -> float:
+        optimizer = self._optimizer  # as its scale_loss: the variable comes with the first step
+        return float(
+            optimizer.dynamic_scale.numpy() if optimizer.built else optimizer.initial_scale
+        )
 
 
 class _Layer:
@@ -260,6 +284,29 @@ class _Layer:
 
     def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, InFlight | Dense]:
         return self._binding.compress(self._name, tensor, self._step)
+
+
+def _refuse_second_momentum(optimizer: Any, compression: Any) -> None:
+    config = getattr(compression, "config", None)
+    if config is None or not config.momentum:
+        return
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if getattr(inner, "momentum", 0):
+        raise DLSError(
+            f"momentum={config.momentum} in DLSCompressor takes the place of the optimizer's, "
+            f"which has momentum={inner.momentum}: make it with momentum=0"
+        )
+
+
+def _counts(gradients: list[Any]) -> tf.Tensor:
+    """Whether a step's gradients are to be applied; if not, all their entries are Inf."""
+    first = next(g for g in gradients if isinstance(g, tf.Tensor) and g.shape.num_elements())
+    return tf.math.is_finite(tf.reshape(first, [-1])[0])
+
+
+def _nothing(*_: Any) -> tf.Tensor:
+    """What both branches of a condition return."""
+    return tf.constant(0)
 
 
 def _overflowed(gradient: Any) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import horovod.tensorflow as hvd
@@ -15,6 +15,7 @@ import tensorflow as tf
 from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.layers import layer_spec
+from hvd_dls.core.passes_numpy import widened
 from hvd_dls.core.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.tensorflow.calls import handle_of, identity
@@ -31,11 +32,12 @@ class Step(NamedTuple):
     """What one traced call of Horovod exchanges of a model: the same each time it runs.
 
     Attributes:
-        layers: names of the compressed layers that take part.
+        layers: names of the model's layers that take part.
         gradients: number of all dense gradients of the call, compressed or not.
         checked: () int64 tensor that is there once the variables are known to be the model's.
         received: () int64 tensor that is there once all ranks' payloads are.
         grouped: whether a placeholder must be of its gradient's type, as Horovod's groups are.
+        some_dense: whether some steps to come may send the gradients of compressed layers whole.
     """
 
     layers: frozenset[str]
@@ -43,14 +45,16 @@ class Step(NamedTuple):
     checked: tf.Tensor
     received: tf.Tensor
     grouped: bool
+    some_dense: bool
 
 
 class Dense(NamedTuple):
     """What ``decompress`` needs to know of a gradient that Horovod reduces whole."""
 
     dtype: tf.DType
-    binding: Binding | None = None  # of the model that others of its gradients are compressed of
+    binding: Binding | None = None  # of the model whose gradient it is, or others of the call are
     step: Step | None = None
+    name: str | None = None
 
 
 class InFlight(NamedTuple):
@@ -89,6 +93,8 @@ class Binding(BaseBinding):
         self._lock = threading.Lock()  # TensorFlow runs independent operations side by side
         self._reduced = 0  # gradients of the step that Horovod has returned
         self._error: NonFiniteGradientError | None = None  # to be raised with the last of them
+        # Whether gradients of a skipped step are to be Inf, for who applies them to see; else zero.
+        self.marks_skipped = False
 
     @property
     def alive(self) -> bool:
@@ -143,62 +149,93 @@ class Binding(BaseBinding):
         assert self.session is not None
         session = self.session
         named = zip(map(self.name_of, variables), variables, gradients, strict=True)
-        ours = {n: (v, g) for n, v, g in named if n is not None and session.is_sparse(n)}
-        handles = {name: handle_of(variable) for name, (variable, _) in ours.items()}
-        expected = [identity(handle) for handle in handles.values()]
+        ours = {n: (v, g) for n, v, g in named if n is not None and session.takes_part(n)}
+        handles = [
+            handle_of(variable)
+            for name, (variable, _) in ours.items()
+            if session.may_be_sparse(name) or session.corrects
+        ]
+        expected = [identity(handle) for handle in handles]
 
         def check(*found: tf.Tensor) -> np.int64:
             if [identity(handle) for handle in found] != expected:
                 raise DLSError(_OTHER_MODEL)
             with self._lock:
                 self._reduced, self._error = 0, None
+                self._follow_loss_scale(session)
             return np.int64(0)
 
         with _graph_of(gradients), tf.device("CPU:0"):
             if tf.is_symbolic_tensor(gradients[0]):
-                checked = tf.py_function(check, list(handles.values()), tf.int64)
+                checked = tf.py_function(check, handles, tf.int64)
             else:
-                checked = tf.constant(check(*handles.values()))
-            gathered = {}
-            for number, bucket in enumerate(session.buckets):
-                members = {x.name: ours[x.name][1] for x in bucket.layers if x.name in ours}
-                if members:
-                    gathered[number] = self._exchange(session, number, members, checked)
+                checked = tf.constant(check(*handles))
+            parts: dict[int | None, dict[str, tf.Tensor]] = {}  # what comes in, by bucket
+            for name, (_, gradient) in ours.items():
+                parts.setdefault(session.bucket_of(name), {})[name] = gradient
+            gathered = {
+                number: self._exchange(session, number, members, checked)
+                for number, members in sorted(parts.items(), key=str)
+            }
             received = self._receive(session, gathered) if gathered else checked
-        return Step(frozenset(ours), len(variables), checked, received, grouped)
+        some_dense = session.dense_step
+        return Step(frozenset(ours), len(variables), checked, received, grouped, some_dense)
 
     def _exchange(
-        self, session: Session, bucket: int, gradients: dict[str, tf.Tensor], checked: tf.Tensor
+        self,
+        session: Session,
+        bucket: int | None,
+        gradients: dict[str, tf.Tensor],
+        checked: tf.Tensor,
     ) -> tf.Tensor:
-        """All ranks' payloads of a bucket: on its way as soon as its gradients are there."""
-        names = list(gradients)
+        """All ranks' payloads of a bucket: on its way as soon as its gradients are there.
 
-        def compressed(checked: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
+        Of layers that go dense it only tells whether they are finite.  Bucket None: they have no
+        payload.
+        """
+        compressed = [name for name in gradients if session.may_be_sparse(name)]
+        watched = [name for name in gradients if name not in compressed]
+
+        def come_in(checked: np.ndarray, finite: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
             with self._lock:
-                for name, array in zip(names, arrays, strict=True):
-                    session.compress(name, _bits(array).reshape(-1))
+                for name, good in zip(watched, finite, strict=True):
+                    session.note(name, bool(good))
+                for name, array in zip(compressed, arrays, strict=True):
+                    if session.dense_step:
+                        session.note(name, finite=True)  # its sum is looked at
+                    else:
+                        session.compress(name, _bits(array).reshape(-1))
+                if bucket is None or session.dense_step:
+                    return np.zeros(1, np.uint8)
                 return session.payload(bucket)
 
         taken = [
-            tf.cast(gradient, self._exchanged(name, gradient.dtype))
-            for name, gradient in gradients.items()
+            tf.cast(gradients[name], self._exchanged(name, gradients[name].dtype))
+            for name in compressed
         ]
-        arguments = [checked, *taken]
-        payload = tf.ensure_shape(tf.numpy_function(compressed, arguments, tf.uint8), [None])
+        finite = tf.zeros([0], tf.bool)
+        if watched:
+            finite = tf.stack([tf.reduce_all(tf.math.is_finite(gradients[n])) for n in watched])
+        payload = tf.numpy_function(come_in, [checked, finite, *taken], tf.uint8)
+        payload = tf.ensure_shape(payload, [None])
+        if bucket is None:
+            return payload
         # A name of its own: Horovod matches operations of different ranks by name.
         name = f"{self._label}.{bucket}"
         return hvd.allgather(
             payload, name=name, ignore_name_scope=True, process_set=self._process_set
         )
 
-    def _receive(self, session: Session, gathered: dict[int, tf.Tensor]) -> tf.Tensor:
+    def _receive(self, session: Session, gathered: dict[int | None, tf.Tensor]) -> tf.Tensor:
         """Waits for all buckets: before a step changes anything, all of it is there."""
         buckets = list(gathered)
 
         def received(*arrays: np.ndarray) -> np.int64:
             with self._lock:
-                for bucket, array in zip(buckets, arrays, strict=True):
-                    session.receive(bucket, array)
+                if not session.dense_step:
+                    for bucket, array in zip(buckets, arrays, strict=True):
+                        if bucket is not None:
+                            session.receive(bucket, array)
             return np.int64(0)
 
         return tf.numpy_function(received, list(gathered.values()), tf.int64)
@@ -213,15 +250,59 @@ class Binding(BaseBinding):
             else a placeholder (1,) of 1.0.  Whatever factor Horovod's reduction applies to the
             placeholder (average or sum, pre- and postscale) applies to the gradient.
         """
+        assert self.session is not None
         if not step.layers:
             return send_dense(gradient)
         if name is None or name not in step.layers:
             with tf.control_dependencies([step.checked]):
                 wide, sent = send_dense(tf.identity(gradient))
             return wide, Dense(sent.dtype, self, step)
+        if not self.session.may_be_sparse(name):
+            whole = self._corrected(name, gradient, step) if self.session.corrects else gradient
+            with tf.control_dependencies([step.checked]):
+                wide, _ = send_dense(tf.identity(whole))
+            return wide, Dense(gradient.dtype, self, step, name)
         accepted = _as_horovod_accepts(gradient.dtype) if step.grouped else tf.float64
-        placeholder = tf.ones([1], accepted, name=f"{self._label}.{self._position[name]}.scale")
-        return placeholder, InFlight(gradient.dtype, self, step, name)
+        placed = f"{self._label}.{self._position[name]}.scale"
+        if step.some_dense:
+            offered = tf.identity(self._offered(name, gradient, step), name=placed)
+        else:
+            offered = tf.ones([1], accepted, name=placed)
+        return offered, InFlight(gradient.dtype, self, step, name)
+
+    def _corrected(self, name: str, gradient: tf.Tensor, step: Step) -> tf.Tensor:
+        """Clipped and with momentum: what is sent of a gradient that goes dense."""
+        session = self.session
+        assert session is not None
+        work = self._layers[self._position[name]].work_dtype
+
+        def correct(checked: np.ndarray, array: np.ndarray) -> np.ndarray:
+            with self._lock:
+                return session.correct(name, _bits(array).reshape(-1)).reshape(array.shape)
+
+        with tf.device("CPU:0"):
+            corrected = tf.numpy_function(correct, [step.checked, gradient], work)
+        return tf.ensure_shape(corrected, gradient.shape)
+
+    def _offered(self, name: str, gradient: tf.Tensor, step: Step) -> tf.Tensor:
+        """The whole gradient in a dense step, else a placeholder: (n,) or (1,)."""
+        session = self.session
+        assert session is not None
+        work = self._layers[self._position[name]].work_dtype
+        accepted = _as_horovod_accepts(gradient.dtype) if step.grouped else tf.as_dtype(work)
+
+        def offer(checked: np.ndarray, array: np.ndarray) -> np.ndarray:
+            with self._lock:
+                if session.is_sparse(name):
+                    return np.ones(1, accepted.as_numpy_dtype)
+                whole = _bits(array).reshape(-1)
+                if session.corrects:
+                    whole = session.correct(name, whole)
+                return widened(whole).astype(accepted.as_numpy_dtype)
+
+        with tf.device("CPU:0"):
+            offered = tf.numpy_function(offer, [step.checked, gradient], accepted)
+        return tf.ensure_shape(offered, [None])
 
     def decompress(self, reduced_one: tf.Tensor, sent: InFlight) -> tf.Tensor:
         """All ranks' entries as a gradient, scaled as Horovod scaled the 1.0."""
@@ -229,18 +310,21 @@ class Binding(BaseBinding):
         session, layer = self.session, self._layers[self._position[sent.name]]
         dtype = self._exchanged(sent.name, sent.dtype)
 
-        def summed(received: np.ndarray, reduced_one: np.ndarray) -> np.ndarray:
+        def summed(received: np.ndarray, reduced: np.ndarray) -> np.ndarray:
             total = _aligned(layer.size, dtype.as_numpy_dtype)
-            with self._lock:
-                try:
-                    if self._error is None:
-                        scale = float(reduced_one[0]) / session.world_size
-                        session.decompress(sent.name, _bits(total), scale)
-                except NonFiniteGradientError as error:
-                    self._error = error
-                if self._error is not None:
-                    total[:] = 0
-                self._count(sent.step)
+            with self._lock, self._until_the_last(sent.step):
+                counts = self._error is None
+                if counts and session.is_sparse(sent.name):
+                    scale = float(reduced[0]) / session.world_size
+                    session.decompress(sent.name, _bits(total), scale)
+                    counts = not session.refused
+                elif counts:
+                    total[:] = reduced
+                    counts = session.accept(sent.name, reduced)
+                if not counts:
+                    total[:] = self._instead
+            if self._error is not None:
+                total[:] = 0
             return total.reshape(layer.shape)
 
         with tf.device("CPU:0"):
@@ -254,25 +338,41 @@ class Binding(BaseBinding):
 
     def decompress_dense(self, reduced: tf.Tensor, sent: Dense) -> tf.Tensor:
         """A gradient that Horovod has reduced whole."""
-        step = sent.step
+        step, session, name = sent.step, self.session, sent.name
         assert step is not None
+        assert session is not None
 
-        def count() -> np.int64:
-            with self._lock:
-                self._count(step)
-            return np.int64(0)
+        def count(received: np.ndarray, whole: np.ndarray) -> bool:
+            with self._lock, self._until_the_last(step):
+                if self._error is None and name is not None:
+                    return session.accept(name, whole.reshape(-1) if session.dense_step else None)
+            return True
 
         with tf.control_dependencies([reduced]), tf.device("CPU:0"):
-            counted = tf.numpy_function(count, [], tf.int64)
-        with tf.control_dependencies([counted]):
+            whole = reduced if step.some_dense else tf.zeros([0])
+            counts = tf.numpy_function(count, [step.received, whole], tf.bool)
+        if self._config.nonfinite == "skip":
+            instead = tf.fill(tf.shape(reduced), tf.cast(self._instead, reduced.dtype))
+            reduced = tf.where(counts, reduced, instead)
+        with tf.control_dependencies([counts]):
             return tf.cast(tf.identity(reduced), sent.dtype)
 
-    def _count(self, step: Step) -> None:
-        """Raises a step's error with its last gradient.
+    @property
+    def _instead(self) -> float:
+        """What stands for each entry of a gradient that does not count."""
+        return np.inf if self.marks_skipped or self.loss_scale is not None else 0.0
+
+    @contextmanager
+    def _until_the_last(self, step: Step) -> Iterator[None]:
+        """Keeps a step's error until all its gradients are through, and raises it with the last.
 
         Not before: an error stops all that the graph has not begun, and other ranks would wait for
         ever for an allreduce that this one never got to.
         """
+        try:
+            yield
+        except NonFiniteGradientError as error:
+            self._error = error
         self._reduced += 1
         if self._reduced == step.gradients and self._error is not None:
             raise self._error

@@ -46,6 +46,8 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
         variables: the model's, in order (``model.trainable_variables``), if some of them get no
             gradient in the first step or if the compressor should take no others; None to take
             them from Horovod's calls.
+        loss_scale: for gradients of a scaled loss, a function that tells the scale
+            (``lambda: float(optimizer.dynamic_scale)``); see ``BaseCompressor``.
         **options: see ``DLSConfig``.
 
     Raises:

@@ -29,6 +29,8 @@ class Dense(NamedTuple):
     """What ``decompress`` needs to know of a gradient that Horovod reduces whole."""
 
     dtype: torch.dtype
+    binding: Binding | None = None  # of the model whose gradient it is, if that is known
+    name: str = ""
 
 
 class InFlight(NamedTuple):
@@ -79,6 +81,16 @@ class Binding(BaseBinding):
         found = (reference() for reference in self._references.values())
         return [parameter for parameter in found if parameter is not None]
 
+    @property
+    def refused(self) -> bool:
+        """Whether the step in progress, or the last one, is skipped for NaN or Inf."""
+        return self.session is not None and self.session.refused
+
+    def owns_none_of(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Whether none of these parameters is this model's."""
+        own = {id(parameter) for parameter in self.parameters()}
+        return not any(id(parameter) in own for parameter in parameters)
+
     def name_of(self, gradient: torch.Tensor) -> str | None:
         """Name of the parameter whose ``.grad`` this tensor is, or None."""
         entries = self._of_shape.get(gradient.shape, [])
@@ -100,12 +112,16 @@ class Binding(BaseBinding):
         """
         # At the first gradient, because by then all ranks have come this far.
         session = self.session or self._start_session(self._process_set.size())
-        if not session.is_sparse(name):
-            return send_dense(gradient)
-        complete = session.compress(name, _as_numpy(gradient))
-        if complete is not None:
-            self._send(session, complete)
-        return torch.ones(1, dtype=torch.float64), InFlight(self, name, gradient)
+        self._follow_loss_scale(session)
+        if session.is_sparse(name):
+            self._send_if_complete(session, session.compress(name, _as_numpy(gradient)))
+            return torch.ones(1, dtype=torch.float64), InFlight(self, name, gradient)
+        self._send_if_complete(session, session.note(name, session.dense_step or _finite(gradient)))
+        whole = gradient
+        if session.corrects:
+            corrected = torch.from_numpy(session.correct(name, _as_numpy(gradient)))
+            whole = corrected.view(gradient.shape).to(gradient.device)
+        return send_dense(whole)[0], Dense(gradient.dtype, self, name)
 
     def decompress(self, reduced_one: torch.Tensor, sent: InFlight) -> torch.Tensor:
         """All ranks' entries in the gradient's own memory, scaled as Horovod scaled the 1.0."""
@@ -118,6 +134,17 @@ class Binding(BaseBinding):
         self.session.decompress(sent.name, _as_numpy(total), scale)
         return gradient if in_place else gradient.copy_(total)
 
+    def decompress_dense(self, reduced: torch.Tensor, sent: Dense) -> torch.Tensor:
+        """A gradient that Horovod has reduced whole; Inf everywhere, if the step is skipped."""
+        assert self.session is not None
+        if self.session.dense_step:
+            counts = self.session.accept(sent.name, _as_numpy(reduced))
+        else:
+            self._receive_all(self.session)
+            counts = self.session.accept(sent.name)
+        gradient = reduced.to(sent.dtype)
+        return gradient if counts else gradient.fill_(torch.inf)
+
     def wait(self) -> None:
         """Waits for what is on its way, if all is: sleeping, where Horovod's own wait would spin.
 
@@ -126,6 +153,10 @@ class Binding(BaseBinding):
         """
         if self.session is not None and self.session.complete:
             self._receive_all(self.session)
+
+    def _send_if_complete(self, session: Session, bucket: int | None) -> None:
+        if bucket is not None:
+            self._send(session, bucket)
 
     def _send(self, session: Session, bucket: int) -> None:
         # A name of its own: Horovod matches operations of different ranks by name.
@@ -154,11 +185,11 @@ class Binding(BaseBinding):
         state = super().state_dict()
         if self.session is None:
             return state
-        residuals = {name: torch.from_numpy(r) for name, r in state["residuals"].items()}
         return state | {
             "ratios": state["ratios"].tolist(),
             "thresholds": state["thresholds"].tolist(),
-            "residuals": residuals,
+            "residuals": _as_tensors(state["residuals"]),
+            "velocities": _as_tensors(state["velocities"]),
         }
 
 
@@ -166,6 +197,16 @@ def send_dense(gradient: torch.Tensor) -> tuple[torch.Tensor, Dense]:
     """A gradient as Horovod takes it: it refuses bfloat16 and memory that is not contiguous."""
     wide = gradient.float() if gradient.dtype == torch.bfloat16 else gradient
     return wide.contiguous(), Dense(gradient.dtype)
+
+
+def _as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _finite(gradient: torch.Tensor) -> bool:
+    """Whether a gradient is free of NaN and Inf: in one pass, if its sum does not overflow."""
+    total = gradient.sum(dtype=torch.float64)
+    return bool(total.isfinite()) or bool(gradient.isfinite().all())
 
 
 def _checked(

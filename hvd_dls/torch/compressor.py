@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import horovod.torch as hvd
@@ -37,6 +37,7 @@ class DLSCompressor(BaseCompressor):
             take them from the optimizer.
         process_set: the ranks that exchange gradients, if ``named_parameters`` is given; otherwise
             the optimizer's is taken.
+        loss_scale: with a ``torch.amp.GradScaler``, its ``get_scale``.
         **options: see ``DLSConfig``.
 
     Raises:
@@ -55,9 +56,10 @@ class DLSCompressor(BaseCompressor):
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
         *,
         process_set: hvd.ProcessSet = hvd.global_process_set,
+        loss_scale: Callable[[], float] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(loss_scale=loss_scale, **options)
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._unclaimed: dict[int, TensorWeakRef] = {}  # by id, of gradients that still exist
         self._told_of_strangers = False
@@ -97,9 +99,11 @@ class DLSCompressor(BaseCompressor):
         """
         if ctx is None:  # a sparse gradient, which Horovod never gave to compress
             return tensor
-        if isinstance(ctx, Dense):
-            return tensor.to(ctx.dtype)
-        return ctx.binding.decompress(tensor, ctx)
+        if isinstance(ctx, InFlight):
+            return ctx.binding.decompress(tensor, ctx)
+        if ctx.binding is not None:
+            return ctx.binding.decompress_dense(tensor, ctx)
+        return tensor.to(ctx.dtype)
 
     # Finding the parameters ---------------------------------------------------------------------
 
@@ -114,6 +118,8 @@ class DLSCompressor(BaseCompressor):
                 "op=hvd.Adasum: accepted are hvd.Average and hvd.Sum (Adasum combines whole "
                 "updates, which cannot be sent in part)"
             )
+        if self.config.momentum:
+            self._refuse_second_momentum(optimizer)
         if optimizer in self._known:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -121,6 +127,11 @@ class DLSCompressor(BaseCompressor):
                         self._refuse_unreduced(optimizer, parameter)
         for binding in self._bindings:
             binding.wait()
+            if binding.refused and not binding.owns_none_of(optimizer._requires_update):
+                # Without gradients a step changes nothing, neither weights nor the optimizer's
+                # state.  The hook runs once more behind Horovod's synchronize, before the update.
+                for parameter in optimizer._requires_update:
+                    parameter.grad = None
 
     def _after_step(self, optimizer: Any) -> None:
         """Takes over the parameters of an optimizer whose gradients have passed ``compress``.
@@ -146,6 +157,20 @@ class DLSCompressor(BaseCompressor):
         for parameter in reduced:
             self._unclaimed.pop(id(parameter.grad), None)
         self._known.add(optimizer)
+
+    def _refuse_second_momentum(self, optimizer: Any) -> None:
+        if hvd.size() == 1:
+            raise DLSError(
+                f"momentum={self.config.momentum} in DLSCompressor, but there is one process only, "
+                "and then Horovod gives no gradients to a compressor: leave momentum to the "
+                "optimizer"
+            )
+        for group in optimizer.param_groups:
+            if group.get("momentum"):
+                raise DLSError(
+                    f"momentum={self.config.momentum} in DLSCompressor takes the place of the "
+                    f"optimizer's, which has momentum={group['momentum']}: make it with momentum=0"
+                )
 
     @staticmethod
     def _refuse_unreduced(optimizer: Any, parameter: torch.Tensor) -> None:

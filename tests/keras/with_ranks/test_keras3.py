@@ -26,8 +26,8 @@ from tests.keras.with_ranks.training import (
 )
 
 
-def compressor(variables=None, density=0.05):
-    return DLSCompressor(variables, density=density, **SPARSE)
+def compressor(variables=None, density=0.05, **options):
+    return DLSCompressor(variables, density=density, **SPARSE, **options)
 
 
 COMPRESSIONS = {
@@ -188,6 +188,60 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(compression):
     assert float(optimizer.dynamic_scale.numpy()) == 4.0
     assert is_at_step(compression, 3)
     assert_same_on_all_ranks(variable.numpy())
+
+
+def test_residuals_follow_the_loss_scale():
+    """Training is what it is without loss scaling, to the bit."""
+    compressions = [DLSCompressor(density=0.1, **SPARSE) for _ in range(2)]
+    scaled = keras.optimizers.LossScaleOptimizer(sgd(), initial_scale=16.0, dynamic_growth_steps=2)
+    optimizers = [
+        hvd.DistributedOptimizer(inner, compression=compression)
+        for inner, compression in zip([sgd(), scaled], compressions, strict=True)
+    ]
+    variables = [keras.Variable(np.ones((30, 40))) for _ in optimizers]
+    for step in range(7):
+        drawn = np.random.default_rng([step, hvd.rank()]).integers(-50, 51, (30, 40))
+        scale = float(optimizers[1].dynamic_scale.numpy()) if step else 16.0
+        for optimizer, variable, factor in zip(optimizers, variables, [1.0, scale], strict=True):
+            gradient = tf.constant(drawn.astype(np.float32) * factor)
+            optimizer.apply([gradient], [variable])
+        np.testing.assert_array_equal(variables[0].numpy(), variables[1].numpy())
+    assert scale > 16
+    assert_same_on_all_ranks(variables[1].numpy())
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_skipped_step_changes_nothing(eager):
+    compression = compressor(nonfinite="skip")
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1)
+    model = net(keras)
+    model.compile(
+        hvd.DistributedOptimizer(optimizer, compression=compression),
+        "sparse_categorical_crossentropy",
+        run_eagerly=eager,
+    )
+    model.train_on_batch(*data(16, 0))
+    state = [*model.trainable_variables, *model.optimizer.variables]
+    before = [np.asarray(v).tobytes() for v in state]
+    images, labels = data(16, 1)
+    if hvd.rank() == 1:
+        images[0] = np.nan
+    model.train_on_batch(images, labels)
+    assert [np.asarray(v).tobytes() for v in state] == before
+    model.get_layer("batch_normalization").moving_mean.assign(np.zeros(8))
+    model.get_layer("batch_normalization").moving_variance.assign(np.ones(8))
+    model.train_on_batch(*data(16, 2))
+    assert [np.asarray(v).tobytes() for v in state] != before
+    assert np.isfinite(flat(model)).all()
+    assert is_at_step(compression, 2)
+    assert_same_on_all_ranks(flat(model))
+
+
+def test_momentum_in_both_is_refused():
+    with pytest.raises(DLSError, match="make it with momentum=0"):
+        hvd.DistributedOptimizer(
+            keras.optimizers.SGD(0.1, momentum=0.9), compression=DLSCompressor(momentum=0.9)
+        )
 
 
 def test_embeddings_and_variables_without_gradient(compression):

@@ -1,0 +1,42 @@
+"""What a session knows of a step in progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hvd_dls.core.passes import Found
+from hvd_dls.core.payload import Payload
+from hvd_dls.errors import NonFiniteGradientError
+
+
+@dataclass
+class Step:
+    """A step in progress.
+
+    Attributes:
+        gradients: (n,) of the compressed layers that have come in, by name.
+        found: what each of them sends; None where the gradient was not finite.
+        arrived: all layers that have come in, compressed or not.
+        not_finite: those that go dense whose gradient was not.
+        missing: how many layers of each bucket that was begun have not come in.
+        kept: what rounding to 16 bits leaves of each layer's values, by bucket.
+        sent: length of each payload that went out, by bucket.
+        received: all ranks' payloads, by bucket.
+        settled: layers whose residual and gradient are done.
+        refused: why nothing of this step may enter residuals and weights.
+        whole: histograms of gradients that were sent whole, if they are wanted.
+    """
+
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    found: dict[str, Found | None] = field(default_factory=dict)
+    arrived: set[str] = field(default_factory=set)
+    not_finite: list[str] = field(default_factory=list)
+    missing: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, list[np.ndarray | None]] = field(default_factory=dict)
+    sent: dict[int, int] = field(default_factory=dict)
+    received: dict[int, list[Payload]] = field(default_factory=dict)
+    settled: set[str] = field(default_factory=set)
+    refused: NonFiniteGradientError | None = None
+    whole: dict[str, np.ndarray] = field(default_factory=dict)

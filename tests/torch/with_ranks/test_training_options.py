@@ -1,0 +1,247 @@
+"""What stands around the selection: momentum, clipping, dense steps and warm-up, strategies."""
+
+import horovod.torch as hvd
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hvd_dls.errors import DLSError
+from hvd_dls.torch import DLSCompressor
+from tests.torch.with_ranks.training import (
+    SPARSE,
+    assert_same_on_all_ranks,
+    batch,
+    flat,
+    linear_loss,
+    net,
+    train,
+    whole_numbers,
+    wrap,
+)
+
+MOMENTUM = [{"momentum": 0.5}, {"momentum": 0.5, "nesterov": True}]
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), lr=0.0625, **options)
+
+
+@pytest.mark.parametrize("options", MOMENTUM, ids=str)
+def test_momentum_at_density_one_is_the_optimizer_s_momentum(options):
+    """Without masking; also of the layers that go dense, before and behind dense steps."""
+    models = [net(), net()]
+    models[1].load_state_dict(models[0].state_dict())
+    plain = wrap(models[0], hvd.Compression.none, sgd(models[0], **options))
+    compression = DLSCompressor(
+        models[1].named_parameters(),
+        density=1.0,
+        momentum_masking=False,
+        dense_steps=2,
+        **options,
+        **SPARSE,
+    )
+    corrected = wrap(models[1], compression, sgd(models[1]))
+    train(models[0], plain, range(6))
+    train(models[1], corrected, range(6))
+    assert compression.last_step().step == 6
+    assert torch.allclose(flat(models[0]), flat(models[1]), rtol=1e-4, atol=1e-5)
+    assert_same_on_all_ranks(flat(models[1]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.9, "warmup_steps": 4, "dense_steps": 1},
+        {"clip_norm": 0.1, "clip_value": 0.01},
+        {"strategy": "global"},
+        {"strategy": "norm"},
+        {"strategy": "hard", "threshold": 1e-3},
+        {"layer_density": {"0.*": 0.5, "6.*": "dense"}},
+        {"prior": "measured"},
+        {"prior": "weight_norm", "values": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_ranks_agree_and_learn(options):
+    torch.manual_seed(0)
+    model = net()
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    compression = DLSCompressor(model.named_parameters(), **{"density": 0.1} | SPARSE | options)
+    optimizer = wrap(model, compression, sgd(model))
+    before = flat(model)
+    train(model, optimizer, range(8))
+    assert compression.last_step().step == 8
+    assert_same_on_all_ranks(flat(model))
+    assert not torch.equal(before, flat(model))
+    assert flat(model).isfinite().all()
+
+
+def test_dense_steps_send_whole_gradients():
+    model = nn.Linear(40, 30, bias=False)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    compression = DLSCompressor(model.named_parameters(), density=0.1, dense_steps=2, **SPARSE)
+    optimizer = wrap(model, compression, torch.optim.SGD(model.parameters(), lr=1.0))
+    for step in range(4):
+        before = model.weight.detach().clone()
+        optimizer.zero_grad()
+        linear_loss(model.weight, whole_numbers((30, 40), step)).backward()
+        optimizer.step()
+        of_all = [whole_numbers((30, 40), step, rank) for rank in range(hvd.size())]
+        whole = torch.equal(model.weight, before - sum(of_all) / hvd.size())
+        assert whole == (step < 2)
+        record = compression.last_step()
+        assert record.step == step + 1
+        assert (record.sparse_bytes == 0) == (step < 2)
+    assert record.k.sum() == 120
+
+
+def test_warmup_lowers_the_density_in_stairs():
+    model = nn.Linear(40, 30, bias=False)
+    compression = DLSCompressor(
+        model.named_parameters(), density=0.01, warmup_steps=10, dense_steps=1, **SPARSE
+    )
+    optimizer = wrap(model, compression, sgd(model))
+    sent = []
+    for step in range(13):
+        optimizer.zero_grad()
+        linear_loss(model.weight, whole_numbers((30, 40), step)).backward()
+        optimizer.step()
+        sent.append(int(compression.last_step().k.sum()))
+    stairs = [300, 150, 75, 38, 19]
+    assert sent == [1200, *np.repeat(stairs, 2).tolist(), 12, 12]
+
+
+# NaN and Inf ------------------------------------------------------------------------------------
+
+
+def poisoned(model, optimizer, step, where, value=float("nan")):
+    """A step with one bad entry in one gradient of the last rank."""
+    optimizer.zero_grad()
+    loss = 0
+    for name, parameter in model.named_parameters():
+        gradient = whole_numbers(parameter.shape, step)
+        if name == where and hvd.rank() == hvd.size() - 1:
+            gradient.view(-1)[0] = value
+        loss = loss + linear_loss(parameter, gradient)
+    loss.backward()
+    optimizer.step()
+
+
+def everything(model, optimizer, compression):
+    """All state there is, as bytes."""
+    state = compression.state_dict()["models"][0]
+    parts = [flat(model), *state["residuals"].values(), *state["velocities"].values()]
+    parts += [s["momentum_buffer"] for s in optimizer.state.values() if "momentum_buffer" in s]
+    return b"".join(part.numpy().tobytes() for part in parts) + repr(state["ratios"]).encode()
+
+
+@pytest.mark.parametrize("where", ["0.weight", "0.bias", "1.weight", "8.weight", "8.bias"])
+@pytest.mark.parametrize("own", [0.0, 0.9], ids=["optimizer's momentum", "our momentum"])
+def test_a_skipped_step_changes_nothing_at_all(where, own):
+    model = net()
+    compression = DLSCompressor(
+        model.named_parameters(), density=0.1, nonfinite="skip", momentum=own, **SPARSE
+    )
+    inner = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0 if own else 0.9, weight_decay=1)
+    optimizer = wrap(model, compression, inner)
+    poisoned(model, optimizer, 0, "")
+    before = everything(model, optimizer, compression)
+    poisoned(model, optimizer, 1, where)
+    assert everything(model, optimizer, compression) == before
+    poisoned(model, optimizer, 2, where, float("inf"))
+    assert everything(model, optimizer, compression) == before
+    poisoned(model, optimizer, 3, "")
+    assert everything(model, optimizer, compression) != before
+    assert compression.last_step().step == 2
+    assert flat(model).isfinite().all()
+    assert_same_on_all_ranks(flat(model))
+
+
+def test_a_skipped_step_by_hand():
+    """synchronize() and clipping by hand, as with dense training."""
+    model = net()
+    compression = DLSCompressor(model.named_parameters(), density=0.1, nonfinite="skip", **SPARSE)
+    optimizer = wrap(model, compression)
+    before = flat(model)
+    images, labels = batch(0)
+    nn.functional.cross_entropy(model(images * float("inf")), labels).backward()
+    optimizer.synchronize()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    assert torch.equal(flat(model), before)
+    train(model, optimizer, range(2))
+    assert flat(model).isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["0.weight", "1.bias"])
+def test_by_default_every_rank_raises_naming_layer_and_rank(where):
+    model = net()
+    compression = DLSCompressor(model.named_parameters(), density=0.1, **SPARSE)
+    optimizer = wrap(model, compression)
+    poisoned(model, optimizer, 0, "")
+    with pytest.raises(ArithmeticError, match=f"layer '{where}' on rank {hvd.size() - 1};"):
+        poisoned(model, optimizer, 1, where)
+
+
+# Loss scaling -----------------------------------------------------------------------------------
+
+
+def grad_scaler(**options):
+    try:
+        return torch.amp.GradScaler("cpu", **options)
+    except (AttributeError, TypeError):
+        pytest.skip("torch.amp.GradScaler for the CPU came with torch 2.3")
+
+
+def scaled_training(model, optimizer, scaler=None, overflow_at=()):
+    """The recipe of Horovod's documentation for mixed precision; or without scaling."""
+    scales = []
+    for step in range(12):
+        optimizer.zero_grad()
+        images, labels = batch(step)
+        if step in overflow_at and hvd.rank() == 0:
+            images = images * float("inf")
+        loss = nn.functional.cross_entropy(model(images), labels)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+            continue
+        scaler.scale(loss).backward()
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+@pytest.mark.parametrize("own", [0.0, 0.5])
+def test_grad_scaler_gives_the_same_as_no_scaling(own):
+    """With growing scales, to the bit; an overflow on one rank is skipped by all."""
+    options = {"density": 0.1, "momentum": own, **SPARSE}
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 5))]
+    hvd.broadcast_parameters(models[0].state_dict(), root_rank=0)
+    models.append(nn.Sequential(nn.Flatten(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 5)))
+    models[1].load_state_dict(models[0].state_dict())
+    plain = DLSCompressor(models[0].named_parameters(), nonfinite="skip", **options)
+    optimizer = wrap(models[0], plain, sgd(models[0]))
+    scaled_training(models[0], optimizer, overflow_at=[5])
+
+    scaler = grad_scaler(init_scale=1024.0, growth_interval=2)
+    followed = DLSCompressor(models[1].named_parameters(), loss_scale=scaler.get_scale, **options)
+    optimizer = wrap(models[1], followed, sgd(models[1]))
+    scales = scaled_training(models[1], optimizer, scaler, overflow_at=[5])
+    assert scales[4] > scales[5] < scales[11]  # halved by the overflow, then grown again
+    assert followed.last_step().step == 11
+    assert torch.allclose(flat(models[0]), flat(models[1]), rtol=1e-5, atol=1e-7)
+    assert_same_on_all_ranks(flat(models[1]))
+
+
+def test_momentum_in_both_is_refused():
+    model = net()
+    optimizer = wrap(model, DLSCompressor(model.named_parameters(), momentum=0.9, **SPARSE))
+    with pytest.raises(DLSError, match="make it with momentum=0"):
+        train(model, optimizer, [0])
