@@ -187,8 +187,8 @@ def sparse_costs(
     config = DLSConfig(density=density, values=values, cost_rule=False)
     layers = [layer_spec(name, shape) for name, shape in MODELS[model]().items()]
     plan = make_plan(layers, config, ranks)
-    n, k = entries(MODELS[model]()), plan.total_k
-    buckets = make_buckets(plan.sparse, config)
+    n, k = entries(MODELS[model]()), plan.budget(config.density)
+    buckets = make_buckets(plan.layers, plan.sparse, config)
     payload = sum(payload_bytes(b, round(k * b.size / plan.sizes.sum())) for b in buckets)
     fixed = at["start"] + at["pass"] * n + at["entry"] * k * ranks + 3 * (ranks - 1) * latency
     sent = (ranks - 1) * payload + 2 * (ranks - 1) / ranks * plan.dense_bytes

@@ -240,10 +240,10 @@ def coder_times(bucket: Bucket, found: list[Found], starts: np.ndarray) -> dict[
 
 def payload_times(bucket: Bucket, k: np.ndarray, found: list[Found]) -> dict[str, list[float]]:
     total = int(k.sum())
-    gathered = pack(bucket, total, k, found).payload
+    gathered = pack(bucket, k, found).payload
     return {
-        "pack": per_entry(time_of(lambda: pack(bucket, total, k, found)), total),
-        "unpack": per_entry(time_of(lambda: unpack(bucket, total, k, gathered, 1)), total),
+        "pack": per_entry(time_of(lambda: pack(bucket, k, found)), total),
+        "unpack": per_entry(time_of(lambda: unpack(bucket, k, gathered, 1)), total),
     }
 
 
