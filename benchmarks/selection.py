@@ -15,6 +15,7 @@ The others' results are those of one step, too: DGC's is an approximation, kthva
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import time
@@ -64,11 +65,11 @@ def heavy(n: int) -> Case:
 
 def real(n: int, cache: dict[str, np.ndarray] = {}) -> Case:  # noqa: B006
     """Gradients and residuals of a small network's training: step after step, end to end."""
-    if not cache:
-        cache.update(record())
-    return Case(*(np.resize(cache[name], n) for name in Case._fields))
+    recorded = record()
+    return Case(*(np.resize(recorded[name], n) for name in Case._fields))
 
 
+@functools.cache
 def record(steps: int = 50, density: float = 0.01) -> dict[str, np.ndarray]:
     """Trains a convolutional network (546,000 parameters) on sklearn's digits, with top-k."""
     torch.manual_seed(0)
@@ -334,8 +335,8 @@ def arguments() -> argparse.Namespace:
         "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that does other things"
     )
     parser.add_argument("--quick", action="store_true", help="sizes up to 25 million")
-    parser.add_argument("--json", type=Path, default=Path("selection.json"))
-    parser.add_argument("--picture", type=Path, default=Path("selection.png"))
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--picture", type=Path, help="also draw them here")
     args = parser.parse_args()
     if args.sizes is None:
         args.sizes = [n for n in SIZES if n <= 25_000_000] if args.quick else SIZES
@@ -358,9 +359,10 @@ def main() -> None:
         "compiled": HAVE_NUMBA,
         "clock": args.clock,
     }
-    args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
-    picture(rows, args.picture)
-    print(f"wrote {args.json} and {args.picture}")
+    if args.json:
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    if args.picture:
+        picture(rows, args.picture)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
