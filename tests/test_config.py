@@ -13,8 +13,19 @@ from hvd_dls import DLSConfig, DLSError
 
 GOOD = {
     "density": [1e-9, 0.5, 1, 1.0, Fraction(1, 3), np.float32(0.25)],
-    "strategy": ["dls", "layerwise"],
-    "prior": ["paper", "weight_norm", "uniform"],
+    "strategy": ["dls", "layerwise", "global", "norm", "hard"],
+    "momentum": [0, 0.0, 0.9, 0.999, np.float32(0.5), Fraction(1, 2)],
+    "dense_steps": [0, 1, 1000, np.int64(4)],
+    "warmup_steps": [0, 1, 1000, np.int64(4)],
+    "nonfinite": ["raise", "skip"],
+    "layer_density": [(), (("*", 1),), (("a.*", 0.1), ("[bc]?", "dense")), (("a", 1e-9),) * 2],
+    "warmup_density": [1e-9, 0.5, 1, 1.0, Fraction(1, 3)],
+    "nesterov": [True, False],
+    "momentum_masking": [True, False],
+    "clip_norm": [None, 1e-9, 1, 10.0, np.float32(5)],
+    "clip_value": [None, 1e-9, 1, 10.0, np.float32(5)],
+    "threshold": [1e-9, 1, 10.0, np.float32(5)],
+    "prior": ["paper", "weight_norm", "uniform", "measured"],
     "tail": ["gaussian", "laplace", "weibull", "pareto"],
     "pair_steps": [None, 1, 4, np.int64(4)],
     "adjust_every": [1, 100, np.int32(2)],
@@ -29,6 +40,32 @@ GOOD = {
 BAD = {
     "density": [0, -0.1, 1.0001, 2, float("nan"), float("inf"), "0.1", None, True, 1j],
     "strategy": ["DLS", "", None, 3],
+    "momentum": [-0.1, 1, 1.5, float("nan"), "0.9", None, True],
+    "dense_steps": [-1, 1.0, "1", None, True],
+    "warmup_steps": [-1, 1.0, "1", None, False],
+    "nonfinite": ["ignore", "", None, True],
+    "layer_density": [
+        None,
+        3,
+        "abc",
+        {"a": 0},
+        {"a": 1.01},
+        {"a": -0.1},
+        {"a": float("nan")},
+        {"a": "Dense"},
+        {"a": None},
+        {"a": True},
+        {3: 0.5},
+        [("a", 0.5, 0.5)],
+        [("a",)],
+        [0.5],
+    ],
+    "warmup_density": [0, -0.1, 1.0001, float("nan"), float("inf"), "0.1", None, True],
+    "nesterov": [0, 1, "yes", None],
+    "momentum_masking": [0, 1, "yes", None],
+    "clip_norm": [0, -1.0, float("nan"), float("inf"), "1", True],
+    "clip_value": [0, -1.0, float("nan"), float("inf"), "1", False],
+    "threshold": [0, -1.0, float("nan"), float("inf"), "1", True],
     "prior": ["eq8", None, 3],
     "tail": ["normal", None],
     "pair_steps": [0, -1, 1.5, "4", True],
@@ -42,10 +79,23 @@ BAD = {
     "measure_every": [-1, 1.0, None, True],
 }
 OPTIONS = [field.name for field in dataclasses.fields(DLSConfig)]
+CHOICES = ["strategy", "nonfinite", "prior", "tail", "values", "index_code"]
 
 
 def each(values):
     return [(option, value) for option, several in values.items() for value in several]
+
+
+def with_others(option, value):
+    """The option, and what it cannot do without."""
+    others = {}
+    if option == "threshold":
+        others["strategy"] = "hard"
+    if option == "strategy" and value == "hard":
+        others["threshold"] = 1.0
+    if option == "nesterov":
+        others["momentum"] = 0.9
+    return {option: value} | others
 
 
 def test_the_tables_here_know_every_option():
@@ -54,23 +104,45 @@ def test_the_tables_here_know_every_option():
 
 @pytest.mark.parametrize(("option", "value"), each(GOOD), ids=str)
 def test_what_is_accepted_is_kept(option, value):
-    assert getattr(DLSConfig(**{option: value}), option) == value
-    assert DLSConfig.from_options(**{option: value}) == DLSConfig(**{option: value})
+    options = with_others(option, value)
+    assert getattr(DLSConfig(**options), option) == value
+    assert DLSConfig.from_options(**options) == DLSConfig(**options)
 
 
 @pytest.mark.parametrize(("option", "value"), each(BAD), ids=str)
 def test_what_is_not_is_refused_by_option_and_value(option, value):
     with pytest.raises(DLSError) as error:
-        DLSConfig(**{option: value})
+        DLSConfig(**with_others(option, value))
     assert str(error.value).startswith(f"{option}={value!r}: accepted ")
     assert isinstance(error.value, ValueError)
 
 
-@pytest.mark.parametrize("option", ["strategy", "prior", "tail", "values", "index_code"])
+@pytest.mark.parametrize("option", CHOICES)
 def test_a_refused_choice_lists_the_choices(option):
     with pytest.raises(DLSError) as error:
         DLSConfig(**{option: "?"})
     assert all(repr(choice) in str(error.value) for choice in GOOD[option])
+
+
+@pytest.mark.parametrize("given", [dict, list, tuple, iter], ids=lambda kind: kind.__name__)
+def test_layer_densities_are_kept_as_pairs_in_their_order(given):
+    pairs = (("b*", 0.5), ("a", "dense"), ("*", 1))
+    config = DLSConfig(layer_density=given(dict(pairs) if given is dict else pairs))
+    assert config.layer_density == pairs
+    assert config == DLSConfig(layer_density=[["b*", 0.5], ["a", "dense"], ["*", 1]])
+    assert hash(config) == hash(DLSConfig(layer_density=pairs))
+    assert repr(config) == repr(DLSConfig(layer_density=pairs))
+
+
+@pytest.mark.parametrize("strategy", GOOD["strategy"])
+def test_a_threshold_belongs_to_hard_and_hard_needs_one(strategy):
+    with pytest.raises(DLSError, match=f"strategy='{strategy}' with threshold=.*'hard' needs a"):
+        DLSConfig(strategy=strategy, threshold=None if strategy == "hard" else 1.0)
+
+
+def test_nesterov_needs_a_momentum():
+    with pytest.raises(DLSError, match="nesterov=True needs a momentum"):
+        DLSConfig(nesterov=True)
 
 
 def test_an_unknown_option_is_refused_and_the_known_ones_listed():

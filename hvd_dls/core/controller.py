@@ -13,7 +13,10 @@ from hvd_dls.core.budgets import Budgets
 from hvd_dls.core.curves import SketchedCurves
 from hvd_dls.core.plan import Plan, shared_out
 from hvd_dls.core.prior import MEASURED
+from hvd_dls.core.ratios import apportion
 from hvd_dls.core.schedule import density_at
+
+_WEIGHT = 0.5  # of the last step, in what the next one sends
 
 
 class Controller:
@@ -31,7 +34,7 @@ class Controller:
         step: number of the last step that ended.
         wanted: (L,) what Algorithm 2 would send.
         k: (L,) what is sent: the same, but for the buckets' budgets.
-        budgets: of the buckets.
+        budgets: of the buckets: what those of their layers send that share the model's.
         dense_steps: steps at first that send whole gradients.
     """
 
@@ -47,9 +50,10 @@ class Controller:
         if buckets is None:
             buckets = [np.arange(len(self.k))]
         least = np.minimum(config.min_k, plan.sizes)
-        self.budgets = Budgets(buckets, plan.sizes, least, self.k)
-        measures = config.strategy == "dls" and config.prior == MEASURED
-        self.dense_steps = max(config.dense_steps, int(measures))
+        sharing = [rows[np.isin(rows, plan.sharing)] for rows in buckets]
+        self.budgets = Budgets(sharing, plan.sizes, least, self.k)
+        self._measures = config.strategy == "dls" and config.prior == MEASURED
+        self.dense_steps = max(config.dense_steps, int(self._measures))
         self._plan = plan
         self._config = config
         self._row = {layer.name: row for row, layer in enumerate(plan.sparse)}
@@ -80,6 +84,11 @@ class Controller:
     def dense(self) -> bool:
         """Whether the current step sends whole gradients."""
         return self.step < self.dense_steps
+
+    @property
+    def measures_now(self) -> bool:
+        """Whether the current step's whole gradients say what the next one sends."""
+        return self._measures and self.step == self.dense_steps - 1
 
     @property
     def density(self) -> float:
@@ -117,7 +126,20 @@ class Controller:
         before, min_k, steps = self.wanted[rows], self._config.min_k, self._config.pair_steps
         self.wanted = self.wanted.copy()
         if steps is None:
-            self.wanted[rows] = balance_at_once(curves, before, min_k)
+            balanced = balance_at_once(curves, before, min_k)
+            self.wanted[rows] = self._smoothed(before, balanced, rows)
         else:
             self.wanted[rows] = optimal_adjustment(curves, before, min_k, steps)
         self.k = self.budgets.fit(self.wanted)
+
+    def _smoothed(self, before: np.ndarray, balanced: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Half of the way from (L',) entries to those that the last step would have wanted.
+
+        That is the way to the mean of the last steps: gradients are noisy, and so is what each of
+        them would want.  The first time, all of the way.
+        """
+        if self.step - self.dense_steps <= self._config.adjust_every:
+            return balanced
+        least = np.minimum(self._config.min_k, self._plan.sizes[rows])
+        mean = before + _WEIGHT * (balanced - before)
+        return apportion(mean, int(balanced.sum()), least, self._plan.sizes[rows])

@@ -7,12 +7,14 @@ that, and the optimizer adds plain sums: a change of order, exact while everythi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.layers import LayerSpec
+from hvd_dls.core.norms import l2_norm
 from hvd_dls.core.passes_numpy import widened
 
 _BLOCK = 1 << 15  # entries worked on at once: all that is touched of them stays in cache
@@ -88,15 +90,9 @@ class Correction:
         if not (config.clip_norm or config.clip_value):
             return None, None
         limit = None if config.clip_value is None else config.clip_value * loss_scale
-        squares = 0.0
-        for start in range(0, len(gradient), _BLOCK):
-            own = widened(gradient[start : start + _BLOCK]).astype(np.float64)
-            if not np.isfinite(own).all():
-                return None, None
-            if limit is not None:
-                own = np.clip(own, -limit, limit)
-            squares += float(own @ own)
-        norm = float(np.sqrt(squares))
+        norm = l2_norm(gradient, limit)
+        if math.isnan(norm):
+            return None, None
         if config.clip_norm is None or norm <= config.clip_norm * loss_scale:
             return None, limit
         return config.clip_norm * loss_scale / norm, limit

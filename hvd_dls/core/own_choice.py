@@ -5,11 +5,13 @@ Ranks need not agree on k then, so their payloads differ in length and tell it t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from hvd_dls.config import DLSConfig
+from hvd_dls.core.norms import l2_norm
 from hvd_dls.core.passes_numpy import widened
 from hvd_dls.core.plan import Plan, shared_out
 from hvd_dls.core.schedule import density_at
@@ -29,7 +31,7 @@ class OwnChoice:
 
     Attributes:
         needs_all: whether all layers must be there before any is chosen from.
-        squares: sum of squares of each layer, by name, as "norm" saw it last; else its size.
+        norms: of each layer, by name, as "norm" saw them last.
     """
 
     def __init__(self, plan: Plan, config: DLSConfig) -> None:
@@ -37,20 +39,21 @@ class OwnChoice:
         self._plan, self._config = plan, config
         self._names = [layer.name for layer in plan.sparse]
         self._sharing = {self._names[row] for row in plan.sharing}
-        self.squares = dict(zip(self._names, plan.sizes.astype(np.float64), strict=True))
+        # Before a gradient was seen: as if all entries were alike.
+        self.norms = dict(zip(self._names, np.sqrt(plan.sizes).tolist(), strict=True))
         self.start_step(density_at(config, 0))
 
     def start_step(self, density: float) -> None:
         """Takes the density of the step to come."""
         self._density = density
         # DEFT's rule (arXiv:2307.03500): in proportion to the norm that the last step left.
-        norms = np.sqrt([self.squares[self._names[row]] for row in self._plan.sharing])
+        norms = np.array([self.norms[self._names[row]] for row in self._plan.sharing])
         k = shared_out(self._plan, self._config, density, norms)
         self._k: dict[str, int] = dict(zip(self._names, k.tolist(), strict=True))
 
-    def restore(self, squares: Sequence[float], density: float) -> None:
-        """Goes on from saved ``squares`` with a step of this density."""
-        self.squares = dict(zip(self._names, map(float, squares), strict=True))
+    def restore(self, norms: Sequence[float], density: float) -> None:
+        """Goes on from saved ``norms`` with a step of this density."""
+        self.norms = dict(zip(self._names, map(float, norms), strict=True))
         self.start_step(density)
 
     def k_of(self, name: str, residual: np.ndarray, gradient: np.ndarray, loss_scale: float) -> int:
@@ -75,7 +78,7 @@ class OwnChoice:
     def take_note(self, name: str, residual: np.ndarray, sent: np.ndarray) -> None:
         """Looks at what a step leaves, and what it sent."""
         if self._config.strategy == "norm":
-            self.squares[name] = float(np.dot(residual, residual) + np.dot(sent, sent))
+            self.norms[name] = math.hypot(l2_norm(residual), l2_norm(sent))
 
 
 def global_k(residuals: Sequence[np.ndarray], gradients: Sequence[np.ndarray], k: int) -> list[int]:

@@ -196,6 +196,8 @@ def measured_k(
         (L,) int64.
     """
     rows = plan.sharing
+    if not len(rows):
+        return plan.fixed_k(config, density)
     counts = np.zeros((len(rows), 1, N_BINS))
     for i, row in enumerate(rows):
         counts[i, 0] = gradients.get(plan.sparse[row].name, 0)

@@ -120,8 +120,11 @@ class Session:
 
     @property
     def dense_step(self) -> bool:
-        """Whether the current step sends whole gradients."""
-        return self._controller.dense
+        """Whether the current step sends whole gradients, and their sums must be looked at.
+
+        With no payloads to tell of NaN and Inf, velocities are safe in no other way.
+        """
+        return self._controller.dense or (self.corrects and not self.buckets)
 
     @property
     def corrects(self) -> bool:
@@ -305,12 +308,13 @@ class Session:
         step = self._step
         if name not in step.arrived or name in step.settled:
             raise DLSError(f"layer {name!r}: reduced, but not on its way")
-        if not self._controller.dense:
+        if not self.dense_step:
             self._check_arrived()
         elif reduced is not None:
             if not np.isfinite(reduced).all():
-                step.refused = NonFiniteGradientError([(name, None)])
-            elif self._controller.dense_steps == self._controller.step + 1:
+                before = step.refused.where if step.refused else []
+                step.refused = NonFiniteGradientError([*before, (name, None)])
+            elif self._controller.measures_now and name in self._layers:
                 step.whole[name] = histogram(reduced)
         counts = step.refused is None
         self._settled(name)
@@ -377,7 +381,7 @@ class Session:
         if self._controller.dense:
             self._controller.advance()
             self.last_step = self._record_of_dense_step(step)
-            if step.whole and not self._controller.dense and self.config.prior == "measured":
+            if step.whole:
                 density = self._controller.density
                 k = measured_k(self.plan, self.config, step.whole, density)
                 self._controller.start_from(k)
@@ -505,7 +509,7 @@ class Session:
             "loss_scale": self.loss_scale,
             "ratios": self._controller.state(),
             "thresholds": np.array(list(self._thresholds.values())),
-            "squares": [] if self._own is None else list(self._own.squares.values()),
+            "norms": [] if self._own is None else list(self._own.norms.values()),
             "residuals": dict(self.residuals),
             "velocities": dict(self._correction.velocities),
         }
@@ -530,7 +534,7 @@ class Session:
         self._controller.restore(np.asarray(state["ratios"], np.int64))
         self._thresholds = dict(zip(self._layers, map(float, state["thresholds"]), strict=True))
         if self._own is not None:
-            self._own.restore(state["squares"], self._controller.density)
+            self._own.restore(state["norms"], self._controller.density)
         self.loss_scale = float(state["loss_scale"])
         velocities = self._correction.velocities
         for part, own in (("residuals", self.residuals), ("velocities", velocities)):

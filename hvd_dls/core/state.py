@@ -50,7 +50,7 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any], ratios: int) -
     _check_layers(dict(state["layers"]), dict(own["layers"]))
     if len(state["ratios"]) < ratios:
         raise StateMismatchError(f"the saved ratios have only {len(state['ratios'])} numbers")
-    for part in ("thresholds", "squares", "residuals", "velocities"):
+    for part in ("thresholds", "norms", "residuals", "velocities"):
         if len(state[part]) != len(own[part]):
             raise StateMismatchError(
                 f"the saved state has {len(state[part])} {part}, expected {len(own[part])}"

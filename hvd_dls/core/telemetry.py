@@ -68,8 +68,10 @@ def measure_quality(sent: Sequence[np.ndarray], unsent: Sequence[np.ndarray]) ->
     Returns:
         Energy and misallocation; ties at the global threshold count in the choice's favour.
     """
+    total = sum(map(len, sent))
+    if not total:
+        return Quality(1.0, 0.0)
     sent_magnitudes = np.abs(np.concatenate(sent))
-    total = len(sent_magnitudes)
     everything = np.concatenate([sent_magnitudes, *map(np.abs, unsent)])  # and zeros where sent
     best = np.partition(everything, len(everything) - total)[len(everything) - total :]
     # Each layer sends its largest, so an entry that is not among the best is one too many in its

@@ -119,3 +119,63 @@ def test_the_start_is_not_changed():
     controller = Controller(make_plan(LAYERS, config, 2), config, k)
     advance(controller, sketches(controller))
     assert k.tolist() == [100] * 4
+
+
+# What density the next step has ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair_steps", [None, 2])
+def test_another_density_shares_out_what_was_wanted_before(pair_steps):
+    controller = make(warmup_steps=3, warmup_density=0.16, pair_steps=pair_steps)
+    controller.start_from(np.array([100, 200, 2500, 400]))
+    controller.advance()  # 0.16, 0.08, 0.04
+    assert controller.k.tolist() == [50, 100, 1250, 200]
+    advance(controller, sketches(controller))
+    assert controller.k.sum() == 800
+    assert controller.k_of("c") > 625
+    advance(controller, sketches(controller))
+    assert controller.k.sum() == 400
+    advance(controller, sketches(controller))
+    assert controller.k.sum() == 400
+
+
+def test_dense_steps_come_first_and_leave_the_ratios_alone():
+    controller = make(dense_steps=2, warmup_steps=1, warmup_density=0.16)
+    for number in range(2):
+        assert controller.dense
+        assert controller.density == 0.16
+        assert not controller.measures_now
+        controller.advance()
+        assert controller.step == number + 1
+        assert controller.k.tolist() == [100] * 4
+    assert not controller.dense
+    assert controller.density == 0.16
+    controller.advance()
+    assert controller.density == 0.02
+
+
+def test_only_the_last_dense_step_measures():
+    controller, measures = make(dense_steps=3, prior="measured"), []
+    for _ in range(5):
+        measures.append(controller.measures_now)
+        controller.advance()
+    assert measures == [False, False, True, False, False]
+    assert make(prior="measured").dense_steps == 1
+    assert make(prior="measured", strategy="layerwise").dense_steps == 0
+    assert not make(prior="measured", strategy="layerwise", dense_steps=1).measures_now
+
+
+def test_where_nothing_is_to_be_learnt_the_ratios_stay():
+    controller = make()
+    controller.advance()
+    assert (controller.step, controller.k.tolist()) == (1, [100] * 4)
+
+
+def test_layers_with_a_density_of_their_own_neither_give_nor_take():
+    controller = make(layer_density={"c": 0.02})
+    for _ in range(5):
+        advance(controller, sketches(controller))
+        assert controller.k_of("c") == 100
+        assert controller.k.sum() == 400
+    assert controller.k_of("b") == 1
+    assert controller.k_of("a") == pytest.approx(controller.k_of("d"), abs=20)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_dls.core.curves import ExactCurves, SketchedCurves
-from hvd_dls.core.sketch import BELOW, WINDOW, Sketch, bin_of, edges
+from hvd_dls.core.sketch import BELOW, N_BINS, WINDOW, Sketch, bin_of, edges
 from tests.core.strategies import CONTINUOUS, densities, models, seeds
 from tests.core.taking import stacked
 
@@ -135,6 +135,18 @@ def test_common_threshold_shares_out_the_total(model):
     # Common: in one and the same bin, each layer sends what is above the bin and not what is below.
     tall = shares[:, None] * (1 + 1e-9)
     assert np.any(np.all((counts[:, 1:] <= tall) & (tall <= counts[:, :-1] * (1 + 2e-9)), axis=0))
+
+
+def test_windows_may_be_of_any_length():
+    """Whole histograms are windows too."""
+    magnitudes = [np.array([1.0, 2.0, 2.5, 8.0], np.float32), np.array([0.5, 4.0], np.float32)]
+    counts = np.array([[np.bincount(bin_of(m), minlength=N_BINS)] for m in magnitudes])
+    curves = SketchedCurves(np.zeros((2, 1)), counts, np.array([4, 2]))
+    exact = ExactCurves(magnitudes)
+    for edge in (0.25, 1.0, 2.25, 4.0, 16.0):
+        for layer in (0, 1):
+            assert curves.at_least(layer, edge) == exact.at_least(layer, edge)
+    assert curves.at_common_threshold(3, np.array([1, 1])) == pytest.approx([2, 1], abs=0.01)
 
 
 def test_more_than_all_windows_show_is_everything_they_show():

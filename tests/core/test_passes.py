@@ -351,3 +351,27 @@ def test_many_ranks():
         for _ in range(130)
     ]
     check_settle(residual, gradient, received[0][0], None, received, 1 / 130)
+
+
+# Neither ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_layer_that_sends_nothing_leaves_all_in_its_residual(dtype):
+    residual, gradient = np.arange(5, dtype=dtype), np.ones(5, dtype)
+    found = passes.nothing_found(passes.find(residual, gradient, 1))
+    assert (len(found.indices), len(found.values), found.threshold) == (0, 0, 0)
+    assert found.indices.dtype == np.uint32
+    assert found.values.dtype == dtype
+    assert not found.sketch.counts.any()
+    out = np.full(5, np.nan, dtype)
+    passes.settle(residual, gradient, found.indices, None, [(found.indices, found.values)], 1, out)
+    assert residual.tolist() == [1, 2, 3, 4, 5]
+    assert not out.any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.uint16])
+def test_what_does_not_count_is_infinite(dtype):
+    out = np.zeros(7, dtype)
+    passes.fill_infinite(out)
+    assert np.isposinf(load(out)).all()

@@ -45,7 +45,7 @@ def test_every_layer_is_sparse_or_dense_with_a_reason():
         "temperature": "bias, normalisation or scalar",
     }
     assert plan.sizes.tolist() == [18_432, 409_600]
-    assert plan.total_k == round(0.01 * (18_432 + 409_600))
+    assert plan.budget(0.01) == round(0.01 * (18_432 + 409_600))
     assert plan.dense_bytes == 4 * (864 + 32 + 32 + 100 + 1)
 
 
@@ -58,9 +58,9 @@ def test_dense_below_counts_entries(dense_below, sparse):
 @pytest.mark.parametrize("options", [{}, {"density": 1.0, "cost_rule": False, "dense_below": 0}])
 def test_one_rank_exchanges_nothing(options):
     plan = make_plan(CHAIN, DLSConfig(**options), 1)
+    assert plan.budget(1.0) == 0
     assert plan.sparse == ()
     assert {why for _, why in plan.dense} == {"one rank: nothing to exchange"}
-    assert plan.total_k == 0
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 16, 64, 256, 1024])
@@ -93,7 +93,7 @@ def test_cost_rule_prefers_dense_where_both_cost_the_same():
 def test_without_cost_rule_a_density_of_one_sends_everything_sparse():
     plan = make_plan(CHAIN, DLSConfig(density=1.0, cost_rule=False, dense_below=0), 256)
     assert names(plan.sparse) == ["conv1.weight", "conv2.weight", "fc.weight"]
-    assert plan.total_k == plan.sizes.sum()
+    assert plan.budget(1.0) == plan.sizes.sum()
 
 
 def test_layers_without_entries_go_dense():
@@ -104,7 +104,7 @@ def test_layers_without_entries_go_dense():
 
 def test_no_layers_make_an_empty_plan():
     plan = make_plan([], DLSConfig(), 2)
-    assert (plan.sparse, plan.dense, plan.total_k) == ((), (), 0)
+    assert (plan.sparse, plan.dense, plan.budget(1.0)) == ((), (), 0)
     assert initial_k(plan, DLSConfig()).tolist() == []
 
 
@@ -131,7 +131,7 @@ def test_following_the_advice_of_that_refusal_works(seed, n_layers, min_k, cost_
         make_plan(layers, DLSConfig(density=1e-7, **options), 2)
     advised = float(re.search(r"raise density to at least ([\d.e-]+),", str(error.value)).group(1))
     plan = make_plan(layers, DLSConfig(density=advised, **options), 2)
-    assert plan.total_k >= min_k * len(plan.sparse)
+    assert plan.budget(advised) >= min_k * len(plan.sparse)
     assert advised <= 1.1 * min_k * n_layers / sizes.sum()
 
 
@@ -145,11 +145,17 @@ def test_following_the_advice_of_that_refusal_works(seed, n_layers, min_k, cost_
 @pytest.mark.parametrize("min_k", [1, 20])
 def test_the_first_step_s_entries_add_up_to_the_budget(strategy, prior, tail, density, min_k):
     config = DLSConfig(
-        density=density, strategy=strategy, prior=prior, tail=tail, min_k=min_k, cost_rule=False
+        density=density,
+        strategy=strategy,
+        threshold=1.0 if strategy == "hard" else None,
+        prior=prior,
+        tail=tail,
+        min_k=min_k,
+        cost_rule=False,
     )
     plan = make_plan(CHAIN, config, 2)
     k = initial_k(plan, config, norms=dict.fromkeys(names(CHAIN), 8.0))
-    assert k.sum() == plan.total_k == round(density * plan.sizes.sum())
+    assert k.sum() == plan.budget(density) == round(density * plan.sizes.sum())
     assert np.all((min_k <= k) & (k <= plan.sizes))
 
 

@@ -92,6 +92,12 @@ def test_the_balanced_choice_is_ideal(model):
     assert found.energy >= quality(model, model.k).energy - 1e-12
 
 
+@pytest.mark.parametrize("sent", [[], [np.empty(0)], [np.empty(0, np.float32)] * 2], ids=str)
+def test_nothing_is_sent_ideally(sent):
+    found = measure_quality(sent, [np.ones(3)] * len(sent))
+    assert (found.energy, found.misallocation) == (1, 0)
+
+
 def test_nothing_but_zeros_is_sent_ideally():
     found = measure_quality([np.zeros(3), np.zeros(1)], [np.zeros(10), np.zeros(5)])
     assert (found.energy, found.misallocation) == (1, 0)
