@@ -120,8 +120,8 @@ class Device:
     ) -> None:
         """See ``core.passes.settle``; indices must ascend and lie within the layer.
 
-        Additions need no atomic operations to agree: a rank's indices are unique, and ranks follow
-        each other.
+        Without atomic additions (``index_add_``), which on GPUs take subnormal float32 for zero: a
+        rank's indices are unique, and ranks follow each other.
         """
         own, *where = self._indices([indices, *(entries for entries, _ in received)])
         nothing = np.empty(0, _name(residual.dtype))
@@ -136,7 +136,7 @@ class Device:
         total = out if out.dtype == residual.dtype else torch.empty_like(residual)
         total.zero_()
         for entries, sent in zip(where, theirs, strict=True):
-            total.index_add_(0, entries, sent)
+            total.index_copy_(0, entries, total.index_select(0, entries).add_(sent))
         if where:  # only where something was sent: zero times a negative factor would be -0
             everywhere = torch.cat(where)
             total.index_copy_(0, everywhere, total.index_select(0, everywhere).mul_(scale))
@@ -175,8 +175,9 @@ class Device:
 
 def finite_later(gradient: Tensor) -> OnItsWay[bool]:
     """Whether a gradient is free of NaN and Inf."""
-    ends = gradient.new_zeros(2) if not gradient.numel() else torch.stack(gradient.aminmax())
-    return OnItsWay(ends.double(), lambda array: bool(np.isfinite(array).all()))
+    values = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+    ends = torch.stack(values.aminmax()) if values.numel() else values.new_zeros(2)
+    return OnItsWay(ends, lambda array: bool(np.isfinite(array).all()))
 
 
 def _clipped(own: Tensor, config: DLSConfig, loss_scale: float) -> Tensor:
