@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from typing import Any
 
@@ -173,7 +172,7 @@ class Session:
             (n,) of the work dtype, the caller's to change.
         """
         corrected = self._correction.apply(name, gradient, self.loss_scale)
-        return corrected if self.config.nesterov else deepcopy(corrected)
+        return corrected if self.config.nesterov else self._places[name].copy(corrected)
 
     def note(self, name: str, finite: bool | Later[bool]) -> int | None:
         """Takes note of a layer that goes dense.

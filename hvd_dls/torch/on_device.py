@@ -69,6 +69,9 @@ class Device:
     def load(self, array: Tensor, saved: Any) -> None:
         array.copy_(torch.as_tensor(saved))
 
+    def copy(self, array: Tensor) -> Tensor:
+        return array.clone()
+
     def to_host(self, array: Tensor) -> np.ndarray:
         host: np.ndarray = array.cpu().numpy()
         return host
