@@ -15,6 +15,7 @@ import numpy as np
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.agreement import check_agreement, digest
 from hvd_dls.core.layers import LayerSpec
+from hvd_dls.core.places import Place
 from hvd_dls.core.session import Session
 from hvd_dls.core.telemetry import StepRecord
 from hvd_dls.errors import DLSError, StateMismatchError
@@ -70,6 +71,10 @@ class BaseBinding(ABC):
     def _norms(self) -> dict[str, float]:
         """Frobenius norm of each layer's weights, by name."""
 
+    def _places(self) -> Mapping[str, Place]:
+        """Where arrays of layers are that are not on the host, by name."""
+        return {}
+
     def _start_session(self, world_size: int) -> Session:
         """Makes the session, together with all other ranks.
 
@@ -81,7 +86,7 @@ class BaseBinding(ABC):
         digests = self._gather(f"{self._label}.digest", digest(self._config, self._layers))
         check_agreement(digests, world_size)
         norms = self._norms() if self._config.prior == "weight_norm" else None
-        session = Session(self._layers, self._config, world_size, norms)
+        session = Session(self._layers, self._config, world_size, norms, self._places())
         if self._loaded is not None:
             session.load_state_dict(self._loaded)
             self._loaded = None

@@ -16,8 +16,6 @@ from hvd_dls.core.prior import MEASURED
 from hvd_dls.core.ratios import apportion
 from hvd_dls.core.schedule import density_at
 
-_WEIGHT = 0.5  # of the last step, in what the next one sends
-
 
 class Controller:
     """Holds k of each layer and moves it after each step (Algorithm 2).
@@ -113,33 +111,31 @@ class Controller:
         """
         density = self.density
         self.step += 1
-        if rows is not None and self._config.strategy == "dls":
-            sharing = np.isin(rows, self._plan.sharing)
-            if not self.step % self._config.adjust_every and np.count_nonzero(sharing) > 1:
-                self._balance(rows[sharing], bases[sharing], counts[sharing])
-        if self.density != density:
+        changed = self.density != density
+        if changed:
             wanted = self.wanted[self._plan.sharing]
             self.start_from(shared_out(self._plan, self._config, self.density, wanted))
+        if rows is not None and self._config.strategy == "dls":
+            sharing = np.isin(rows, self._plan.sharing)
+            due = changed or not self.step % self._config.adjust_every
+            if due and np.count_nonzero(sharing) > 1:
+                first = self.step - self.dense_steps <= self._config.adjust_every
+                self._balance(rows[sharing], bases[sharing], counts[sharing], first or changed)
 
-    def _balance(self, rows: np.ndarray, bases: np.ndarray, counts: np.ndarray) -> None:
+    def _balance(
+        self, rows: np.ndarray, bases: np.ndarray, counts: np.ndarray, afresh: bool
+    ) -> None:
         curves = SketchedCurves(bases, counts, self._plan.sizes[rows])
         before, min_k, steps = self.wanted[rows], self._config.min_k, self._config.pair_steps
         self.wanted = self.wanted.copy()
-        if steps is None:
-            balanced = balance_at_once(curves, before, min_k)
-            self.wanted[rows] = self._smoothed(before, balanced, rows)
-        else:
+        if steps is not None:
             self.wanted[rows] = optimal_adjustment(curves, before, min_k, steps)
+        elif afresh:
+            self.wanted[rows] = balance_at_once(curves, before, min_k)
+        else:
+            # Half of the way: that is the way to the mean of the last steps.  Gradients are noisy,
+            # and so is what each step would have wanted.
+            mean = (before + balance_at_once(curves, before, min_k)) / 2
+            least = np.minimum(min_k, self._plan.sizes[rows])
+            self.wanted[rows] = apportion(mean, int(before.sum()), least, self._plan.sizes[rows])
         self.k = self.budgets.fit(self.wanted)
-
-    def _smoothed(self, before: np.ndarray, balanced: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Half of the way from (L',) entries to those that the last step would have wanted.
-
-        That is the way to the mean of the last steps: gradients are noisy, and so is what each of
-        them would want.  The first time, all of the way.
-        """
-        if self.step - self.dense_steps <= self._config.adjust_every:
-            return balanced
-        least = np.minimum(self._config.min_k, self._plan.sizes[rows])
-        mean = before + _WEIGHT * (balanced - before)
-        return apportion(mean, int(balanced.sum()), least, self._plan.sizes[rows])

@@ -21,9 +21,10 @@ from hvd_dls.core.controller import Controller
 from hvd_dls.core.correction import Correction
 from hvd_dls.core.layers import LayerSpec
 from hvd_dls.core.own_choice import OWN_CHOICE, OwnChoice
-from hvd_dls.core.passes import Found, fill_infinite, find, nothing_found, settle
+from hvd_dls.core.passes import Found, nothing_found
 from hvd_dls.core.payload import ABSENT, NOT_FINITE, pack, unpack, unpack_own
-from hvd_dls.core.plan import histogram, initial_k, make_plan, measured_k
+from hvd_dls.core.places import HOST, Array, Later, Place
+from hvd_dls.core.plan import initial_k, make_plan, measured_k
 from hvd_dls.core.sketch import WINDOW
 from hvd_dls.core.state import STATE_VERSION, check_state
 from hvd_dls.core.step import Step
@@ -45,6 +46,7 @@ class Session:
         config: the options.
         world_size: number of ranks, P.
         norms: Frobenius norm of each layer's weights, for prior="weight_norm".
+        places: where arrays of layers are that are not on the host, by name.
 
     Attributes:
         residuals: (n,) of each compressed layer, by name.
@@ -62,6 +64,7 @@ class Session:
         config: DLSConfig,
         world_size: int,
         norms: Mapping[str, float] | None = None,
+        places: Mapping[str, Place] | None = None,
     ) -> None:
         self.config = config
         self.world_size = world_size
@@ -69,7 +72,7 @@ class Session:
         self.buckets = make_buckets(self.plan.layers, self.plan.sparse, config)
         self._layers = {layer.name: layer for layer in self.plan.sparse}
         # Of each compressed layer: its bucket, and its position therein.
-        self._place = {
+        self._position = {
             layer.name: (number, position)
             for number, bucket in enumerate(self.buckets)
             for position, layer in enumerate(bucket.layers)
@@ -81,8 +84,11 @@ class Session:
         k = initial_k(self.plan, config, norms)
         self._controller = Controller(self.plan, config, k, self._rows)
         self._own = OwnChoice(self.plan, config) if config.strategy in OWN_CHOICE else None
-        self._correction = Correction(self.plan.layers, config)
-        self.residuals = {n: np.zeros(x.size, x.work_dtype) for n, x in self._layers.items()}
+        self._places = dict.fromkeys((x.name for x in self.plan.layers), HOST) | dict(places or {})
+        self._correction = Correction(self.plan.layers, config, self._places)
+        self.residuals: dict[str, Array] = {
+            name: self._places[name].zeros(x.size, x.work_dtype) for name, x in self._layers.items()
+        }
         self._thresholds = dict.fromkeys(self._layers, 0.0)
         self.loss_scale = 1.0
         self._step = Step()
@@ -131,16 +137,18 @@ class Session:
         """Whether gradients that go dense must go through ``correct`` first."""
         return self._correction.active
 
-    def compress(self, name: str, gradient: np.ndarray) -> int | None:
+    def compress(self, name: str, gradient: Array) -> int | None:
         """Looks for the largest entries of a layer's residual plus its gradient.
 
         Args:
             name: of a layer that ``is_sparse``.
             gradient: (n,) contiguous, of the layer's work dtype, float16, or uint16 (the bits of
-                bfloat16); it must not change before ``decompress``.
+                bfloat16), or what the layer's place takes; it must not change before
+                ``decompress``.
 
         Returns:
             The number of the bucket that is complete with this layer and should be sent, or None.
+            (With layers on a device ``ready`` tells what can be sent without waiting for it.)
 
         Raises:
             DLSError: the layer has been in this step already, or the gradient has another size.
@@ -156,7 +164,7 @@ class Session:
             self._find(name, k)
         return self._complete(name)
 
-    def correct(self, name: str, gradient: np.ndarray) -> np.ndarray:
+    def correct(self, name: str, gradient: Array) -> Array:
         """What to send of a layer that goes dense, if gradients are clipped or get momentum.
 
         Args:
@@ -167,9 +175,9 @@ class Session:
             (n,) of the work dtype, the caller's to change.
         """
         corrected = self._correction.apply(name, gradient, self.loss_scale)
-        return corrected if self.config.nesterov else corrected.copy()
+        return corrected if self.config.nesterov else self._places[name].copy(corrected)
 
-    def note(self, name: str, finite: bool) -> int | None:
+    def note(self, name: str, finite: bool | Later[bool]) -> int | None:
         """Takes note of a layer that goes dense.
 
         Args:
@@ -183,11 +191,13 @@ class Session:
             DLSError: the layer has been in this step already.
         """
         self._arrive(name)
-        if not finite:
+        if isinstance(finite, Later):
+            self._step.later[name] = finite
+        elif not finite:
             self._step.not_finite.append(name)
         return self._complete(name)
 
-    def _arrive(self, name: str, gradient: np.ndarray | None = None) -> None:
+    def _arrive(self, name: str, gradient: Array | None = None) -> None:
         step = self._step
         if name in step.arrived:
             raise DLSError(f"layer {name!r}: compressed twice before it was decompressed")
@@ -209,16 +219,39 @@ class Session:
 
     @property
     def complete(self) -> bool:
-        """Whether all layers have come in, and so all buckets have been sent."""
-        return len(self._step.sent) == len(self.buckets)
+        """Whether all layers have come in, and so all buckets have been or can be sent."""
+        return sum(not missing for missing in self._step.missing.values()) == len(self.buckets)
+
+    def ready(self) -> list[int]:
+        """Buckets that are complete, have not been sent, and need not be waited for: send them."""
+        step = self._step
+        return [
+            bucket
+            for bucket, missing in step.missing.items()
+            if not missing and bucket not in step.sent
+            if all(step.later[name].ready() for name in self._working_on(bucket))
+        ]
+
+    def _working_on(self, bucket: int) -> set[str]:
+        """Layers of a bucket of which a device has not been heard."""
+        return self._members[bucket] & self._step.later.keys()
 
     def unfinished(self) -> list[int]:
         """Buckets with some layers in this step that have not been sent: send them now."""
         return sorted(self._step.missing.keys() - self._step.sent.keys())
 
     def payload(self, bucket: int) -> np.ndarray:
-        """What this rank sends of a bucket: uint8; as long as every other rank's if they agree."""
+        """What this rank sends of a bucket: uint8; as long as every other rank's if they agree.
+
+        Waits for devices that are still working on it.
+        """
         step, layers = self._step, self.buckets[bucket].layers
+        for name in self._working_on(bucket):
+            result = step.later.pop(name).result()
+            if name in self._layers:
+                step.found[name] = result
+            elif not result:
+                step.not_finite.append(name)
         if self._own is not None and self._own.needs_all:
             together = self._own.k_together(self.residuals, step.gradients)
             for name, own in together.items():
@@ -252,14 +285,14 @@ class Session:
             k = self._k_of(bucket)
             self._step.received[bucket] = unpack(of, k, gathered, self.world_size)
 
-    def decompress(self, name: str, out: np.ndarray, scale: float = 1.0) -> None:
+    def decompress(self, name: str, out: Array, scale: float = 1.0) -> None:
         """Adds up what all ranks sent of a layer; with the last layer, ends the step.
 
         Args:
             name: of a layer that went through ``compress``.
             out: (n,) overwritten with the sum over ranks, added rank by rank and so the same bits
                 on every rank; may be the gradient itself.  Its dtype is one that ``compress``
-                takes.  Inf everywhere, if the step is skipped.
+                takes, and it is where the gradient is.  Inf everywhere, if the step is skipped.
             scale: factor on the sum.
 
         Raises:
@@ -268,18 +301,18 @@ class Session:
                 every rank alike, in the first call of the step.  All residuals are as they were
                 before the step.
         """
-        step, (bucket, position) = self._step, self._place[name]
+        step, (bucket, position), place = self._step, self._position[name], self._places[name]
         if name not in step.gradients or name in step.settled:
             raise DLSError(f"layer {name!r}: decompressed, but not on its way")
         self._check_arrived()
         if step.refused:
-            fill_infinite(out)
+            place.fill_infinite(out)
             self._settled(name)
             return
         found = step.found[name]
         assert found is not None  # or the step would have been refused
         residual = self.residuals[name]
-        settle(
+        place.settle(
             residual,
             step.gradients[name],
             found.indices,
@@ -292,12 +325,12 @@ class Session:
             self._own.take_note(name, residual, found.values)
         self._settled(name)
 
-    def accept(self, name: str, reduced: np.ndarray | None = None) -> bool:
+    def accept(self, name: str, reduced: Array | None = None) -> bool:
         """Takes note that a layer that went dense has been reduced; with the last, ends the step.
 
         Args:
             name: of a layer that went through ``note``.
-            reduced: (n,) what came back, in a ``dense_step``; None otherwise.
+            reduced: (n,) what came back, in a ``dense_step``, where the gradient was; else None.
 
         Returns:
             Whether it counts; not if the step is skipped.
@@ -311,11 +344,12 @@ class Session:
         if not self.dense_step:
             self._check_arrived()
         elif reduced is not None:
-            if not np.isfinite(reduced).all():
+            place = self._places[name]
+            if not place.finite(reduced):
                 before = step.refused.where if step.refused else []
                 step.refused = NonFiniteGradientError([*before, (name, None)])
             elif self._controller.measures_now and name in self._layers:
-                step.whole[name] = histogram(reduced)
+                step.whole[name] = place.histogram(reduced)
         counts = step.refused is None
         self._settled(name)
         return counts
@@ -415,7 +449,8 @@ class Session:
         quality = None
         if every and self._controller.step % every == 0:
             sent = [found.values for found in step.found.values() if found is not None]
-            quality = measure_quality(sent, [self.residuals[name] for name in step.found])
+            left = [self._places[name].to_host(self.residuals[name]) for name in step.found]
+            quality = measure_quality(sent, left)
         return StepRecord(
             step=self._controller.step,
             time=time.time(),
@@ -447,10 +482,14 @@ class Session:
         return k
 
     def _find(self, name: str, k: int) -> None:
-        found = find(
+        found = self._places[name].find(
             self.residuals[name], self._step.gradients[name], max(k, 1), self._thresholds[name]
         )
-        self._step.found[name] = found if k or found is None else nothing_found(found)
+        if isinstance(found, Later):
+            assert self._own is None  # whose strategies look at residuals, on the host
+            self._step.later[name] = found
+        else:
+            self._step.found[name] = found if k or found is None else nothing_found(found)
 
     # Loss scaling -------------------------------------------------------------------------------
 
@@ -472,7 +511,7 @@ class Session:
             )
         factor = loss_scale / self.loss_scale
         for array in (*self.residuals.values(), *self._correction.velocities.values()):
-            array *= array.dtype.type(factor)
+            array *= factor
         self._thresholds = {name: factor * value for name, value in self._thresholds.items()}
         self.loss_scale = loss_scale
 
@@ -539,4 +578,4 @@ class Session:
         velocities = self._correction.velocities
         for part, own in (("residuals", self.residuals), ("velocities", velocities)):
             for name, array in own.items():
-                array[:] = np.asarray(state[part][name])
+                self._places[name].load(array, state[part][name])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from hvd_dls.core.passes import Found
 from hvd_dls.core.payload import Payload
+from hvd_dls.core.places import Array, Later
 from hvd_dls.errors import NonFiniteGradientError
 
 
@@ -18,6 +20,8 @@ class Step:
     Attributes:
         gradients: (n,) of the compressed layers that have come in, by name.
         found: what each of them sends; None where the gradient was not finite.
+        later: the same of layers on a device that is still at work; or, of layers that go dense,
+            whether they are finite.
         arrived: all layers that have come in, compressed or not.
         not_finite: those that go dense whose gradient was not.
         missing: how many layers of each bucket that was begun have not come in.
@@ -29,8 +33,9 @@ class Step:
         whole: histograms of gradients that were sent whole, if they are wanted.
     """
 
-    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    gradients: dict[str, Array] = field(default_factory=dict)
     found: dict[str, Found | None] = field(default_factory=dict)
+    later: dict[str, Later[Any]] = field(default_factory=dict)
     arrived: set[str] = field(default_factory=set)
     not_finite: list[str] = field(default_factory=list)
     missing: dict[int, int] = field(default_factory=dict)

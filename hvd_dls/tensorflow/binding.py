@@ -278,7 +278,8 @@ class Binding(BaseBinding):
 
         def correct(checked: np.ndarray, array: np.ndarray) -> np.ndarray:
             with self._lock:
-                return session.correct(name, _bits(array).reshape(-1)).reshape(array.shape)
+                flat: np.ndarray = session.correct(name, _bits(array).reshape(-1))
+            return flat.reshape(array.shape)
 
         with tf.device("CPU:0"):
             corrected = tf.numpy_function(correct, [step.checked, gradient], work)

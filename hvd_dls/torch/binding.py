@@ -18,9 +18,12 @@ from torch.utils.weak import TensorWeakRef
 from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.layers import layer_spec
+from hvd_dls.core.own_choice import OWN_CHOICE
+from hvd_dls.core.places import Array, Later, Place
 from hvd_dls.core.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.torch import exchange
+from hvd_dls.torch.on_device import Device, finite_later
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,6 +42,7 @@ class InFlight(NamedTuple):
     binding: Binding
     name: str
     gradient: torch.Tensor
+    flat: torch.Tensor  # what the session was given: the gradient's own memory, or a copy
 
 
 class Binding(BaseBinding):
@@ -64,6 +68,7 @@ class Binding(BaseBinding):
         specs = [layer_spec(n, tuple(p.shape), "torch", p.element_size()) for n, p in parameters]
         super().__init__(specs, config)
         self._process_set = process_set
+        self._on_device: dict[str, Device] = {}  # layers whose gradients do not come to the host
         self._handles: dict[int, int] = {}  # Horovod's, of the buckets on their way
         self._references = {name: TensorWeakRef(p) for name, p in parameters}
         self._of_shape: dict[torch.Size, list[tuple[str, TensorWeakRef]]] = {}
@@ -114,12 +119,16 @@ class Binding(BaseBinding):
         session = self.session or self._start_session(self._process_set.size())
         self._follow_loss_scale(session)
         if session.is_sparse(name):
-            self._send_if_complete(session, session.compress(name, _as_numpy(gradient)))
-            return torch.ones(1, dtype=torch.float64), InFlight(self, name, gradient)
-        self._send_if_complete(session, session.note(name, session.dense_step or _finite(gradient)))
+            flat = self._flat(name, gradient)
+            session.compress(name, self._array(name, flat))
+            self._send_ready(session)
+            return torch.ones(1, dtype=torch.float64), InFlight(self, name, gradient, flat)
+        session.note(name, session.dense_step or self._finite(session, name, gradient))
+        self._send_ready(session)
         whole = gradient
         if session.corrects:
-            corrected = torch.from_numpy(session.correct(name, _as_numpy(gradient)))
+            flat = self._flat(name, gradient)
+            corrected = torch.as_tensor(session.correct(name, self._array(name, flat)))
             whole = corrected.view(gradient.shape).to(gradient.device)
         return send_dense(whole)[0], Dense(gradient.dtype, self, name)
 
@@ -127,18 +136,18 @@ class Binding(BaseBinding):
         """All ranks' entries in the gradient's own memory, scaled as Horovod scaled the 1.0."""
         assert self.session is not None
         self._receive_all(self.session)
-        gradient = sent.gradient
-        in_place = gradient.is_contiguous() and gradient.device.type == "cpu"
-        total = gradient if in_place else torch.empty(gradient.shape, dtype=gradient.dtype)
         scale = reduced_one.item() / self.session.world_size
-        self.session.decompress(sent.name, _as_numpy(total), scale)
-        return gradient if in_place else gradient.copy_(total)
+        self.session.decompress(sent.name, self._array(sent.name, sent.flat), scale)
+        if sent.flat.data_ptr() != sent.gradient.data_ptr():
+            sent.gradient.copy_(sent.flat.view(sent.gradient.shape))
+        return sent.gradient
 
     def decompress_dense(self, reduced: torch.Tensor, sent: Dense) -> torch.Tensor:
         """A gradient that Horovod has reduced whole; Inf everywhere, if the step is skipped."""
         assert self.session is not None
         if self.session.dense_step:
-            counts = self.session.accept(sent.name, _as_numpy(reduced))
+            flat = self._flat(sent.name, reduced)
+            counts = self.session.accept(sent.name, self._array(sent.name, flat))
         else:
             self._receive_all(self.session)
             counts = self.session.accept(sent.name)
@@ -154,8 +163,9 @@ class Binding(BaseBinding):
         if self.session is not None and self.session.complete:
             self._receive_all(self.session)
 
-    def _send_if_complete(self, session: Session, bucket: int | None) -> None:
-        if bucket is not None:
+    def _send_ready(self, session: Session) -> None:
+        """Sends what is complete; what a device still works on goes in a later call."""
+        for bucket in session.ready():
             self._send(session, bucket)
 
     def _send(self, session: Session, bucket: int) -> None:
@@ -165,7 +175,8 @@ class Binding(BaseBinding):
 
     def _receive_all(self, session: Session) -> None:
         """Waits for all that is on its way: before a step changes anything, all of it is there."""
-        for bucket in session.unfinished():  # other optimizers of this model take no step now
+        # What a device has worked on until now; or other optimizers of this model take no step now.
+        for bucket in session.unfinished():
             self._send(session, bucket)
         handles, self._handles = self._handles, {}
         for bucket, handle in handles.items():
@@ -179,6 +190,41 @@ class Binding(BaseBinding):
             layer.name: parameter.detach().double().norm().item()
             for layer, parameter in zip(self._layers, self.parameters(), strict=True)
         }
+
+    # Layers on a device --------------------------------------------------------------------------
+
+    def _places(self) -> dict[str, Place]:
+        # These strategies look at whole residuals, on the host.
+        if self._config.strategy not in OWN_CHOICE:
+            for name, reference in self._references.items():
+                parameter = reference()
+                if parameter is not None and stays_on_device(parameter):
+                    self._on_device[name] = Device(parameter.device)
+        return dict(self._on_device)
+
+    def _flat(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """(n,) where the passes are, and the gradient's own memory if it can be."""
+        flat = gradient.detach().reshape(-1)
+        return flat if name in self._on_device else flat.cpu()
+
+    def _array(self, name: str, flat: torch.Tensor) -> Array:
+        """The same memory as the session takes it."""
+        return flat if name in self._on_device else _as_numpy(flat)
+
+    def _finite(self, session: Session, name: str, gradient: torch.Tensor) -> bool | Later[bool]:
+        if session.bucket_of(name) is None:
+            return True  # nobody asks
+        return finite_later(gradient) if name in self._on_device else _finite(gradient)
+
+    # State ---------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``BaseBinding``; tensors may have been saved on any device."""
+        for part in ("residuals", "velocities"):
+            if part in state:
+                saved = {name: torch.as_tensor(array).cpu() for name, array in state[part].items()}
+                state = state | {part: saved}
+        super().load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """The session's state in types that ``torch.load(weights_only=True)`` accepts."""
@@ -199,8 +245,8 @@ def send_dense(gradient: torch.Tensor) -> tuple[torch.Tensor, Dense]:
     return wide.contiguous(), Dense(gradient.dtype)
 
 
-def _as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+def _as_tensors(arrays: dict[str, Array]) -> dict[str, torch.Tensor]:
+    return {name: torch.as_tensor(array) for name, array in arrays.items()}
 
 
 def _finite(gradient: torch.Tensor) -> bool:
@@ -228,13 +274,16 @@ def _checked(
     return pairs
 
 
-def _as_numpy(gradient: torch.Tensor) -> np.ndarray:
-    """The gradient as a flat array: its own memory if it is contiguous and on the CPU.
+def stays_on_device(parameter: torch.Tensor) -> bool:
+    """Whether residual and passes are to be where a parameter is; on a CPU, the core's are faster.
 
-    NumPy has no bfloat16: that comes as its bits, uint16.  On a GPU this waits for the gradient and
-    copies it to the host.
+    Of other devices than GPUs, gradients go by way of the host.
     """
-    flat = gradient.detach().reshape(-1).cpu()
+    return parameter.is_cuda
+
+
+def _as_numpy(flat: torch.Tensor) -> np.ndarray:
+    """The same memory as an array.  NumPy has no bfloat16: that comes as its bits, uint16."""
     if flat.dtype == torch.bfloat16:
         return flat.view(torch.int16).numpy().view(np.uint16)
     return flat.numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -63,6 +64,7 @@ class DLSCompressor(BaseCompressor):
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._unclaimed: dict[int, TensorWeakRef] = {}  # by id, of gradients that still exist
         self._told_of_strangers = False
+        self._lock = threading.Lock()  # backward has a thread for each device
         if named_parameters is not None:
             self._add(Binding(named_parameters, self.config, process_set))
 
@@ -76,10 +78,11 @@ class DLSCompressor(BaseCompressor):
             DLSError: the ranks have different options or parameters, or the density is too low
                 for the model; on every rank alike.
         """
-        for binding in self._bindings:
-            name = binding.name_of(tensor)
-            if name is not None:
-                return binding.compress(name, tensor)
+        with self._lock:
+            for binding in self._bindings:
+                name = binding.name_of(tensor)
+                if name is not None:
+                    return binding.compress(name, tensor)
         self._unclaimed[id(tensor)] = TensorWeakRef(tensor)
         if self._bindings and not self._told_of_strangers:
             self._told_of_strangers = True

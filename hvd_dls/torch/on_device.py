@@ -1,0 +1,227 @@
+"""Layers whose gradients are on a GPU: all that is as long as a gradient stays there.
+
+The same passes as the core's, in torch's own operations, which run on any device; the same bits as
+the core's on a CPU, but for the choice among entries that tie at the threshold.  To the host comes
+what is sent, and from there what all ranks sent.
+
+``find`` and ``finite_later`` run in hooks of backward and never wait: shapes are known beforehand,
+and what the host needs is copied behind the device's work, with an event that tells when it is
+there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.passes import Found
+from hvd_dls.core.passes_numpy import sample_stride
+from hvd_dls.core.places import Later
+from hvd_dls.core.sketch import BELOW, LAST_BASE, N_BINS, WINDOW, Sketch, bin_of
+
+_MANTISSA_SHIFT = 20  # as in core.sketch
+T = TypeVar("T")
+
+
+class OnItsWay(Later[T]):
+    """What a device will have copied to the host.
+
+    Args:
+        copied: (m,) a result of work that the device has been given.
+        read: makes of it, as an array, what is wanted.
+    """
+
+    def __init__(self, copied: Tensor, read: Callable[[np.ndarray], T]) -> None:
+        self._read = read
+        self._array = copied.to("cpu", non_blocking=True)  # into pinned memory, so without waiting
+        self._event: Any = None
+        if copied.is_cuda:
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record(torch.cuda.current_stream(copied.device))
+
+    def ready(self) -> bool:
+        """See ``Later``."""
+        return self._event is None or self._event.query()
+
+    def result(self) -> T:
+        """See ``Later``."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._read(self._array.numpy())
+
+
+class Device:
+    """A ``Place``: arrays are flat tensors on this device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def zeros(self, size: int, dtype: np.dtype) -> Tensor:
+        return torch.zeros(size, dtype=getattr(torch, dtype.name), device=self._device)
+
+    def load(self, array: Tensor, saved: Any) -> None:
+        array.copy_(torch.as_tensor(saved))
+
+    def copy(self, array: Tensor) -> Tensor:
+        return array.clone()
+
+    def to_host(self, array: Tensor) -> np.ndarray:
+        host: np.ndarray = array.cpu().numpy()
+        return host
+
+    def clear(self, array: Tensor, indices: np.ndarray) -> None:
+        (where,) = self._indices([indices])
+        array.index_fill_(0, where, 0)
+
+    def fill_infinite(self, out: Tensor) -> None:
+        out.fill_(math.inf)
+
+    def finite(self, array: Tensor) -> bool:
+        return finite_later(array).result()
+
+    def histogram(self, array: Tensor) -> np.ndarray:
+        counts = torch.bincount(_bins(array.abs()), minlength=N_BINS)
+        return self.to_host(counts)
+
+    # Find ---------------------------------------------------------------------------------------
+
+    def find(
+        self, residual: Tensor, gradient: Tensor, k: int, last_threshold: float = 0.0
+    ) -> OnItsWay[Found | None]:
+        """See ``core.passes.find``; of entries that tie at the threshold, any may be chosen."""
+        # Types are promoted within one operation: float16 and bfloat16 are not copied before.
+        magnitudes = (residual + gradient).abs_()
+        largest, chosen = magnitudes.topk(k, sorted=False)  # NaN counts as the largest
+        chosen = chosen.sort().values
+        values = residual.index_select(0, chosen) + gradient.index_select(0, chosen)
+        stride = sample_stride(len(residual))
+        unsent = _bins(magnitudes.index_fill_(0, chosen, 0)[::stride])
+        base = (_bins(largest.min()) - BELOW).clamp_(0, LAST_BASE)
+        window = base + torch.arange(WINDOW, dtype=base.dtype, device=base.device)
+        counts = (unsent == window[:, None]).sum(1)
+        sent = torch.cat([values.view(torch.int32), chosen.int(), counts.int()])
+        return OnItsWay(sent, partial(_found, k, np.dtype(_name(values.dtype)), stride))
+
+    # Settle -------------------------------------------------------------------------------------
+
+    def settle(
+        self,
+        residual: Tensor,
+        gradient: Tensor,
+        indices: np.ndarray,
+        kept: np.ndarray | None,
+        received: Sequence[tuple[np.ndarray, np.ndarray]],
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        """See ``core.passes.settle``; indices must ascend and lie within the layer.
+
+        Without atomic additions (``index_add_``), which on GPUs take subnormal float32 for zero: a
+        rank's indices are unique, and ranks follow each other.
+        """
+        own, *where = self._indices([indices, *(entries for entries, _ in received)])
+        nothing = np.empty(0, _name(residual.dtype))
+        values = [nothing if kept is None else kept, *(values for _, values in received)]
+        sizes = [len(array) for array in values]
+        left, *theirs = torch.split(self._joined(values, residual.dtype), sizes)
+        residual.add_(gradient)
+        if kept is None:
+            residual.index_fill_(0, own, 0)
+        else:
+            residual.index_copy_(0, own, left)
+        total = out if out.dtype == residual.dtype else torch.empty_like(residual)
+        total.zero_()
+        for entries, sent in zip(where, theirs, strict=True):
+            total.index_copy_(0, entries, total.index_select(0, entries).add_(sent))
+        if where:  # only where something was sent: zero times a negative factor would be -0
+            everywhere = torch.cat(where)
+            total.index_copy_(0, everywhere, total.index_select(0, everywhere).mul_(scale))
+        if total is not out:
+            out.copy_(total)
+
+    def _indices(self, arrays: Sequence[np.ndarray]) -> Sequence[Tensor]:
+        """uint32 arrays as indices that torch takes."""
+        bits = self._joined([array.view(np.int32) for array in arrays], torch.int32)
+        return torch.split(bits.long() & 0xFFFFFFFF, [len(array) for array in arrays])
+
+    def _joined(self, arrays: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+        """Arrays of one type, copied to the device at once, through pinned memory."""
+        length, pin = sum(map(len, arrays)), self._device.type == "cuda"
+        staged = torch.empty(length, dtype=dtype, pin_memory=pin)
+        np.concatenate(arrays, out=staged.numpy())
+        return staged.to(self._device, non_blocking=True)
+
+    # Clipping and momentum ----------------------------------------------------------------------
+
+    def correct(
+        self,
+        gradient: Tensor,
+        velocity: Tensor | None,
+        into: Tensor,
+        config: DLSConfig,
+        loss_scale: float = 1.0,
+    ) -> Tensor:
+        """See ``core.momentum.correct``; norms are summed up in another order."""
+        own = _clipped(gradient.to(into.dtype), config, loss_scale)
+        if velocity is None:
+            return into.copy_(own)
+        torch.mul(velocity, config.momentum, out=into).add_(own)
+        return (into * config.momentum).add_(own) if config.nesterov else into
+
+
+def finite_later(gradient: Tensor) -> OnItsWay[bool]:
+    """Whether a gradient is free of NaN and Inf."""
+    values = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+    ends = torch.stack(values.aminmax()) if values.numel() else values.new_zeros(2)
+    return OnItsWay(ends, lambda array: bool(np.isfinite(array).all()))
+
+
+def _clipped(own: Tensor, config: DLSConfig, loss_scale: float) -> Tensor:
+    """What is not finite stays so, to be found."""
+    if not (config.clip_norm or config.clip_value) or not len(own):
+        return own
+    largest = torch.linalg.vector_norm(own, math.inf)
+    if config.clip_value is not None:
+        limit = torch.full_like(largest, config.clip_value * loss_scale)
+        limit = torch.where(largest.isfinite(), limit, largest)
+        own = own.clamp(-limit, limit)
+        largest = torch.minimum(largest, limit)
+    if config.clip_norm is not None:  # scaled, because squares may overflow
+        norm = largest * torch.linalg.vector_norm(own / largest, dtype=torch.float64)
+        factor = (config.clip_norm * loss_scale / norm).clamp_(max=1)
+        own = own * factor.nan_to_num_(nan=1.0).to(own.dtype)
+    return own
+
+
+def _bins(magnitudes: Tensor) -> Tensor:
+    """``core.sketch.bin_of``, int32; any number for what is not finite."""
+    bits = magnitudes.float().view(torch.int32)
+    return (bits >> _MANTISSA_SHIFT).clamp_(max=N_BINS - 1)
+
+
+def _found(k: int, dtype: np.dtype, stride: int, sent: np.ndarray) -> Found | None:
+    """What ``find`` put into one tensor, taken apart; None if not all of it is finite."""
+    size = k * dtype.itemsize // sent.itemsize
+    values, indices = sent[:size].view(dtype), sent[size : size + k].view(np.uint32)
+    magnitudes = np.abs(values)
+    if not np.isfinite(magnitudes).all():  # then of everything: nothing is larger
+        return None
+    threshold = float(magnitudes.min())
+    base = min(max(int(bin_of(magnitudes.min())) - BELOW, 0), LAST_BASE)
+    counts = stride * sent[size + k :].astype(np.int64)
+    if base == 0:
+        counts[0] = 0  # zeros, which nobody sends
+    bins = np.minimum(bin_of(magnitudes) - base, WINDOW - 1)
+    counts += np.bincount(bins, minlength=WINDOW)
+    return Found(indices, values, threshold, Sketch(base, counts.astype(np.uint32)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

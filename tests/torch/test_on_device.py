@@ -1,0 +1,517 @@
+"""The passes in torch beside the core's, to the bit: on CPU tensors, and on a GPU if any."""
+
+import contextlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("horovod.torch")
+
+from hvd_dls.config import DLSConfig  # noqa: E402
+from hvd_dls.core import momentum, passes  # noqa: E402
+from hvd_dls.core.layers import layer_spec  # noqa: E402
+from hvd_dls.core.places import Later  # noqa: E402
+from hvd_dls.core.plan import histogram  # noqa: E402
+from hvd_dls.core.session import Session  # noqa: E402
+from hvd_dls.core.sketch import SAMPLE, WINDOW, sketch  # noqa: E402
+from hvd_dls.torch import on_device  # noqa: E402
+from hvd_dls.torch.on_device import Device, finite_later  # noqa: E402
+from tests.core.strategies import KINDS  # noqa: E402
+from tests.core.test_passes import DTYPES, cases, entries, load, plus, store  # noqa: E402
+
+no_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"
+)
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
+
+
+some = settings(
+    derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
+)
+
+
+def tensor(array, device):
+    """A copy of an array of the core's on a device; uint16 is bfloat16."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).to(device)
+    return torch.from_numpy(array.copy()).to(device)
+
+
+def array_of(values):
+    """A copy of a tensor as the core has it."""
+    values = values.detach().cpu().clone()
+    if values.dtype == torch.bfloat16:
+        return values.view(torch.int16).numpy().view(np.uint16)
+    return values.numpy()
+
+
+def bits(values):
+    return (array_of(values) if isinstance(values, torch.Tensor) else values).tobytes()
+
+
+# Find -------------------------------------------------------------------------------------------
+
+
+def check_find(residual, gradient, k, device):
+    there = [tensor(residual, device), tensor(gradient, device)]
+    found = Device(torch.device(device)).find(*there, k).result()
+    assert [bits(x) for x in there] == [bits(residual), bits(gradient)]
+    expected = passes.find(residual, gradient, k)
+    if expected is None:
+        assert found is None
+        return
+    assert type(found.threshold) is float
+    assert found.threshold == expected.threshold
+    assert (found.indices.dtype, found.values.dtype) == (np.uint32, residual.dtype)
+    assert (np.diff(found.indices.astype(np.int64)) > 0).all()
+    total = plus(residual, gradient)
+    assert bits(found.values) == bits(total[found.indices])
+    own, core = (set(x.indices[np.abs(x.values) > x.threshold]) for x in (found, expected))
+    assert own == core
+    left = total.copy()
+    left[found.indices] = 0
+    base, counts = sketch(found.values, left, found.threshold)
+    assert found.sketch.base == base
+    assert np.array_equal(found.sketch.counts, counts)
+    if np.count_nonzero(np.abs(total) == found.threshold) == 1:  # no ties: the very same
+        assert bits(found.indices) == bits(expected.indices)
+        assert bits(found.sketch.counts) == bits(expected.sketch.counts)
+
+
+@on_each_device
+@some
+@given(case=cases())
+def test_what_is_found_is_what_the_core_finds_but_for_ties(device, case):
+    check_find(*case, device)
+
+
+@on_each_device
+@pytest.mark.parametrize("n", [SAMPLE, 2 * SAMPLE + 1, 5 * SAMPLE + 7])
+@pytest.mark.parametrize("kind", ["gaussian", "ties", "octaves"])
+def test_sketches_of_large_layers(device, kind, n):
+    gradient = KINDS[kind](np.random.default_rng(2), n).astype(np.float32)
+    for k in (10, n // 100, n // 2):
+        check_find(np.roll(gradient, 5), gradient, k, device)
+
+
+@on_each_device
+@pytest.mark.parametrize(("work", "dtype"), DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_found_wherever_they_are(device, work, dtype, bad):
+    for where in (0, 1000, 5002):
+        for k in (1, 10, 5003):
+            gradient = store(np.ones(5003), dtype)
+            gradient[where] = store([bad], dtype)[0]
+            check_find(np.ones(5003, work), gradient, k, device)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_ends_of_the_range(device, dtype):
+    """Overflow of a sum; sketches whose window ends with the last bin, or begins with the first."""
+    largest, tiny = np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal
+    for value in (largest, largest / 2, largest / 1000, tiny, 5 * tiny, 0):
+        gradient = (value * np.geomspace(1, 1e-6, 100)).astype(dtype)
+        for residual in (np.zeros(100, dtype), gradient):
+            check_find(residual, gradient, 5, device)
+
+
+# Settle -----------------------------------------------------------------------------------------
+
+
+@on_each_device
+@some
+@given(
+    case=cases(sizes=(1, 2, 65, 1000, 20_001)),
+    data=st.data(),
+    ranks=st.integers(0, 5),
+    scale=st.sampled_from([1.0, 0.25, 1 / 3, -2.0, 0.0, -0.0, 1e-40, 1e30]),
+)
+def test_settling_gives_the_core_s_bits(device, case, data, ranks, scale):
+    residual, gradient, _ = case
+    work, place = residual.dtype, Device(torch.device(device))
+    received = [data.draw(entries(len(residual), work)) for _ in range(ranks)]
+    indices, kept = data.draw(entries(len(residual), work))
+    kept = data.draw(st.sampled_from([None, kept]))
+    other = [np.float32, np.float16, np.uint16] if work == np.float32 else [np.float64, np.float32]
+    for dtype in {gradient.dtype, np.dtype(data.draw(st.sampled_from(other)))}:
+        core_residual, core_out = residual.copy(), np.empty(len(residual), dtype)
+        passes.settle(core_residual, gradient, indices, kept, received, scale, core_out)
+        own, new = tensor(residual, device), tensor(gradient, device)
+        out = new if dtype == gradient.dtype else tensor(core_out, device).fill_(77)
+        place.settle(own, new, indices, kept, received, scale, out)
+        assert bits(own) == bits(core_residual)
+        assert bits(out) == bits(core_out)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16])
+def test_sums_are_rounded_as_the_core_rounds(device, dtype):
+    numbers = load(np.arange(0x8000, dtype=np.uint16).view(dtype))
+    numbers = numbers[np.isfinite(numbers)].astype(np.float32)
+    middles = numbers[1:] / 2 + numbers[:-1] / 2
+    values = np.concatenate([numbers, middles, np.nextafter(middles, np.float32(np.inf)), -middles])
+    where, zeros = np.arange(len(values), dtype=np.uint32), np.zeros_like(values)
+    core, own = np.empty(len(values), dtype), tensor(np.empty(len(values), dtype), device)
+    received = [(where, values)]
+    passes.settle(zeros.copy(), zeros, where[:0], None, received, 1.0, core)
+    there = tensor(zeros, device)
+    Device(torch.device(device)).settle(there, there, where[:0], None, received, 1.0, own)
+    assert bits(own) == bits(core)
+
+
+# The smaller ones -------------------------------------------------------------------------------
+
+
+CLIPPING = [{"clip_value": 0.5}, {"clip_norm": 2.0}, {"clip_norm": 2.0, "clip_value": 0.5}]
+
+
+@on_each_device
+@pytest.mark.parametrize(("work", "dtype"), DTYPES)
+@pytest.mark.parametrize("options", [{}, *CLIPPING, {"clip_norm": 1e9}], ids=str)
+@pytest.mark.parametrize("mass", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+def test_clipping_and_momentum_are_the_core_s(device, work, dtype, options, mass):
+    config, place = DLSConfig(**options, **mass), Device(torch.device(device))
+    rng = np.random.default_rng(0)
+    velocity = rng.standard_normal(3000).astype(work) if mass else None
+    for factor in (1, 0, 1e-3, 1e3):
+        gradient = store(factor * rng.standard_normal(3000), dtype)
+        into = np.empty(3000, work)
+        expected = momentum.correct(gradient, velocity, into, config, 2.0)
+        there = tensor(into, device)
+        of = None if velocity is None else tensor(velocity, device)
+        given_gradient = tensor(gradient, device)
+        result = place.correct(given_gradient, of, there, config, 2.0)
+        assert bits(given_gradient) == bits(gradient)
+        for own, core in ((result, expected), (there, into)):
+            if options.get("clip_norm") == 2.0:
+                np.testing.assert_allclose(array_of(own), core, rtol=1e-6)
+            else:
+                assert bits(own) == bits(core)
+
+
+@on_each_device
+@pytest.mark.parametrize("options", [*CLIPPING, {"momentum": 0.5, "nesterov": True}], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_clipping_leaves_nan_and_inf_to_be_found(device, options, bad):
+    gradient = torch.ones(1000, device=device)
+    gradient[77] = bad
+    velocity, into = torch.ones_like(gradient), torch.empty_like(gradient)
+    place, config = Device(torch.device(device)), DLSConfig(**options)
+    corrected = place.correct(gradient, velocity if config.momentum else None, into, config, 1.0)
+    assert not place.finite(corrected)
+    assert place.find(torch.zeros_like(gradient), corrected, 3).result() is None
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_whether_a_gradient_is_finite(device, dtype):
+    for shape in ((), (0,), (1,), (30, 20)):
+        gradient = torch.full(shape, torch.finfo(dtype).max, dtype=dtype, device=device)
+        assert finite_later(gradient).result() is True
+        for bad in (float("nan"), float("inf"), -float("inf")) if gradient.numel() else ():
+            gradient.view(-1)[-1] = bad
+            assert finite_later(gradient).result() is False
+
+
+@on_each_device
+def test_histograms_zeros_and_what_was_saved(device):
+    place, rng = Device(torch.device(device)), np.random.default_rng(0)
+    values = (rng.standard_normal(5000) ** 9).astype(np.float32)
+    values[:10] = -0.0
+    assert np.array_equal(place.histogram(tensor(values, device)), histogram(values))
+    own = place.zeros(5000, np.dtype(np.float32))
+    assert (own.device.type, own.dtype) == (device, torch.float32)
+    for saved in (values, torch.from_numpy(values)):
+        place.load(own.zero_(), saved)
+        assert bits(place.to_host(own)) == bits(values)
+    place.clear(own, np.array([3, 4999], np.uint32))
+    assert np.flatnonzero(place.to_host(own) != values).tolist() == [4999]
+    place.fill_infinite(own)
+    assert torch.isposinf(own).all()
+
+
+# Nothing waits for a device in backward -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_shapes_never_depend_on_data(dtype, monkeypatch):
+    """Tensors of the device "meta" have none: to look at some is an error."""
+    copied = []
+    monkeypatch.setattr(on_device, "OnItsWay", lambda tensor, read: copied.append(tensor))
+    config = DLSConfig(momentum=0.5, nesterov=True, clip_norm=1.0, clip_value=0.1)
+    place = Device(torch.device("meta"))
+    work = np.dtype("float64" if dtype == torch.float64 else "float32")
+    residual = place.zeros(100_000, work)
+    gradient = torch.empty(100_000, dtype=dtype, device="meta")
+    place.find(residual, gradient, 1000)
+    finite_later(gradient)
+    place.find(residual, place.correct(gradient, residual, residual.clone(), config), 1000)
+    found = ((work.itemsize // 4 + 1) * 1000 + WINDOW,)
+    assert [tuple(x.shape) for x in copied] == [found, (2,), found]
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(gradient.sum() > 0)
+
+
+def test_copies_are_asynchronous_and_looked_at_when_their_event_is_done(monkeypatch):
+    class OnGPU:
+        device, is_cuda = torch.device("cuda", 1), True
+
+        def to(self, device, non_blocking):
+            assert (device, non_blocking) == ("cpu", True)
+            log.append("copied")
+            return torch.arange(3)
+
+    class Event:
+        done = False
+
+        def __init__(self, blocking):
+            assert blocking  # or the host would spin
+
+        def record(self, stream):
+            log.append(f"event on stream of {stream}")
+
+        def query(self):
+            return self.done
+
+        def synchronize(self):
+            log.append("waited")
+            Event.done = True
+
+    log = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
+    later = on_device.OnItsWay(OnGPU(), np.sum)
+    assert not later.ready()
+    assert log == ["copied", "event on stream of cuda:1"]
+    assert later.result() == 3
+    assert log[2:] == ["waited"]
+    assert later.ready()
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """Makes torch raise an error where the host would wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@no_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_gpu_is_not_waited_for(dtype):
+    config = DLSConfig(momentum=0.5, nesterov=True, clip_norm=1.0, clip_value=0.1)
+    place = Device(torch.device("cuda"))
+    residual = place.zeros(3_000_000, np.dtype("float64" if dtype == torch.float64 else "float32"))
+    gradient = torch.randn(3_000_000, device="cuda").to(dtype)
+    busy = torch.randn(4000, 4000, device="cuda")
+    place.find(residual, gradient, 30_000).result()  # what is slow once is behind us
+    torch.cuda.synchronize()
+    with no_waiting():
+        for _ in range(20):
+            busy = busy @ busy
+        corrected = place.correct(gradient, residual, torch.empty_like(residual), config)
+        results = [place.find(residual, gradient, 30_000), place.find(residual, corrected, 30_000)]
+        finite = finite_later(gradient)
+    assert not results[0].ready()
+    found = [result.result() for result in results]
+    assert all(result.ready() for result in results)
+    assert finite.result()
+    expected = passes.find(array_of(residual), array_of(gradient), 30_000)
+    assert found[0].threshold == expected.threshold
+
+
+# Sessions -----------------------------------------------------------------------------------------
+
+
+LAYERS = [
+    ("conv", (32, 3, 5, 5)),
+    ("bias", (32,)),
+    ("hidden", (64, 288)),
+    ("out", (40, 60)),
+]
+RANKS = 2
+
+
+def make_sessions(places, itemsize=4, **options):
+    layers = [layer_spec(name, shape, itemsize=itemsize) for name, shape in LAYERS]
+    config = DLSConfig(density=0.05, cost_rule=False, bucket_bytes=40_000, **options)
+    return [Session(layers, config, RANKS, places=places) for _ in range(RANKS)]
+
+
+def floats(gradient):
+    """As Horovod takes it: not bfloat16."""
+    if isinstance(gradient, torch.Tensor):
+        return gradient.float() if gradient.dtype == torch.bfloat16 else gradient
+    return load(gradient).astype(np.float32) if gradient.dtype == np.uint16 else gradient
+
+
+def run_step(sessions, gradients):
+    """One step of all ranks: payloads, and what came out on each rank."""
+    payloads, waiting, out = [], [], []
+    for session, of_rank in zip(sessions, gradients, strict=True):
+        sent = {}
+        for name, gradient in reversed(of_rank.items()):
+            if session.is_sparse(name):
+                session.compress(name, gradient)
+            else:
+                place = session._places[name]
+                session.note(name, session.dense_step or place.finite(floats(gradient)))
+                corrected = session.correct(name, gradient) if session.corrects else gradient
+                waiting.append(corrected)
+            sent |= {bucket: session.payload(bucket) for bucket in session.ready()}
+        payloads.append(sent)
+    for session, of_rank in zip(sessions, gradients, strict=True):
+        for bucket in payloads[0]:
+            session.receive(bucket, np.concatenate([sent[bucket] for sent in payloads]))
+        for name, gradient in of_rank.items():
+            if session.is_sparse(name):
+                session.decompress(name, gradient, 0.5)
+                out.append(gradient)
+            else:
+                # What stands for the sum is the same on all ranks.
+                session.accept(name, floats(gradients[0][name]) if session.dense_step else None)
+    return (
+        [sent[bucket].tobytes() for sent in payloads for bucket in sorted(sent)],
+        [bits(values) for values in out],
+        [bits(values) for values in waiting],
+    )
+
+
+def state_of(session):
+    state = session.state_dict()
+    parts = [*state["residuals"].values(), *state["velocities"].values()]
+    return [bits(part) for part in parts], state["ratios"].tolist(), state["thresholds"].tolist()
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"values": "bfloat16", "index_code": "plain"},
+        {"values": "float16", "momentum": 0.9},
+        {"momentum": 0.5, "nesterov": True, "clip_value": 1.0, "dense_steps": 2},
+        {"prior": "measured", "measure_every": 2},
+        {"strategy": "layerwise", "momentum": 0.9, "momentum_masking": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_session_on_a_device_is_one_on_the_host_to_the_bit(device, options, dtype, mixed):
+    """With steps that are skipped, changes of the loss scale, and a restart from the other's state.
+
+    Residuals are not zero at first, so that sums with 16-bit gradients do not tie.
+    """
+    place = Device(torch.device(device))
+    names = [name for name, _ in LAYERS if not mixed or name in ("bias", "hidden")]
+    itemsize = np.dtype(dtype).itemsize
+    options = {"nonfinite": "skip"} | options
+    host, other = (make_sessions(p, itemsize, **options) for p in ({}, dict.fromkeys(names, place)))
+    rng = np.random.default_rng(0)
+    for one, two in zip(host, other, strict=True):
+        for name, residual in one.residuals.items():
+            residual[:] = rng.standard_normal(len(residual))
+            two._places[name].load(two.residuals[name], residual)
+    for step in range(8):
+        given_gradients = []
+        for _ in range(RANKS):
+            gradients = {n: rng.standard_t(4, np.prod(shape)) for n, shape in LAYERS}
+            if step in (1, 4):
+                gradients[("bias", "hidden")[step // 4]][5] = np.nan
+            given_gradients.append({n: store(g, dtype) for n, g in gradients.items()})
+        there = [
+            {n: tensor(g, device) if n in names else g.copy() for n, g in of_rank.items()}
+            for of_rank in given_gradients
+        ]
+        if step == 3:
+            for session in (*host, *other):
+                session.scale_to(1024.0)
+        expected, own = run_step(host, given_gradients), run_step(other, there)
+        assert own[:2] == expected[:2]
+        assert own[2] == expected[2] or host[0].refused
+        for one, two in zip(host, other, strict=True):
+            assert state_of(one) == state_of(two)
+            assert (one.skipped, one.refused) == (two.skipped, two.refused)
+            if one.last_step is not None:
+                assert one.last_step.quality == two.last_step.quality
+        if step == 5:
+            assert host[0].skipped == 2
+            saved = [
+                (one.state_dict(), two.state_dict()) for one, two in zip(host, other, strict=True)
+            ]
+            host = make_sessions({}, itemsize, **options)
+            other = make_sessions(dict.fromkeys(names, place), itemsize, **options)
+            for one, two, (of_host, of_other) in zip(host, other, saved, strict=True):
+                two.load_state_dict(of_host)
+                there = {n: array_of(torch.as_tensor(x)) for n, x in of_other["residuals"].items()}
+                one.load_state_dict(of_other | {"residuals": there})
+
+
+class Slow(Later):
+    """A device that is ready when told to be."""
+
+    finished = False
+
+    def __init__(self, copied, read):
+        self._copied, self._read = copied, read
+
+    def ready(self):
+        return Slow.finished
+
+    def result(self):
+        return self._read(self._copied.numpy())
+
+
+def test_what_a_device_works_on_is_sent_later(monkeypatch):
+    monkeypatch.setattr(on_device, "OnItsWay", Slow)
+    monkeypatch.setattr(Slow, "finished", False)
+    place = Device(torch.device("cpu"))
+    (session, *_) = make_sessions(dict.fromkeys(["hidden", "bias"], place))
+    gradients = {n: np.random.default_rng(0).standard_normal(np.prod(s)) for n, s in LAYERS}
+    sent = []
+    for name, _ in reversed(LAYERS):
+        assert not session.complete
+        gradient = gradients[name].astype(np.float32)
+        if name == "bias":
+            session.note(name, finite_later(torch.from_numpy(gradient)))
+        else:
+            session.compress(name, torch.from_numpy(gradient) if name == "hidden" else gradient)
+        sent.append([b for b in session.ready() if session.payload(b) is not None])
+    # hidden and bias are on their way, and hold up their buckets: bias travels with conv.
+    assert [len(bucket.layers) for bucket in session.buckets] == [1, 1, 1]
+    assert sent == [[0], [], [], []]
+    assert session.complete
+    assert session.unfinished() == [1, 2]
+    Slow.finished = True
+    assert session.ready() == [1, 2]
+    session.payload(2)
+    assert session.ready() == [1]
+    session.payload(1)
+    assert session.ready() == session.unfinished() == []
+
+
+def test_a_bad_gradient_that_goes_dense_is_told_of_later(monkeypatch):
+    place = Device(torch.device("cpu"))
+    sessions = make_sessions({"bias": place}, nonfinite="skip")
+    gradients = {n: np.ones(np.prod(s), np.float32) for n, s in LAYERS}
+    bad = torch.full((32,), torch.nan)
+    payloads = []
+    for rank, session in enumerate(sessions):
+        for name, gradient in gradients.items():
+            if name == "bias":
+                session.note(name, finite_later(bad if rank else torch.ones(32)))
+            else:
+                session.compress(name, gradient.copy())
+        payloads.append({bucket: session.payload(bucket) for bucket in session.ready()})
+    for session in sessions:
+        for bucket in payloads[0]:
+            session.receive(bucket, np.concatenate([sent[bucket] for sent in payloads]))
+        assert session.accept("bias") is False
+        assert session.refused
