@@ -13,7 +13,6 @@ from hvd_dls.core.budgets import Budgets
 from hvd_dls.core.curves import SketchedCurves
 from hvd_dls.core.plan import Plan, shared_out
 from hvd_dls.core.prior import MEASURED
-from hvd_dls.core.ratios import apportion
 from hvd_dls.core.schedule import density_at
 
 
@@ -119,23 +118,14 @@ class Controller:
             sharing = np.isin(rows, self._plan.sharing)
             due = changed or not self.step % self._config.adjust_every
             if due and np.count_nonzero(sharing) > 1:
-                first = self.step - self.dense_steps <= self._config.adjust_every
-                self._balance(rows[sharing], bases[sharing], counts[sharing], first or changed)
+                self._balance(rows[sharing], bases[sharing], counts[sharing])
 
-    def _balance(
-        self, rows: np.ndarray, bases: np.ndarray, counts: np.ndarray, afresh: bool
-    ) -> None:
+    def _balance(self, rows: np.ndarray, bases: np.ndarray, counts: np.ndarray) -> None:
         curves = SketchedCurves(bases, counts, self._plan.sizes[rows])
         before, min_k, steps = self.wanted[rows], self._config.min_k, self._config.pair_steps
         self.wanted = self.wanted.copy()
-        if steps is not None:
-            self.wanted[rows] = optimal_adjustment(curves, before, min_k, steps)
-        elif afresh:
+        if steps is None:
             self.wanted[rows] = balance_at_once(curves, before, min_k)
         else:
-            # Half of the way: that is the way to the mean of the last steps.  Gradients are noisy,
-            # and so is what each step would have wanted.
-            mean = (before + balance_at_once(curves, before, min_k)) / 2
-            least = np.minimum(min_k, self._plan.sizes[rows])
-            self.wanted[rows] = apportion(mean, int(before.sum()), least, self._plan.sizes[rows])
+            self.wanted[rows] = optimal_adjustment(curves, before, min_k, steps)
         self.k = self.budgets.fit(self.wanted)
