@@ -7,26 +7,21 @@ a session holds what is this rank's own: residuals, velocities, thresholds, the 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.buckets import make_buckets
-from hvd_dls.core.controller import Controller
-from hvd_dls.core.correction import Correction
 from hvd_dls.core.layers import LayerSpec
-from hvd_dls.core.own_choice import OWN_CHOICE, OwnChoice
+from hvd_dls.core.memory import Memory
 from hvd_dls.core.passes import Found, nothing_found
 from hvd_dls.core.payload import ABSENT, NOT_FINITE, pack, unpack, unpack_own
-from hvd_dls.core.places import HOST, Array, Later, Place
-from hvd_dls.core.plan import initial_k, make_plan, measured_k
+from hvd_dls.core.places import Array, Later, Place
+from hvd_dls.core.plan import make_plan, measured_k
 from hvd_dls.core.sketch import WINDOW
-from hvd_dls.core.state import STATE_VERSION, check_state
 from hvd_dls.core.step import Step
 from hvd_dls.core.telemetry import StepRecord, measure_quality
 from hvd_dls.errors import DLSError, NonFiniteGradientError
@@ -50,7 +45,6 @@ class Session:
 
     Attributes:
         residuals: (n,) of each compressed layer, by name.
-        loss_scale: what residuals and velocities are multiplied by.
         skipped: steps that were skipped for NaN or Inf.
         last_step: what happened in the last step that was not.
 
@@ -81,16 +75,12 @@ class Session:
         self._bucket_of = {n: number for number, names in enumerate(self._members) for n in names}
         self._row = {layer.name: row for row, layer in enumerate(self.plan.sparse)}
         self._rows = [np.array([self._row[x.name] for x in b.layers]) for b in self.buckets]
-        k = initial_k(self.plan, config, norms)
-        self._controller = Controller(self.plan, config, k, self._rows)
-        self._own = OwnChoice(self.plan, config) if config.strategy in OWN_CHOICE else None
-        self._places = dict.fromkeys((x.name for x in self.plan.layers), HOST) | dict(places or {})
-        self._correction = Correction(self.plan.layers, config, self._places)
-        self.residuals: dict[str, Array] = {
-            name: self._places[name].zeros(x.size, x.work_dtype) for name, x in self._layers.items()
-        }
-        self._thresholds = dict.fromkeys(self._layers, 0.0)
-        self.loss_scale = 1.0
+        self._memory = Memory(self.plan, config, world_size, self._rows, norms, places)
+        self._controller = self._memory.controller
+        self._correction = self._memory.correction
+        self._own = self._memory.own_choice
+        self._places = self._memory.places
+        self.residuals = self._memory.residuals
         self._step = Step()
         self._refused = False
         self.skipped = 0
@@ -411,10 +401,10 @@ class Session:
         found = {name: f for name, f in step.found.items() if f is not None}
         self._correction.commit({name: f.indices for name, f in found.items()})
         for name, f in found.items():
-            self._thresholds[name] = f.threshold
+            self._memory.thresholds[name] = f.threshold
         if self._controller.dense:
             self._controller.advance()
-            self.last_step = self._record_of_dense_step(step)
+            self.last_step = self._record(step, self.plan.sizes, whole=True)
             if step.whole:
                 density = self._controller.density
                 k = measured_k(self.plan, self.config, step.whole, density)
@@ -429,7 +419,7 @@ class Session:
             self._own.start_step(self._controller.density)
         else:
             self._controller.advance(*self._sketches(step))
-        self.last_step = self._record(k, step)
+        self.last_step = self._record(step, k, whole=False)
 
     def _sketches(self, step: Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What ``Controller.advance`` takes."""
@@ -444,37 +434,25 @@ class Session:
         rows = np.flatnonzero(present)
         return rows, bases[rows], counts[rows]
 
-    def _record(self, k: np.ndarray, step: Step) -> StepRecord:
-        every = self.config.measure_every
-        quality = None
-        if every and self._controller.step % every == 0:
+    def _record(self, step: Step, k: np.ndarray, whole: bool) -> StepRecord:
+        """Of a step that has ended; ``whole``: it sent whole gradients."""
+        every, quality = self.config.measure_every, None
+        if every and self._controller.step % every == 0 and not whole:
             sent = [found.values for found in step.found.values() if found is not None]
             left = [self._places[name].to_host(self.residuals[name]) for name in step.found]
             quality = measure_quality(sent, left)
+        thresholds = np.array(list(self._memory.thresholds.values()))
+        everything = sum(x.size * x.itemsize for x in self.plan.layers if x.name in step.arrived)
         return StepRecord(
             step=self._controller.step,
             time=time.time(),
             names=tuple(self._layers),
             sizes=self.plan.sizes,
             k=k,
-            thresholds=np.array(list(self._thresholds.values())),
+            thresholds=np.zeros(len(k)) if whole else thresholds,
             sparse_bytes=sum(step.sent.values()),
-            dense_bytes=self.plan.dense_bytes,
+            dense_bytes=everything if whole else self.plan.dense_bytes,
             quality=quality,
-        )
-
-    def _record_of_dense_step(self, step: Step) -> StepRecord:
-        return StepRecord(
-            step=self._controller.step,
-            time=time.time(),
-            names=tuple(self._layers),
-            sizes=self.plan.sizes,
-            k=self.plan.sizes,
-            thresholds=np.zeros(len(self._layers)),
-            sparse_bytes=0,
-            dense_bytes=sum(
-                x.size * x.itemsize for x in self.plan.layers if x.name in step.arrived
-            ),
         )
 
     def _k_of(self, bucket: int) -> np.ndarray:
@@ -483,7 +461,10 @@ class Session:
 
     def _find(self, name: str, k: int) -> None:
         found = self._places[name].find(
-            self.residuals[name], self._step.gradients[name], max(k, 1), self._thresholds[name]
+            self.residuals[name],
+            self._step.gradients[name],
+            max(k, 1),
+            self._memory.thresholds[name],
         )
         if isinstance(found, Later):
             assert self._own is None  # whose strategies look at residuals, on the host
@@ -491,31 +472,26 @@ class Session:
         else:
             self._step.found[name] = found if k or found is None else nothing_found(found)
 
-    # Loss scaling -------------------------------------------------------------------------------
+    # Between steps ------------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> float:
+        """What residuals and velocities are multiplied by."""
+        return self._memory.loss_scale
 
     def scale_to(self, loss_scale: float) -> None:
         """Tells what the loss, and so each gradient to come, is multiplied by.
-
-        Residuals and velocities follow: exactly, by powers of two.
 
         Raises:
             DLSError: it is not a finite number > 0, or a step is in progress.
         """
         if loss_scale == self.loss_scale:
             return
-        if not (math.isfinite(loss_scale) and loss_scale > 0):
-            raise DLSError(f"loss_scale={loss_scale!r}: accepted is a finite number > 0")
-        if self._step.arrived:
+        if self.in_step:
             raise DLSError(
                 f"the loss scale changed from {self.loss_scale} to {loss_scale} within a step"
             )
-        factor = loss_scale / self.loss_scale
-        for array in (*self.residuals.values(), *self._correction.velocities.values()):
-            array *= factor
-        self._thresholds = {name: factor * value for name, value in self._thresholds.items()}
-        self.loss_scale = loss_scale
-
-    # Agreement at the start ---------------------------------------------------------------------
+        self._memory.scale_to(loss_scale)
 
     def agreed(self) -> np.ndarray:
         """Step and ratios, int64, which rank 0 hands to the others."""
@@ -523,59 +499,24 @@ class Session:
 
     def agree(self, agreed: np.ndarray) -> None:
         """Takes over rank 0's ``agreed()``."""
-        self._controller.restore(agreed)
-        if self._own is not None:
-            self._own.start_step(self._controller.density)
-
-    # State --------------------------------------------------------------------------------------
+        self._memory.agree(agreed)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's training state: plain values and arrays (the large ones are not copied)."""
-        if self._step.arrived:
+        if self.in_step:
             raise DLSError("state_dict() in the middle of a step: call it after optimizer.step()")
-        return self._state()
-
-    def _state(self) -> dict[str, Any]:
-        config = asdict(self.config)
-        return {
-            "version": STATE_VERSION,
-            "config": config | {"layer_density": [list(x) for x in self.config.layer_density]},
-            "world_size": self.world_size,
-            "layers": [
-                [layer.name, [*layer.shape, layer.work_dtype.name]] for layer in self.plan.sparse
-            ],
-            "step": self._controller.step,
-            "loss_scale": self.loss_scale,
-            "ratios": self._controller.state(),
-            "thresholds": np.array(list(self._thresholds.values())),
-            "norms": [] if self._own is None else list(self._own.norms.values()),
-            "residuals": dict(self.residuals),
-            "velocities": dict(self._correction.velocities),
-        }
+        return self._memory.state()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Whether a saved state fits.
-
-        Raises:
-            StateMismatchError: it belongs to other layers, another configuration or another
-                number of ranks; the message names the first difference.
-        """
-        check_state(state, self._state(), ratios=2 + 2 * len(self._layers))
+        """Whether a saved state fits: see ``Memory.check``."""
+        self._memory.check(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state, copying it; a step in progress is forgotten.
 
         Raises:
-            StateMismatchError: see ``check_state``; nothing has changed then.
+            StateMismatchError: see ``Memory.check``; nothing has changed then.
         """
         self.check_state(state)
         self._forget_step()
-        self._controller.restore(np.asarray(state["ratios"], np.int64))
-        self._thresholds = dict(zip(self._layers, map(float, state["thresholds"]), strict=True))
-        if self._own is not None:
-            self._own.restore(state["norms"], self._controller.density)
-        self.loss_scale = float(state["loss_scale"])
-        velocities = self._correction.velocities
-        for part, own in (("residuals", self.residuals), ("velocities", velocities)):
-            for name, array in own.items():
-                self._places[name].load(array, state[part][name])
+        self._memory.load(state)
