@@ -1,0 +1,656 @@
+"""Builds docs/convergence.md and its pictures from the results that convergence.py keeps.
+
+All figures of the page come from results; ``convergence.py --report`` calls it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.convergence import (
+    DENSITIES,
+    MOMENTUM,
+    ROOT,
+    SETTINGS,
+    STRATEGIES,
+    WARMUP,
+    WORKERS,
+    Run,
+    Setting,
+    read,
+)
+from benchmarks.convergence_tasks import TASKS, Task
+from benchmarks.cost_model import fit, points_of, terms_of
+from benchmarks.hosts import bits_per_second
+from hvd_dls.config import DLSConfig
+
+MEASURED = [ROOT / "build" / "results" / name for name in ("exchange.json", "network.json")]
+CORRECTED = "-corrected"  # ending of names
+RATES = ("100mbit", "1gbit", "10gbit")
+FIRST_STEPS = 10  # in which a prior shows
+MOMENTUM_IS = {"strategies": "Momentum correction and warm-up", "plain": "Plain"}  # by section
+VARIANTS = {"Priors": "priors", "Adjustment": "adjustment", "Momentum": "momentum"}
+CHOICE = """Global top-k and a constant threshold (for as many entries as reach it) are ideal by
+construction.
+"""
+TARGET_AT = 0.8  # of dense training: the loss that others are timed to
+
+Result = dict[str, Any]
+
+
+class Group(NamedTuple):
+    """Results that differ in nothing but their seed."""
+
+    task: Task
+    setting: str
+    workers: int
+    results: list[Result]
+
+    @property
+    def title(self) -> str:
+        setting = SETTINGS[self.setting]
+        return setting.title + (", plain" if setting.section == "plain" else "")
+
+    @property
+    def density(self) -> float | None:
+        options = SETTINGS[self.setting].options
+        return None if options is None else options["density"]
+
+    @property
+    def finished(self) -> list[Result]:
+        return [result for result in self.results if result["diverged"] is None]
+
+    def values(self, what: str = "metric") -> np.ndarray:
+        """Of each run that did not diverge."""
+        if what == "metric":
+            what = "accuracy" if self.task.accuracy else "loss"
+        return np.array([result[what] for result in self.finished], float)
+
+    def quality(self, what: str, first: float = 0.5, last: float = 1.0) -> float:
+        """Median, over all runs, of the steps in a part of the training."""
+        found = []
+        for result in self.results:
+            steps = np.array(result["quality"]["step"]) / result["about"]["steps"]
+            chosen = (steps > first) & (steps <= last)
+            found.append(np.array(result["quality"][what])[chosen] if len(steps) else steps)
+        everything = np.concatenate(found) if found else np.array([])
+        return float(np.median(everything)) if len(everything) else np.nan
+
+    def mean(self, what: str) -> float:
+        return float(np.mean([result[what] for result in self.results]))
+
+
+class Groups:
+    """All results, to be asked for by what they are of."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        found: dict[tuple[str, str, int], list[Result]] = {}
+        for result in results:
+            about = result["about"]
+            found.setdefault((about["task"], about["setting"], about["workers"]), []).append(result)
+        self._groups = {
+            key: Group(TASKS[key[0]], *key[1:], sorted(own, key=lambda r: r["about"]["seed"]))
+            for key, own in found.items()
+        }
+
+    def get(self, task: str, setting: str, workers: int = WORKERS) -> Group | None:
+        return self._groups.get((task, setting, workers))
+
+    def some(
+        self, task: str | None = None, *sections: str, density: float | None = None
+    ) -> list[Group]:
+        """Those with the usual number of workers, the denser first."""
+        return [
+            group
+            for name, setting in sorted(SETTINGS.items(), key=lambda x: falling_density(x[1]))
+            for key, group in self._groups.items()
+            if key[1:] == (name, WORKERS)
+            and task in (None, key[0])
+            and (not sections or setting.section in sections)
+            and density in (None, group.density)
+        ]
+
+    def tasks(self) -> list[str]:
+        return [name for name in TASKS if any(key[0] == name for key in self._groups)]
+
+    def workers(self, task: str, setting: str) -> list[int]:
+        return sorted(key[2] for key in self._groups if key[:2] == (task, setting))
+
+
+def load(folder: Path, steps: int | None = None) -> list[Result]:
+    """All results that are what convergence.py would make now."""
+    results = []
+    for file in sorted(folder.glob("*/*.json")):
+        about = json.loads(file.read_text())["about"]
+        run = Run(*(about[field] for field in Run._fields))
+        if run.task in TASKS and run.setting in SETTINGS:
+            result = read(run, steps, folder)
+            results += [result] if result else []
+    return results
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def shown(task: Task, value: float, sign: bool = False) -> str:
+    """A value of the task's metric, or a difference of two."""
+    plus = "+" if sign else ""
+    return f"{100 * value:{plus}.1f}" if task.accuracy else f"{value:{plus}.3f}"
+
+
+def metric(group: Group) -> str:
+    """Mean and standard deviation over seeds; or how many runs diverged."""
+    values, lost = group.values(), len(group.results) - len(group.finished)
+    text = shown(group.task, values.mean()) if len(values) else ""
+    if len(values) > 1:
+        text += f" ± {shown(group.task, values.std(ddof=1))}"
+    parts = [text, f"{lost} of {len(group.results)} diverged" if lost else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def difference(group: Group, beside: Group | None, what: str = "metric") -> str:
+    """Of means; in brackets if it is within noise, as the page explains."""
+    if beside is None or beside is group:
+        return "-"
+    own, other = group.values(what), beside.values(what)
+    if not len(own) or not len(other):
+        return "-"
+    text = shown(group.task, own.mean() - other.mean(), sign=True)
+    if min(len(own), len(other)) < 2:
+        return text + "?"
+    return f"({text})" if within_noise(own, other) else text
+
+
+def within_noise(own: np.ndarray, other: np.ndarray) -> bool:
+    noise = 2 * np.sqrt(own.var(ddof=1) / len(own) + other.var(ddof=1) / len(other))
+    return bool(abs(own.mean() - other.mean()) <= noise)
+
+
+def falling_density(setting: Setting) -> float:
+    """To sort by: dense first."""
+    return 0.0 if setting.options is None else 1 - float(setting.options["density"])
+
+
+def number(value: float, digits: int = 3) -> str:
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
+
+
+def kilobytes(group: Group) -> str:
+    sparse, dense = group.mean("sparse_bytes") / 1e3, group.mean("dense_bytes") / 1e3
+    if group.density is None:
+        return f"{dense:,.1f}"
+    return f"{sparse + dense:,.1f} ({dense:,.1f} dense)"
+
+
+def unit(task: Task) -> str:
+    return "accuracy, %" if task.accuracy else "loss, nats a character"
+
+
+def like_with_like(groups: Groups, group: Group) -> Group | None:
+    """Global top-k of the same density, with momentum in the same place."""
+    if group.density is None:
+        return None
+    ending = CORRECTED if group.setting.endswith(CORRECTED) else ""
+    return groups.get(group.task.name, f"global-{group.density:g}{ending}", group.workers)
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def summary(groups: Groups, section: str) -> str:
+    """A difference from dense for each way to train in a section, and each task."""
+    tasks = groups.tasks()
+    head = ["density", "", *(f"{name}: {unit(TASKS[name])}" for name in tasks)]
+    rows = []
+    for name, setting in sorted(SETTINGS.items(), key=lambda item: falling_density(item[1])):
+        own = [groups.get(task, name) for task in tasks]
+        if name != "dense" and (setting.section != section or not any(own)):
+            continue
+        density = "" if setting.options is None else f"{setting.options['density']:.1%}"
+        cells = []
+        for task, group in zip(tasks, own, strict=True):
+            if group is None:
+                cells.append("-")
+            elif name == "dense":
+                cells.append(metric(group))
+            else:
+                cells.append(difference(group, groups.get(task, "dense")))
+        rows.append([density, setting.title, *cells])
+    return markdown(head, rows)
+
+
+def strategies(groups: Groups, task: str, section: str, density: float) -> str:
+    own = groups.some(task, section, density=density)
+    dense = groups.get(task, "dense")
+    of_loss = ["held-out loss"] if TASKS[task].accuracy else []
+    head = ["", unit(TASKS[task]), "from dense", "from global", *of_loss, "energy", "misallocation"]
+    head += ["entries sent", "kB per step and rank"]
+    rows = []
+    for group in [*([dense] if dense else []), *own]:
+        losses = group.values("loss")
+        rows.append(
+            [
+                group.title,
+                metric(group),
+                difference(group, dense),
+                difference(group, like_with_like(groups, group)),
+                *([number(losses.mean() if len(losses) else np.nan)] if of_loss else []),
+                number(group.quality("energy")),
+                number(group.quality("misallocation")),
+                f"{group.mean('entries_sent'):,.0f}",
+                kilobytes(group),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def variants(groups: Groups, task: str, section: str) -> str:
+    """Settings that differ from DLS with its defaults in one option."""
+    plain = "dls-0.01-corrected" if section == "momentum" else "dls-0.01"
+    usual, own = groups.get(task, plain), groups.some(task, section)
+    if usual is None or not own:
+        return ""
+    name = f"prior {DLSConfig().prior} (default)" if section == "priors" else "default"
+    first = FIRST_STEPS / usual.results[0]["about"]["steps"]
+    head = [f"{task}, {usual.density:.1%}", unit(usual.task), "from default"]
+    head += [f"energy: first {FIRST_STEPS} steps", "second half"]
+    head += [f"misallocation: first {FIRST_STEPS} steps", "second half"]
+    rows = []
+    for group in [usual, *own]:
+        qualities = [
+            number(group.quality(what, *part))
+            for what in ("energy", "misallocation")
+            for part in ((0.0, first), (0.5, 1.0))
+        ]
+        title = name if group is usual else group.title
+        rows.append([title, metric(group), difference(group, usual), *qualities])
+    return markdown(head, rows)
+
+
+def lengths(groups: Groups) -> str:
+    """Longer training, dense and sparse, beside the usual."""
+    rows = []
+    for task in groups.tasks():
+        for group in groups.some(task, "length"):
+            if group.density is None:
+                usual, dense = groups.get(task, "dense"), None
+            else:
+                usual = groups.get(task, group.setting.replace("-long", "-corrected"))
+                dense = groups.get(task, "dense-long")
+            rows.append(
+                [
+                    task,
+                    group.title + ("" if group.density is None else f", {group.density:.1%}"),
+                    str(group.results[0]["about"]["steps"]),
+                    metric(group),
+                    difference(group, dense),
+                    difference(group, usual),
+                ]
+            )
+    head = ["", "", "steps", "metric", "from dense, as long", "from the usual length"]
+    return markdown(head, rows) if rows else ""
+
+
+def more_workers(groups: Groups, task: str) -> str:
+    """The same batch, shared among more workers."""
+    rows = []
+    names = [name for name in SETTINGS if len(groups.workers(task, name)) > 1]
+    for workers in sorted({w for name in names for w in groups.workers(task, name)}):
+        dense = groups.get(task, "dense", workers)
+        for name in names:
+            if (group := groups.get(task, name, workers)) is None:
+                continue
+            rows.append(
+                [
+                    str(workers),
+                    group.title + ("" if group.density is None else f", {group.density:.1%}"),
+                    metric(group),
+                    difference(group, dense),
+                    difference(group, like_with_like(groups, group)),
+                    number(group.quality("energy")),
+                    number(group.quality("misallocation")),
+                    kilobytes(group),
+                ]
+            )
+    head = [f"{task}: workers", "", unit(TASKS[task]), "from dense", "from global", "energy"]
+    head += ["misallocation", "kB per step and rank"]
+    return markdown(head, rows) if rows else ""
+
+
+def rates(groups: Groups) -> str:
+    """Dense training with other learning rates."""
+    rows = []
+    for task in groups.tasks():
+        dense, others = groups.get(task, "dense"), groups.some(task, "rates")
+        if dense is None or not others:
+            continue
+        for group in sorted([dense, *others], key=lambda g: g.results[0]["about"]["rate"]):
+            losses = group.values("loss")
+            rows.append(
+                [
+                    task,
+                    f"{group.results[0]['about']['rate']:g}" + " (used)" * (group is dense),
+                    metric(group),
+                    number(losses.mean() if len(losses) else np.nan),
+                    difference(group, dense),
+                ]
+            )
+    head = ["", "learning rate", "metric", "held-out loss", "from the one used"]
+    return markdown(head, rows) if rows else ""
+
+
+# Time to a target ---------------------------------------------------------------------------------
+
+
+def held_out(result: Result) -> np.ndarray:
+    """The curve of held-out losses, each the median of five points; inf where it is not finite."""
+    losses = [np.inf if loss is None else loss for loss in result["curve"]["loss"]]
+    return smooth(losses, 5)
+
+
+def steps_to(result: Result, target: float) -> float:
+    """Steps until the held-out loss is no higher; inf if it never is."""
+    reached = np.flatnonzero(held_out(result) <= target)
+    return float(result["curve"]["step"][reached[0]]) if len(reached) else np.inf
+
+
+def loss_at(result: Result, part: float) -> float:
+    """Held-out loss at a part of the training."""
+    losses = held_out(result)
+    position = int(np.searchsorted(result["curve"]["step"], part * result["about"]["steps"]))
+    return float(losses[min(position, len(losses) - 1)])
+
+
+def exchange_seconds(group: Group, terms: np.ndarray, rate: str) -> float:
+    """What cost_model.py says of the exchange of a step, with the bytes that were measured."""
+    ranks, n, result = group.workers, group.results[0]["entries"], group.results[0]
+    placeholders = 8 * len(result["layers"]["names"])
+    reduced = group.mean("dense_bytes") + placeholders
+    wire = (ranks - 1) * group.mean("sparse_bytes") + 2 * (ranks - 1) / ranks * reduced
+    method = "dense" if group.density is None else f"dls:{group.density:g}"
+    k = group.mean("entries_sent")
+    bits = bits_per_second(rate)
+    return float(terms_of(method, ranks, n, k, wire, bits, shared=1.0) @ terms)
+
+
+def time_to_target(groups: Groups, task: str, terms: np.ndarray) -> str:
+    dense = groups.get(task, "dense")
+    if dense is None or not dense.finished:
+        return ""
+    targets = {r["about"]["seed"]: loss_at(r, TARGET_AT) for r in dense.finished}
+    computing = float(np.median([result["gradient_seconds"] for result in dense.results]))
+    rows = []
+    for group in groups.some(task, "strategies", "plain"):
+        seeded = [r for r in group.results if r["about"]["seed"] in targets]
+        if not seeded:
+            continue
+        steps = np.array([steps_to(r, targets[r["about"]["seed"]]) for r in seeded])
+        reached, needed = int(np.isfinite(steps).sum()), float(np.median(steps))
+        density = "" if group.density is None else f"{group.density:.1%}"
+        times = [
+            f"{needed * (computing + exchange_seconds(group, terms, rate)):.1f}"
+            if np.isfinite(needed)
+            else "-"
+            for rate in RATES
+        ]
+        count = f"{needed:.0f}" if np.isfinite(needed) else "-"
+        rows.append([density, group.title, f"{reached} of {len(steps)}", count, *times])
+    head = [
+        f"{task}: density",
+        "",
+        f"reach {np.mean([*targets.values()]):.3f}",
+        "steps",
+        *(f"{r}, s" for r in RATES),
+    ]
+    said = f"Computing a gradient: {1e3 * computing:.0f} ms a step, for all alike.\n\n"
+    return said + markdown(head, rows)
+
+
+def fitted_terms() -> np.ndarray | None:
+    """The cost model's terms, if there are measurements."""
+    files = [file for file in MEASURED if file.exists()]
+    return fit([point for file in files for point in points_of(file)]) if files else None
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+
+def smooth(values: Sequence[float] | np.ndarray, points: int) -> np.ndarray:
+    """Running median of so many points, an odd number; of fewer at the ends."""
+    array = np.array(values, float)
+    half = points // 2
+    return np.array([np.median(array[max(0, i - half) : i + half + 1]) for i in range(len(array))])
+
+
+def colour(setting: str) -> str:
+    """Of a strategy, the same in all pictures."""
+    return f"C{[*STRATEGIES, 'dense'].index(setting.split('-')[0])}"
+
+
+def draw_metrics(groups: Groups, axes: Any, task: str) -> None:
+    shown_groups = groups.some(task, "strategies", "plain")
+    factor = 100 if TASKS[task].accuracy else 1
+    for row, group in enumerate(shown_groups):
+        values = factor * group.values()
+        axes.plot(values, [row] * len(values), "o", color=colour(group.setting), ms=4, alpha=0.6)
+        if len(values):
+            axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=colour(group.setting))
+    if (dense := groups.get(task, "dense")) and len(dense.values()):
+        axes.axvline(factor * dense.values().mean(), color="black", lw=0.8, ls=":")
+    labels = [g.title + ("" if g.density is None else f", {g.density:.1%}") for g in shown_groups]
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set(title=task, xlabel=unit(TASKS[task]))
+
+
+def draw_curves(groups: Groups, axes: Any, task: str, density: float) -> None:
+    names = [f"{strategy}-{density:g}" for strategy in STRATEGIES]
+    for name in ["dense", *(name + CORRECTED for name in names), *names]:
+        if (group := groups.get(task, name)) is None or not group.finished:
+            continue
+        curves = np.array([r["curve"]["loss"] for r in group.finished], float)
+        steps = group.finished[0]["curve"]["step"]
+        plain = SETTINGS[name].section == "plain"
+        label = None if plain else group.title.split(",")[0]
+        axes.plot(
+            steps, curves.mean(axis=0), ":" if plain else "-", color=colour(name), label=label
+        )
+    axes.set(title=f"{task}, {density:.1%}", xlabel="step", ylabel="held-out loss", yscale="log")
+
+
+def draw_quality(groups: Groups, axes: Any, task: str, density: float, what: str) -> None:
+    for strategy, title in STRATEGIES.items():
+        group = groups.get(task, f"{strategy}-{density:g}{CORRECTED}")
+        if group is None or not group.finished or strategy in ("global", "hard"):
+            continue
+        curves = np.array([r["quality"][what] for r in group.finished], float)
+        steps = group.finished[0]["quality"]["step"]
+        axes.plot(
+            steps,
+            smooth(curves.mean(axis=0), 2 * (len(steps) // 50) + 1),
+            color=colour(strategy),
+            label=title,
+            lw=1,
+        )
+    axes.set(title=f"{task}, {density:.1%}", xlabel="step", ylabel=what, ylim=(0, 1.02))
+
+
+def draw_layers(group: Group, axes: Sequence[Any]) -> None:
+    """Thresholds above, ratios below."""
+    layers = group.results[0]["layers"]
+    ratios = np.array(layers["k"], float) / layers["sizes"]
+    for column, name in enumerate(layers["names"]):
+        style = {"color": f"C{column % 10}", "ls": "-" if column < 10 else "--", "lw": 1}
+        axes[0].plot(layers["step"], np.array(layers["thresholds"])[:, column], label=name, **style)
+        axes[1].plot(layers["step"], ratios[:, column], **style)
+    axes[0].set(title=group.title.split(",")[0], ylabel="threshold", yscale="log")
+    axes[1].set(xlabel="step", ylabel="ratio", yscale="log")
+
+
+def draw(groups: Groups, folder: Path) -> dict[str, str]:
+    """Draws all pictures; file names and what they show."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks, drawn = groups.tasks(), {}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(figure: Any, name: str, about: str) -> None:
+        figure.savefig(folder / f"convergence-{name}.png", dpi=110)
+        plt.close(figure)
+        drawn[name] = f"![{about}](images/convergence-{name}.png)\n"
+
+    def grid(
+        rows: int, columns: int, width: float = 4, height: float = 3
+    ) -> tuple[Any, np.ndarray]:
+        figure = plt.figure(figsize=(width * columns, height * rows), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False)
+
+    figure, axes = grid(1, len(tasks), 5, 5)
+    for task, axis in zip(tasks, axes[0], strict=True):
+        draw_metrics(groups, axis, task)
+    keep(figure, "metrics", "Final metric of each run, by strategy and task; dotted: dense")
+
+    figure, axes = grid(len(DENSITIES), len(tasks))
+    for row, density in zip(axes, DENSITIES, strict=True):
+        for task, axis in zip(tasks, row, strict=True):
+            draw_curves(groups, axis, task, density)
+    axes[0, 0].legend(fontsize=7)
+    keep(figure, "curves", "Held-out loss over the steps, mean over seeds; dotted: plain")
+
+    figure, axes = grid(2 * len(DENSITIES), len(tasks))
+    kinds = [(density, what) for density in DENSITIES for what in ("energy", "misallocation")]
+    for row, kind in zip(axes, kinds, strict=True):
+        for task, axis in zip(tasks, row, strict=True):
+            draw_quality(groups, axis, task, *kind)
+    axes[0, 0].legend(fontsize=7)
+    keep(figure, "quality", "Energy and misallocation over the steps: running medians")
+
+    for task in ("images", *tasks):
+        names = [f"{name}-{DENSITIES[0]:g}{CORRECTED}" for name in ("layerwise", "dls")]
+        pair = [groups.get(task, name) for name in names]
+        both = [group for group in pair if group is not None and group.results[0]["layers"]["step"]]
+        if len(both) == 2:
+            figure, axes = grid(2, 2, 6, 3.5)
+            for row in axes:
+                row[0].sharey(row[1])
+            for group, column in zip(both, axes.T, strict=True):
+                draw_layers(group, column)
+            lines, labels = axes[0, 0].get_legend_handles_labels()
+            figure.legend(lines, labels, fontsize=7, loc="outside right center")
+            keep(figure, "layers", f"Thresholds and ratios of all layers, {task}, 1 %")
+            break
+    return drawn
+
+
+# The page -----------------------------------------------------------------------------------------
+
+
+def introduction(results: Sequence[Result]) -> str:
+    machines = {json.dumps(r["machine"], sort_keys=True): r["machine"] for r in results}
+    on = "; ".join(
+        f"{m['cores']} cores, {m['processor']}, Python {m['python']}, torch {m['torch']}, "
+        f"NumPy {m['numpy']}"
+        for m in machines.values()
+    )
+    hours = sum(r["seconds"] for r in results) / 3600
+    seeds = sorted({r["about"]["seed"] for r in results})
+    warmups = " and ".join(f"{share:.0%} (density {d:.1%})" for d, share in WARMUP.items())
+    return f"""# Does sparse training reach dense accuracy?
+
+Made by `python benchmarks/convergence.py`: {len(results)} runs, {hours:.1f} hours of one core
+({on}).
+
+- {WORKERS} workers, if nothing else is said, simulated in one process with the sessions that ranks
+  have; a test compares two of them with a real Horovod job of two ranks, to the bit. Seeds:
+  {", ".join(map(str, seeds))}; a seed sets first weights and the order of the examples, the same
+  for all strategies.
+- SGD throughout, with momentum {MOMENTUM}; the learning rate rises for the first tenth of the steps
+  and falls as a cosine. Its peak is the best found for dense training ([below](#learning-rates));
+  all strategies use it, for the same number of steps. Batch norm's statistics are worker 0's.
+- *Momentum correction and warm-up*: momentum is in the compressor, before the selection, and the
+  density falls from {DLSConfig().warmup_density:.0%} in the first {warmups} of the steps.
+  *Plain*: momentum is in the optimizer, and nothing warms up but the learning rate.
+- The constant threshold is, for each task, density and seed, the median over the second half of
+  DLS's run of the layers' mean threshold.
+- ± is the standard deviation over seeds. A difference d in brackets is within noise:
+  |d| ≤ 2 √(s₁²/n₁ + s₂²/n₂); one with a question mark is of single runs. *From global* compares
+  with global top-k of the same density, with momentum in the same place.
+- Energy and misallocation are worker 0's, beside exact global top-k of the same accumulators
+  (1 and 0 are ideal): medians over the second half of the steps.
+"""
+
+
+def about_task(groups: Groups, task: str) -> str:
+    results = [group.results[0] for group in groups.some(task)]
+    first, said = results[0], TASKS[task].about
+    steps = min(result["about"]["steps"] for result in results)
+    return (
+        f"{said[0].upper()}{said[1:]}. {first['entries']:,} parameters, {steps} steps of "
+        f"{first['about']['batch']} examples, learning rate {TASKS[task].rate:g}.\n"
+    )
+
+
+def page(groups: Groups, results: Sequence[Result], pictures: dict[str, str]) -> str:
+    tasks = groups.tasks()
+    better = "Higher accuracy is better, lower loss is.\n"
+    parts = [introduction(results), "## Differences from dense\n", better]
+    for section, title in MOMENTUM_IS.items():
+        if groups.some(None, section):
+            parts += [f"{title}:\n", summary(groups, section)]
+    parts += [pictures["metrics"], pictures["curves"]]
+    for task in tasks:
+        parts += [f"## Task {task}\n", about_task(groups, task)]
+        for density, (section, title) in itertools.product(DENSITIES, MOMENTUM_IS.items()):
+            if groups.some(task, section, density=density):
+                parts += [f"Density {density:.1%}, {title[0].lower()}{title[1:]}:\n"]
+                parts += [strategies(groups, task, section, density)]
+    if table := lengths(groups):
+        parts += ["## Longer training\n", table]
+    parts += ["## What is chosen\n", CHOICE, pictures["quality"], pictures.get("layers", "")]
+    for title, section in VARIANTS.items():
+        tables = [variants(groups, task, section) for task in tasks]
+        parts += [f"## {title}\n", *tables] if any(tables) else []
+    if any(tables := [more_workers(groups, task) for task in tasks]):
+        parts += ["## More workers\n", "The batch is the same, shared among more.\n", *tables]
+    if table := rates(groups):
+        parts += ["## Learning rates\n", "Dense training with other peaks:\n", table]
+    parts += ["## Time to a target\n", *time_section(groups)]
+    return "\n".join(part for part in parts if part)
+
+
+def time_section(groups: Groups) -> list[str]:
+    terms = fitted_terms()
+    if terms is None:
+        return ["Left out: `benchmarks/results.py` has left no measurements in build/results.\n"]
+    said = f"""Steps until the held-out loss is what dense training of the same seed has after
+{TARGET_AT:.0%} of its steps (curves are running medians of five points; the median over seeds),
+times what a step takes: computing, as measured here, and the exchange between {WORKERS} hosts, as
+the model of `benchmarks/cost_model.py` has it with the bytes counted here. That model is fitted to
+nets of millions of parameters, knows no latency and no overlap, and charges every way of choosing
+as DLS's.
+"""
+    return [said, *(time_to_target(groups, task, terms) for task in groups.tasks())]
+
+
+def build(folder: Path, file: Path, steps: int | None = None) -> None:
+    """Makes the page from all results in a folder, and pictures in ``images`` beside it."""
+    results = load(folder, steps)
+    if not results:
+        raise SystemExit(f"no results in {folder}")
+    groups = Groups(results)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page(groups, results, draw(groups, file.parent / "images")))

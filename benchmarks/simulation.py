@@ -1,0 +1,154 @@
+"""The workers of a training job, simulated in one process: the way of a gradient without Horovod.
+
+Every worker has the session it would have as a rank of a real job, and all share one model: they
+compute their gradients in turn, with the same weights, and what a real job would leave in every
+rank's ``.grad`` stands in the model's at the end.  With two workers that is the same to the bit;
+with more, sums of what goes dense are added up in rank order, Horovod's rings in another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.layers import layer_spec
+from hvd_dls.core.session import Session
+
+Gradients = dict[str, np.ndarray]  # (n,) of each parameter, by name
+
+
+class SimulatedJob:
+    """Some workers that train one model.
+
+    Running statistics of batch norm are those of worker 0, as its checkpoint would have them.
+
+    Args:
+        model: all of whose parameters take part in each step.
+        workers: how many there are, P.
+        config: the compressor's options; None: dense.  Quality is measured by worker 0 alone.
+
+    Attributes:
+        sessions: of each worker; none if dense.
+        gradient_seconds: what each worker's latest loss and gradient took.
+    """
+
+    def __init__(self, model: nn.Module, workers: int, config: DLSConfig | None = None) -> None:
+        self._model = model
+        self._parameters = dict(model.named_parameters())
+        self.workers = workers
+        self.sessions: list[Session] = []
+        self.gradient_seconds = [0.0] * workers
+        if config is not None:
+            layers = [
+                layer_spec(name, tuple(p.shape), "torch", p.element_size())
+                for name, p in self._parameters.items()
+            ]
+            norms = {n: p.detach().double().norm().item() for n, p in self._parameters.items()}
+            configs = [config] + [replace(config, measure_every=0)] * (workers - 1)
+            self.sessions = [Session(layers, each, workers, norms) for each in configs]
+
+    def backward(self, loss_of: Callable[[int], torch.Tensor]) -> float:
+        """Leaves in each parameter's ``.grad`` what a Horovod job would have there.
+
+        Args:
+            loss_of: the loss of a worker's own mini-batch, by the worker's number.
+
+        Returns:
+            Mean of the losses.
+
+        Raises:
+            NonFiniteGradientError: as ``Session.decompress``.
+        """
+        gradients, losses, buffers = [], [], []
+        for worker in range(self.workers):
+            start = time.perf_counter()
+            self._model.zero_grad(set_to_none=True)
+            loss = loss_of(worker)
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append({name: _flat(p.grad) for name, p in self._parameters.items()})
+            self.gradient_seconds[worker] = time.perf_counter() - start
+            if worker == 0:
+                buffers = [buffer.clone() for buffer in self._model.buffers()]
+        for buffer, first in zip(self._model.buffers(), buffers, strict=True):
+            buffer.copy_(first)
+        reduced = exchange(self.sessions, gradients) if self.sessions else averages(gradients)
+        for name, parameter in self._parameters.items():
+            parameter.grad = torch.from_numpy(reduced[name]).view_as(parameter)
+        return float(np.mean(losses))
+
+
+def averages(gradients: list[Gradients]) -> Gradients:
+    """What Horovod's allreduce makes of all workers' gradients: sums, added up in rank order, / P.
+
+    With P a power of two it is the same whether a sum is divided or multiplied.
+    """
+    reduced = {}
+    for name, first in gradients[0].items():
+        total = first.copy()
+        for others in gradients[1:]:
+            total += others[name]
+        reduced[name] = total * total.dtype.type(1 / len(gradients))
+    return reduced
+
+
+def exchange(sessions: list[Session], gradients: list[Gradients]) -> Gradients:
+    """One step of all workers, from their gradients to what all of them get.
+
+    Args:
+        sessions: of each worker.
+        gradients: of each worker; they are overwritten.
+    """
+    return exchange_all(sessions, gradients)[0]
+
+
+def exchange_all(sessions: list[Session], gradients: list[Gradients]) -> list[Gradients]:
+    """As ``exchange``: what each worker gets, by its own reckoning, which is the same."""
+    names = list(reversed(gradients[0]))  # as backward reaches them
+    sparse = [name for name in names if sessions[0].is_sparse(name)]
+    sent = [_send(session, own, names) for session, own in zip(sessions, gradients, strict=True)]
+    reduced = averages([{n: own[n] for n in names if n not in sparse} for own in gradients])
+    results = []
+    for session, own in zip(sessions, gradients, strict=True):
+        for bucket in sent[0]:
+            session.receive(bucket, np.concatenate([payloads[bucket] for payloads in sent]))
+        result = {}
+        dense_step = session.dense_step
+        for name in names:
+            if name in sparse:
+                session.decompress(name, own[name], 1 / len(sessions))
+                result[name] = own[name]
+            else:
+                counts = session.accept(name, reduced[name] if dense_step else None)
+                result[name] = reduced[name] if counts else np.full_like(reduced[name], np.inf)
+        results.append(result)
+    return results
+
+
+def _send(session: Session, gradients: Gradients, names: list[str]) -> dict[int, np.ndarray]:
+    """What a worker sends, by bucket; what goes dense is corrected where it stands."""
+    sent = {}
+    for name in names:
+        gradient = gradients[name]
+        if session.is_sparse(name):
+            complete = session.compress(name, gradient)
+        else:
+            finite = session.dense_step or bool(np.isfinite(gradient).all())
+            complete = session.note(name, finite)
+            if session.corrects:
+                gradients[name] = session.correct(name, gradient)
+        if complete is not None:
+            sent[complete] = session.payload(complete)
+    return sent | {bucket: session.payload(bucket) for bucket in session.unfinished()}
+
+
+def _flat(gradient: torch.Tensor | None) -> np.ndarray:
+    assert gradient is not None, "a parameter took no part"
+    flat: np.ndarray = gradient.detach().reshape(-1).numpy()
+    return flat
