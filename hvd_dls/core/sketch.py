@@ -7,7 +7,6 @@ curves of different layers share their edges.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -43,30 +42,3 @@ def edges(first: int, last: int) -> np.ndarray:
     normal = np.ldexp(1 + eighth / BINS_PER_OCTAVE, octave - 127)
     subnormal = np.ldexp(eighth / BINS_PER_OCTAVE, -126)
     return np.where(octave > 0, normal, subnormal)
-
-
-def sketch(sent: np.ndarray, unsent: np.ndarray, threshold: float) -> Sketch:
-    """Counts a layer's magnitudes around its threshold.
-
-    Args:
-        sent: (k,) values sent: all are counted.
-        unsent: (n,) residual left behind, zero where an entry was sent; a strided sample of it is
-            counted, each hit for as many entries as the stride is long.
-        threshold: smallest magnitude sent.
-
-    Returns:
-        A sketch whose window starts two octaves below the threshold.
-    """
-    centre = int(bin_of(np.array([threshold]))[0])
-    base = min(max(centre - BELOW, 0), LAST_BASE)
-    stride = max(1, len(unsent) // SAMPLE)
-    while math.gcd(stride, len(unsent)) > 1:  # never in step with kernels and channels
-        stride += 1
-    # What was sent is zero in ``unsent``: bin 0, which must not count again.
-    sampled = bin_of(np.abs(unsent[::stride])) - max(base, 1)
-    low = _histogram(sampled[sampled >= 0] + max(base, 1) - base)
-    return Sketch(base, (_histogram(bin_of(np.abs(sent)) - base) + stride * low).astype(np.uint32))
-
-
-def _histogram(bins: np.ndarray) -> np.ndarray:
-    return np.bincount(np.clip(bins, 0, WINDOW - 1), minlength=WINDOW)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_dls.core import passes, passes_numpy
-from hvd_dls.core.sketch import SAMPLE, sketch
+from hvd_dls.core.sketch import SAMPLE
 from tests.core.strategies import KINDS, seeds
+from tests.core.taking import sketch
 
 BACKENDS = [passes_numpy]
 if importlib.util.find_spec("numba"):

@@ -16,10 +16,11 @@ from hvd_dls.core.layers import layer_spec  # noqa: E402
 from hvd_dls.core.places import Later  # noqa: E402
 from hvd_dls.core.plan import histogram  # noqa: E402
 from hvd_dls.core.session import Session  # noqa: E402
-from hvd_dls.core.sketch import SAMPLE, WINDOW, sketch  # noqa: E402
+from hvd_dls.core.sketch import SAMPLE, WINDOW  # noqa: E402
 from hvd_dls.torch import on_device  # noqa: E402
 from hvd_dls.torch.on_device import Device, finite_later  # noqa: E402
 from tests.core.strategies import KINDS  # noqa: E402
+from tests.core.taking import sketch  # noqa: E402
 from tests.core.test_passes import DTYPES, cases, entries, load, plus, store  # noqa: E402
 
 no_gpu = pytest.mark.skipif(
