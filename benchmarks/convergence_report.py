@@ -579,7 +579,7 @@ Made by `python benchmarks/convergence.py`: {len(results)} runs, {hours:.1f} hou
   {", ".join(map(str, seeds))}; a seed sets first weights and the order of the examples, the same
   for all strategies.
 - SGD throughout, with momentum {MOMENTUM}; the learning rate rises for the first tenth of the steps
-  and falls as a cosine. Its peak is the best found for dense training ([below](#learning-rates));
+  and falls as a cosine. Its peak is the best found for dense training;
   all strategies use it, for the same number of steps. Batch norm's statistics are worker 0's.
 - *Momentum correction and warm-up*: momentum is in the compressor, before the selection, and the
   density falls from {DLSConfig().warmup_density:.0%} in the first {warmups} of the steps.
