@@ -63,7 +63,7 @@ def heavy(n: int) -> Case:
     return Case(draw[0], 0.3 * draw[1], draw[0] + 0.3 * draw[2])
 
 
-def real(n: int, cache: dict[str, np.ndarray] = {}) -> Case:  # noqa: B006
+def real(n: int) -> Case:
     """Gradients and residuals of a small network's training: step after step, end to end."""
     recorded = record()
     return Case(*(np.resize(recorded[name], n) for name in Case._fields))

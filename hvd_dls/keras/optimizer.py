@@ -220,7 +220,8 @@ class _Reduction:
         ]
         # All or nothing: if one gradient ends in an error, no weight may move.
         there = [g for g in reduced if isinstance(g, tf.Tensor)]
-        with tf.control_dependencies(there if tf.is_symbolic_tensor(*there[:1]) else []):
+        in_graph = bool(there) and tf.is_symbolic_tensor(there[0])
+        with tf.control_dependencies(there if in_graph else []):
             return [tf.identity(g) if isinstance(g, tf.Tensor) else g for g in reduced]
 
     def _allreduce(self, gradient: Any, compression: Any, position: int) -> Any:
@@ -300,7 +301,10 @@ def _refuse_second_momentum(optimizer: Any, compression: Any) -> None:
 
 def _counts(gradients: list[Any]) -> tf.Tensor:
     """Whether a step's gradients are to be applied; if not, all their entries are Inf."""
-    first = next(g for g in gradients if isinstance(g, tf.Tensor) and g.shape.num_elements())
+    dense = (g for g in gradients if isinstance(g, tf.Tensor) and g.shape.num_elements())
+    first = next(dense, None)
+    if first is None:  # of embeddings alone, which never went through the compressor
+        return tf.constant(True)
     return tf.math.is_finite(tf.reshape(first, [-1])[0])
 
 

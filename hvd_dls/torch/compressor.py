@@ -111,7 +111,10 @@ class DLSCompressor(BaseCompressor):
     # Finding the parameters ---------------------------------------------------------------------
 
     def _before_step(self, optimizer: Any) -> None:
-        """Refuses what Horovod would let drift apart or what cannot be compressed; waits.
+        """Waits for what is on its way; refuses what would drift apart or cannot be compressed.
+
+        In this order: a rank that is refused may end, and with it Horovod on all of them; the
+        others get their own refusal only if they have what they wait for.
 
         Args:
             optimizer: Horovod's, with the attributes that Horovod's torch/optimizer.py gives it.
@@ -121,6 +124,8 @@ class DLSCompressor(BaseCompressor):
                 "op=hvd.Adasum: accepted are hvd.Average and hvd.Sum (Adasum combines whole "
                 "updates, which cannot be sent in part)"
             )
+        for binding in self._bindings:
+            binding.wait()
         if self.config.momentum:
             self._refuse_second_momentum(optimizer)
         if optimizer in self._known:
@@ -129,7 +134,6 @@ class DLSCompressor(BaseCompressor):
                     if parameter.grad is not None and parameter not in optimizer._requires_update:
                         self._refuse_unreduced(optimizer, parameter)
         for binding in self._bindings:
-            binding.wait()
             if binding.refused and not binding.owns_none_of(optimizer._requires_update):
                 # Without gradients a step changes nothing, neither weights nor the optimizer's
                 # state.  The hook runs once more behind Horovod's synchronize, before the update.

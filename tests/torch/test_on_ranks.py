@@ -53,3 +53,27 @@ except HorovodInternalError as error:
 def test_joining_while_others_train_ends_with_an_explanation():
     output = horovodrun(2, ["-c", JOIN], time_limit=60)
     assert "Give every rank the same number of batches" in output
+
+
+REFUSED = """
+import time
+import horovod.torch as hvd
+from hvd_dls.errors import DLSError
+from hvd_dls.torch import DLSCompressor
+from tests.torch.with_ranks.training import SPARSE, net, train, wrap
+
+hvd.init()
+model = net()
+if hvd.rank() == 1:  # the other rank is refused, and ends, while this one is in backward
+    model[0].weight.register_hook(lambda gradient: time.sleep(1))
+optimizer = wrap(model, DLSCompressor(model.named_parameters(), momentum=0.9, **SPARSE))
+try:
+    train(model, optimizer, [0])
+except DLSError as error:
+    print("refused on rank", hvd.rank(), error, flush=True)
+"""
+
+
+def test_every_rank_gets_its_own_refusal_however_late_it_is():
+    output = horovodrun(2, ["-c", REFUSED], time_limit=60)
+    assert all(f"refused on rank {rank} momentum=0.9" in output for rank in range(2)), output

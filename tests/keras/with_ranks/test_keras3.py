@@ -237,6 +237,16 @@ def test_a_skipped_step_changes_nothing(eager):
     assert_same_on_all_ranks(flat(model))
 
 
+def test_embeddings_alone_train_with_skipping():
+    embedding = keras.Variable(np.ones((50, 16)), name="embedding")
+    optimizer = hvd.DistributedOptimizer(sgd(), compression=compressor(nonfinite="skip"))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.gather(embedding.value, [1, 2]))
+    optimizer.apply(tape.gradient(loss, [embedding.value]), [embedding])
+    assert not np.array_equal(embedding.numpy(), np.ones((50, 16)))
+    assert_same_on_all_ranks(embedding.numpy())
+
+
 def test_momentum_in_both_is_refused():
     with pytest.raises(DLSError, match="make it with momentum=0"):
         hvd.DistributedOptimizer(

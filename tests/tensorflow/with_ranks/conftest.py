@@ -11,11 +11,13 @@ from tests.tensorflow.with_ranks.training import SPARSE
 
 
 @pytest.fixture(scope="session", autouse=True)
-def horovod():
+def horovod(request):
     tf.config.threading.set_intra_op_parallelism_threads(1)
     os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
     hvd.init()
     yield
+    if not request.session.testsfailed:  # the first rank to end would end Horovod for all
+        hvd.allreduce(tf.zeros(1), name="tests.ended")
     hvd.shutdown()
 
 
