@@ -2,8 +2,9 @@
 
     python benchmarks/selection.py --quick
 
-One thread each; all methods take turns, so that what else the machine does hits all alike.  The
-measure is np.add(residual, gradient, out=residual), which error feedback needs in any case.
+One thread each (ours: --threads); all methods take turns, so that what else the machine does hits
+all alike.  The measure is np.add(residual, gradient, out=residual), which error feedback needs in
+any case.
 
 Two times are taken of each method.  "select": the others add the gradient to the residual, select
 and clear what they selected; ours (``find``) only reads, and all writing is left to ``settle``.  So
@@ -28,6 +29,7 @@ import torch
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
+from hvd_dls.core import threads
 from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.passes import find, settle
 
@@ -330,6 +332,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=float, nargs="+", help="entries of a layer")
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--threads", type=int, default=1, help="of ours")
     parser.add_argument("--repeats", type=int, help="at least (7; quick: 5)")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that does other things"
@@ -348,6 +351,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
+    threads.use(args.threads)
     rows = run(args)
     for part in ("select", "step"):
         print(table(rows, part), worst(rows, part), sep="\n", end="\n\n")
@@ -358,6 +362,7 @@ def main() -> None:
         "torch": torch.__version__,
         "compiled": HAVE_NUMBA,
         "clock": args.clock,
+        "threads": args.threads,
     }
     if args.json:
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))

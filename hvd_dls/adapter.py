@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hvd_dls.config import DLSConfig
+from hvd_dls.core import threads
 from hvd_dls.core.agreement import check_agreement, digest
 from hvd_dls.core.layers import LayerSpec
 from hvd_dls.core.places import Place
@@ -75,8 +76,12 @@ class BaseBinding(ABC):
         """Where arrays of layers are that are not on the host, by name."""
         return {}
 
-    def _start_session(self, world_size: int) -> Session:
+    def _start_session(self, world_size: int, local_size: int) -> Session:
         """Makes the session, together with all other ranks.
+
+        Args:
+            world_size: number of ranks, P.
+            local_size: number of ranks on this host, which share its cores.
 
         Raises:
             DLSError: the ranks have different options or parameters, or the density is too low
@@ -85,6 +90,7 @@ class BaseBinding(ABC):
         """
         digests = self._gather(f"{self._label}.digest", digest(self._config, self._layers))
         check_agreement(digests, world_size)
+        threads.use(self._config.threads or threads.to_spare(local_size))
         norms = self._norms() if self._config.prior == "weight_norm" else None
         session = Session(self._layers, self._config, world_size, norms, self._places())
         if self._loaded is not None:

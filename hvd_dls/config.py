@@ -86,6 +86,9 @@ class DLSConfig:
     index_code: str = "elias-fano"
     # Gradient bytes that travel together.  Lower = earlier on their way, but more operations.
     bucket_bytes: int = 32 << 20
+    # Threads of each process that work on a layer of a million entries or more; None = as many as
+    # the host has cores for each process on it, but 4 and OMP_NUM_THREADS at most.
+    threads: int | None = None
 
     # Diagnostics -------------------------------------------------------------------------------
     # Every how many steps to compare with exact global top-k (sorts the model); 0 = never.
@@ -120,6 +123,8 @@ class DLSConfig:
         self._require_choice("values", VALUES)
         self._require_choice("index_code", INDEX_CODES)
         self._require_integer("bucket_bytes", 1)
+        if self.threads is not None:
+            self._require_integer("threads", 1, or_else=" or None")
         for option in ("cost_rule", "nesterov", "momentum_masking"):
             if not isinstance(getattr(self, option), bool):
                 raise DLSError(f"{option}={getattr(self, option)!r}: accepted are True and False")

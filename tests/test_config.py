@@ -35,6 +35,7 @@ GOOD = {
     "values": ["float32", "float16", "bfloat16"],
     "index_code": ["elias-fano", "plain"],
     "bucket_bytes": [1, 1 << 30],
+    "threads": [None, 1, 64],
     "measure_every": [0, 1, 50],
 }
 BAD = {
@@ -76,6 +77,7 @@ BAD = {
     "values": ["float64", "half", None],
     "index_code": ["rice", None],
     "bucket_bytes": [0, -1, 1.5, None, True],
+    "threads": [0, -1, 1.5, True],
     "measure_every": [-1, 1.0, None, True],
 }
 OPTIONS = [field.name for field in dataclasses.fields(DLSConfig)]

@@ -14,6 +14,7 @@ STATE_VERSION = 2
 FREE_OPTIONS = (
     "measure_every",
     "bucket_bytes",
+    "threads",
     "values",
     "index_code",
     "nonfinite",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +18,7 @@ from hvd_dls.core.passes_numpy import widened
 from hvd_dls.core.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.tensorflow.calls import handle_of, identity
+from hvd_dls.tensorflow.turns import Turns
 
 _FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _OTHER_MODEL = (
@@ -90,7 +90,7 @@ class Binding(BaseBinding):
         }
         self._references = [weakref.ref(v) for v in variables]
         self._process_set: hvd.ProcessSet = hvd.global_process_set
-        self._lock = threading.Lock()  # TensorFlow runs independent operations side by side
+        self._lock = Turns()
         self._reduced = 0  # gradients of the step that Horovod has returned
         self._error: NonFiniteGradientError | None = None  # to be raised with the last of them
         # Whether gradients of a skipped step are to be Inf, for who applies them to see; else zero.
@@ -113,7 +113,7 @@ class Binding(BaseBinding):
         """
         if self.session is None:
             self._process_set = process_set
-            self._start_session(process_set.size())
+            self._start_session(process_set.size(), hvd.local_size())
 
     def _gather(self, name: str, array: np.ndarray) -> np.ndarray:
         """At once, also while a function is being traced."""

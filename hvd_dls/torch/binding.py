@@ -117,7 +117,7 @@ class Binding(BaseBinding):
             (average or sum, pre- and postscale) applies to the gradient.
         """
         # At the first gradient, because by then all ranks have come this far.
-        session = self.session or self._start_session(self._process_set.size())
+        session = self.session or self._start_session(self._process_set.size(), hvd.local_size())
         self._follow_loss_scale(session)
         if session.is_sparse(name):
             flat = self._flat(name, gradient)

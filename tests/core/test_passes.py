@@ -1,4 +1,4 @@
-"""Find and settle: both backends against brute force, to the bit."""
+"""Find and settle: both backends, and on several threads, against brute force, to the bit."""
 
 import importlib.util
 from functools import partial
@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_dls.core import passes, passes_numpy
+from hvd_dls.core import passes, passes_numpy, threads
 from hvd_dls.core.sketch import SAMPLE
 from tests.core.strategies import KINDS, seeds
 from tests.core.taking import sketch
 
-BACKENDS = [passes_numpy]
+BACKENDS = {"numpy": passes_numpy}
 if importlib.util.find_spec("numba"):
     from hvd_dls.core import passes_numba
 
-    BACKENDS.append(passes_numba)
+    BACKENDS |= {"numba": passes_numba, "threads": passes_numba}
 
 # (residual, gradient); uint16 is bfloat16.
 DTYPES = [
@@ -28,9 +28,14 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(autouse=True, params=BACKENDS, ids=lambda module: module.__name__.split("_")[-1])
+@pytest.fixture(autouse=True, params=BACKENDS)
 def backend(request, monkeypatch):
-    monkeypatch.setattr(passes, "_backend", request.param)
+    monkeypatch.setattr(passes, "_backend", BACKENDS[request.param])
+    if request.param == "threads":  # for all but the smallest layers
+        monkeypatch.setattr(threads, "_LEAST", 32)
+        threads.use(3)
+    yield request.param
+    threads.use(1)
 
 
 def store(values, dtype):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hvd_dls.core import threads
 from hvd_dls.errors import DLSError
 from hvd_dls.torch import DLSCompressor
 from tests.torch.with_ranks.training import (
@@ -244,3 +245,19 @@ def test_momentum_in_both_is_refused():
     optimizer = wrap(model, DLSCompressor(model.named_parameters(), momentum=0.9, **SPARSE))
     with pytest.raises(DLSError, match="make it with momentum=0"):
         train(model, optimizer, [0])
+
+
+def test_several_threads_give_the_same_bits():
+    trained = []
+    for count in (1, 2):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 22_000, bias=False), nn.Linear(22_000, 5))
+        compression = DLSCompressor(model.named_parameters(), density=0.01, threads=count, **SPARSE)
+        optimizer = wrap(model, compression)
+        train(model, optimizer, range(3))
+        assert threads._count == count
+        assert threads.of_use(48 * 22_000) == (count == 2)
+        trained.append(flat(model))
+        assert_same_on_all_ranks(trained[-1])
+    threads.use(1)
+    assert torch.equal(*trained)
