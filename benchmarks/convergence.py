@@ -52,6 +52,7 @@ VERSION = 1  # of what a run does and keeps
 MOMENTUM = 0.9
 WORKERS = 4
 POINTS = 50  # of each curve
+MEASURE_ALL = 10  # steps between two in which all workers' choices are compared
 LOOKED_AT = 250  # held-out examples of each point of a curve; the end looks at all
 DENSITIES = (0.01, 0.001)
 WARMUP = {0.01: 0.1, 0.001: 0.3}  # share of the steps, by density
@@ -76,6 +77,7 @@ class Setting(NamedTuple):
         warmup: share of the steps in which the density goes down.
         rate: factor on the task's learning rate.
         length: factor on the task's steps.
+        masking: of momentum correction; None: the task's.
     """
 
     title: str
@@ -85,14 +87,16 @@ class Setting(NamedTuple):
     warmup: float = 0.0
     rate: float = 1.0
     length: int = 1
+    masking: bool | None = None
 
 
 def _settings() -> Iterator[tuple[str, Setting]]:
     yield "dense", Setting("dense", None)
     for density, (strategy, title) in itertools.product(DENSITIES, STRATEGIES.items()):
         setting = Setting(title, {"strategy": strategy, "density": density})
-        yield f"{strategy}-{density:g}", setting._replace(section="plain")
-        if strategy in ("norm", "hard") and density != DENSITIES[0]:
+        if strategy not in ("norm", "hard"):
+            yield f"{strategy}-{density:g}", setting._replace(section="plain")
+        elif density != DENSITIES[0]:
             continue
         corrected = setting._replace(momentum="compressor", warmup=WARMUP[density])
         yield f"{strategy}-{density:g}-corrected", corrected
@@ -114,14 +118,14 @@ def _variants() -> Iterator[tuple[str, Setting]]:
     ):
         options = {"density": 0.01, option: value}
         yield f"dls-0.01-{option}-{value}", Setting(title, options, "adjustment")
-    for other, warmup, title in (
-        ({"momentum_masking": False}, 0.1, "momentum of sent entries kept"),
-        ({"nesterov": True}, 0.1, "Nesterov momentum"),
-        ({}, 0.0, "no warm-up"),
+    for name, title, change in (
+        ("kept", "momentum of sent entries kept", {"masking": False}),
+        ("cleared", "momentum of sent entries cleared", {"masking": True}),
+        ("nesterov", "Nesterov momentum", {"options": {"density": 0.01, "nesterov": True}}),
+        ("no", "no warm-up", {"warmup": 0.0}),
     ):
-        options = {"density": 0.01, **other}
-        setting = Setting(title, options, "momentum", momentum="compressor", warmup=warmup)
-        yield f"dls-0.01-corrected-{title.split()[0].lower()}", setting
+        usual = Setting(title, {"density": 0.01}, "momentum", momentum="compressor", warmup=0.1)
+        yield f"dls-0.01-corrected-{name}", usual._replace(**change)
     for factor, title in ((0.5, "half the learning rate"), (2.0, "twice the learning rate")):
         yield f"dense-rate-{factor:g}", Setting(f"dense, {title}", None, "rates", rate=factor)
 
@@ -130,10 +134,10 @@ SETTINGS = dict(_settings())
 TASKS_OF = {
     "strategies": tuple(TASKS),
     "plain": ("digits", "images", "text"),
-    "length": tuple(TASKS),
+    "length": ("text",),
     "priors": ("digits", "text"),
     "adjustment": ("digits", "text"),
-    "momentum": ("digits", "text"),
+    "momentum": ("digits", "text", "code"),
     "rates": ("digits", "images"),
 }
 # Settings that are tried with more workers, too, by task.
@@ -168,6 +172,8 @@ def all_runs(tasks: Iterable[str], settings: Iterable[str], seeds: Iterable[int]
     for seed, task, (name, setting) in itertools.product(seeds, tasks, SETTINGS.items()):
         if task not in TASKS_OF[setting.section] or not any(fnmatch(name, p) for p in settings):
             continue
+        if setting.masking == TASKS[task].masking:  # the usual
+            continue
         for workers in (WORKERS, *MORE_WORKERS.get((task, name), ())):
             run = Run(task, name, workers, seed)
             runs |= {needed: None for needed in (run.needs(), run) if needed}
@@ -185,6 +191,8 @@ def description(run: Run, steps: int | None, folder: Path) -> dict[str, Any]:
             options["warmup_steps"] = round(setting.warmup * steps)
         if setting.momentum == "compressor":
             options["momentum"] = MOMENTUM
+            if not (task.masking if setting.masking is None else setting.masking):
+                options["momentum_masking"] = False
         if needed := run.needs():
             options["threshold"] = usual_threshold(json.loads(needed.file(folder).read_text()))
     return {
@@ -219,6 +227,7 @@ class Kept:
             "names": names, "sizes": sizes, "step": [], "k": [], "thresholds": []
         }  # fmt: skip
         self.quality: dict[str, list[float]] = {"step": [], "energy": [], "misallocation": []}
+        self.shared: dict[str, list[float]] = {"step": [], "misallocation": []}
         self.bytes: list[list[float]] = []  # sparse and dense, of each step
         self.entries: list[float] = []
         self.gradient_seconds: list[float] = []
@@ -236,6 +245,13 @@ class Kept:
                 self.quality["step"].append(len(self.losses))
                 self.quality["energy"].append(float(record.quality.energy))
                 self.quality["misallocation"].append(float(record.quality.misallocation))
+            best = [r.quality.best_k for r in records if r is not None and r.quality is not None]
+            if len(best) == len(records) and record.k.sum():
+                # Ranks that choose for themselves send entries of their own number.
+                k = np.mean([r.k for r in records if r is not None], axis=0)
+                off = np.abs(k - np.mean(best, axis=0)).sum() / (2 * k.sum())
+                self.shared["step"].append(len(self.losses))
+                self.shared["misallocation"].append(float(off))
             sent = [[r.sparse_bytes, r.dense_bytes] for r in records if r is not None]
             self.bytes.append(np.mean(sent, axis=0).tolist())
             self.entries.append(float(np.mean([r.k.sum() for r in records if r is not None])))
@@ -260,7 +276,7 @@ def train(about: dict[str, Any]) -> dict[str, Any]:
     config = None
     if about["options"] is not None:
         config = DLSConfig.from_options(measure_every=1, **about["options"])
-    job = SimulatedJob(model, about["workers"], config)
+    job = SimulatedJob(model, about["workers"], config, MEASURE_ALL)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=about["optimizer_momentum"])
     sparse = job.sessions[0].plan.sparse if job.sessions else ()
     kept = Kept([layer.name for layer in sparse], [layer.size for layer in sparse])
@@ -296,6 +312,7 @@ def train(about: dict[str, Any]) -> dict[str, Any]:
         "dense_bytes": dense_bytes,
         "curve": {name: [*map(finite, column)] for name, column in kept.curve.items()},
         "quality": kept.quality,
+        "shared": kept.shared,
         "layers": kept.layers,
         "seconds": seconds,
         "gradient_seconds": float(np.median(kept.gradient_seconds or [0.0])),

@@ -9,21 +9,19 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.convergence import (
-    DENSITIES,
-    MOMENTUM,
-    ROOT,
-    SETTINGS,
-    STRATEGIES,
-    WARMUP,
-    WORKERS,
-    Run,
-    Setting,
-    read,
+from benchmarks.convergence import DENSITIES, MEASURE_ALL, MOMENTUM, ROOT, SETTINGS, WARMUP, WORKERS
+from benchmarks.convergence_pictures import draw, smooth
+from benchmarks.convergence_results import (
+    CORRECTED,
+    Group,
+    Groups,
+    Result,
+    falling_density,
+    load,
+    unit,
 )
 from benchmarks.convergence_tasks import TASKS, Task
 from benchmarks.cost_model import fit, points_of, terms_of
@@ -31,7 +29,6 @@ from benchmarks.hosts import bits_per_second
 from hvd_dls.config import DLSConfig
 
 MEASURED = [ROOT / "build" / "results" / name for name in ("exchange.json", "network.json")]
-CORRECTED = "-corrected"  # ending of names
 RATES = ("100mbit", "1gbit", "10gbit")
 FIRST_STEPS = 10  # in which a prior shows
 MOMENTUM_IS = {"strategies": "Momentum correction and warm-up", "plain": "Plain"}  # by section
@@ -40,99 +37,6 @@ CHOICE = """Global top-k and a constant threshold (for as many entries as reach 
 construction.
 """
 TARGET_AT = 0.8  # of dense training: the loss that others are timed to
-
-Result = dict[str, Any]
-
-
-class Group(NamedTuple):
-    """Results that differ in nothing but their seed."""
-
-    task: Task
-    setting: str
-    workers: int
-    results: list[Result]
-
-    @property
-    def title(self) -> str:
-        setting = SETTINGS[self.setting]
-        return setting.title + (", plain" if setting.section == "plain" else "")
-
-    @property
-    def density(self) -> float | None:
-        options = SETTINGS[self.setting].options
-        return None if options is None else options["density"]
-
-    @property
-    def finished(self) -> list[Result]:
-        return [result for result in self.results if result["diverged"] is None]
-
-    def values(self, what: str = "metric") -> np.ndarray:
-        """Of each run that did not diverge."""
-        if what == "metric":
-            what = "accuracy" if self.task.accuracy else "loss"
-        return np.array([result[what] for result in self.finished], float)
-
-    def quality(self, what: str, first: float = 0.5, last: float = 1.0) -> float:
-        """Median, over all runs, of the steps in a part of the training."""
-        found = []
-        for result in self.results:
-            steps = np.array(result["quality"]["step"]) / result["about"]["steps"]
-            chosen = (steps > first) & (steps <= last)
-            found.append(np.array(result["quality"][what])[chosen] if len(steps) else steps)
-        everything = np.concatenate(found) if found else np.array([])
-        return float(np.median(everything)) if len(everything) else np.nan
-
-    def mean(self, what: str) -> float:
-        return float(np.mean([result[what] for result in self.results]))
-
-
-class Groups:
-    """All results, to be asked for by what they are of."""
-
-    def __init__(self, results: Iterable[Result]) -> None:
-        found: dict[tuple[str, str, int], list[Result]] = {}
-        for result in results:
-            about = result["about"]
-            found.setdefault((about["task"], about["setting"], about["workers"]), []).append(result)
-        self._groups = {
-            key: Group(TASKS[key[0]], *key[1:], sorted(own, key=lambda r: r["about"]["seed"]))
-            for key, own in found.items()
-        }
-
-    def get(self, task: str, setting: str, workers: int = WORKERS) -> Group | None:
-        return self._groups.get((task, setting, workers))
-
-    def some(
-        self, task: str | None = None, *sections: str, density: float | None = None
-    ) -> list[Group]:
-        """Those with the usual number of workers, the denser first."""
-        return [
-            group
-            for name, setting in sorted(SETTINGS.items(), key=lambda x: falling_density(x[1]))
-            for key, group in self._groups.items()
-            if key[1:] == (name, WORKERS)
-            and task in (None, key[0])
-            and (not sections or setting.section in sections)
-            and density in (None, group.density)
-        ]
-
-    def tasks(self) -> list[str]:
-        return [name for name in TASKS if any(key[0] == name for key in self._groups)]
-
-    def workers(self, task: str, setting: str) -> list[int]:
-        return sorted(key[2] for key in self._groups if key[:2] == (task, setting))
-
-
-def load(folder: Path, steps: int | None = None) -> list[Result]:
-    """All results that are what convergence.py would make now."""
-    results = []
-    for file in sorted(folder.glob("*/*.json")):
-        about = json.loads(file.read_text())["about"]
-        run = Run(*(about[field] for field in Run._fields))
-        if run.task in TASKS and run.setting in SETTINGS:
-            result = read(run, steps, folder)
-            results += [result] if result else []
-    return results
 
 
 # Figures ------------------------------------------------------------------------------------------
@@ -177,11 +81,6 @@ def within_noise(own: np.ndarray, other: np.ndarray) -> bool:
     return bool(abs(own.mean() - other.mean()) <= noise)
 
 
-def falling_density(setting: Setting) -> float:
-    """To sort by: dense first."""
-    return 0.0 if setting.options is None else 1 - float(setting.options["density"])
-
-
 def number(value: float, digits: int = 3) -> str:
     return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
@@ -191,10 +90,6 @@ def kilobytes(group: Group) -> str:
     if group.density is None:
         return f"{dense:,.1f}"
     return f"{sparse + dense:,.1f} ({dense:,.1f} dense)"
-
-
-def unit(task: Task) -> str:
-    return "accuracy, %" if task.accuracy else "loss, nats a character"
 
 
 def like_with_like(groups: Groups, group: Group) -> Group | None:
@@ -235,7 +130,7 @@ def strategies(groups: Groups, task: str, section: str, density: float) -> str:
     dense = groups.get(task, "dense")
     of_loss = ["held-out loss"] if TASKS[task].accuracy else []
     head = ["", unit(TASKS[task]), "from dense", "from global", *of_loss, "energy", "misallocation"]
-    head += ["entries sent", "kB per step and rank"]
+    head += ["shared", "entries sent", "kB per step and rank"]
     rows = []
     for group in [*([dense] if dense else []), *own]:
         losses = group.values("loss")
@@ -248,6 +143,7 @@ def strategies(groups: Groups, task: str, section: str, density: float) -> str:
                 *([number(losses.mean() if len(losses) else np.nan)] if of_loss else []),
                 number(group.quality("energy")),
                 number(group.quality("misallocation")),
+                number(group.quality("misallocation", of="shared")),
                 f"{group.mean('entries_sent'):,.0f}",
                 kilobytes(group),
             ]
@@ -423,139 +319,6 @@ def fitted_terms() -> np.ndarray | None:
     return fit([point for file in files for point in points_of(file)]) if files else None
 
 
-# Pictures -----------------------------------------------------------------------------------------
-
-
-def smooth(values: Sequence[float] | np.ndarray, points: int) -> np.ndarray:
-    """Running median of so many points, an odd number; of fewer at the ends."""
-    array = np.array(values, float)
-    half = points // 2
-    return np.array([np.median(array[max(0, i - half) : i + half + 1]) for i in range(len(array))])
-
-
-def colour(setting: str) -> str:
-    """Of a strategy, the same in all pictures."""
-    return f"C{[*STRATEGIES, 'dense'].index(setting.split('-')[0])}"
-
-
-def draw_metrics(groups: Groups, axes: Any, task: str) -> None:
-    shown_groups = groups.some(task, "strategies", "plain")
-    factor = 100 if TASKS[task].accuracy else 1
-    for row, group in enumerate(shown_groups):
-        values = factor * group.values()
-        axes.plot(values, [row] * len(values), "o", color=colour(group.setting), ms=4, alpha=0.6)
-        if len(values):
-            axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=colour(group.setting))
-    if (dense := groups.get(task, "dense")) and len(dense.values()):
-        axes.axvline(factor * dense.values().mean(), color="black", lw=0.8, ls=":")
-    labels = [g.title + ("" if g.density is None else f", {g.density:.1%}") for g in shown_groups]
-    axes.set_yticks(range(len(labels)), labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.set(title=task, xlabel=unit(TASKS[task]))
-
-
-def draw_curves(groups: Groups, axes: Any, task: str, density: float) -> None:
-    names = [f"{strategy}-{density:g}" for strategy in STRATEGIES]
-    for name in ["dense", *(name + CORRECTED for name in names), *names]:
-        if (group := groups.get(task, name)) is None or not group.finished:
-            continue
-        curves = np.array([r["curve"]["loss"] for r in group.finished], float)
-        steps = group.finished[0]["curve"]["step"]
-        plain = SETTINGS[name].section == "plain"
-        label = None if plain else group.title.split(",")[0]
-        axes.plot(
-            steps, curves.mean(axis=0), ":" if plain else "-", color=colour(name), label=label
-        )
-    axes.set(title=f"{task}, {density:.1%}", xlabel="step", ylabel="held-out loss", yscale="log")
-
-
-def draw_quality(groups: Groups, axes: Any, task: str, density: float, what: str) -> None:
-    for strategy, title in STRATEGIES.items():
-        group = groups.get(task, f"{strategy}-{density:g}{CORRECTED}")
-        if group is None or not group.finished or strategy in ("global", "hard"):
-            continue
-        curves = np.array([r["quality"][what] for r in group.finished], float)
-        steps = group.finished[0]["quality"]["step"]
-        axes.plot(
-            steps,
-            smooth(curves.mean(axis=0), 2 * (len(steps) // 50) + 1),
-            color=colour(strategy),
-            label=title,
-            lw=1,
-        )
-    axes.set(title=f"{task}, {density:.1%}", xlabel="step", ylabel=what, ylim=(0, 1.02))
-
-
-def draw_layers(group: Group, axes: Sequence[Any]) -> None:
-    """Thresholds above, ratios below."""
-    layers = group.results[0]["layers"]
-    ratios = np.array(layers["k"], float) / layers["sizes"]
-    for column, name in enumerate(layers["names"]):
-        style = {"color": f"C{column % 10}", "ls": "-" if column < 10 else "--", "lw": 1}
-        axes[0].plot(layers["step"], np.array(layers["thresholds"])[:, column], label=name, **style)
-        axes[1].plot(layers["step"], ratios[:, column], **style)
-    axes[0].set(title=group.title.split(",")[0], ylabel="threshold", yscale="log")
-    axes[1].set(xlabel="step", ylabel="ratio", yscale="log")
-
-
-def draw(groups: Groups, folder: Path) -> dict[str, str]:
-    """Draws all pictures; file names and what they show."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks, drawn = groups.tasks(), {}
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def keep(figure: Any, name: str, about: str) -> None:
-        figure.savefig(folder / f"convergence-{name}.png", dpi=110)
-        plt.close(figure)
-        drawn[name] = f"![{about}](images/convergence-{name}.png)\n"
-
-    def grid(
-        rows: int, columns: int, width: float = 4, height: float = 3
-    ) -> tuple[Any, np.ndarray]:
-        figure = plt.figure(figsize=(width * columns, height * rows), layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False)
-
-    figure, axes = grid(1, len(tasks), 5, 5)
-    for task, axis in zip(tasks, axes[0], strict=True):
-        draw_metrics(groups, axis, task)
-    keep(figure, "metrics", "Final metric of each run, by strategy and task; dotted: dense")
-
-    figure, axes = grid(len(DENSITIES), len(tasks))
-    for row, density in zip(axes, DENSITIES, strict=True):
-        for task, axis in zip(tasks, row, strict=True):
-            draw_curves(groups, axis, task, density)
-    axes[0, 0].legend(fontsize=7)
-    keep(figure, "curves", "Held-out loss over the steps, mean over seeds; dotted: plain")
-
-    figure, axes = grid(2 * len(DENSITIES), len(tasks))
-    kinds = [(density, what) for density in DENSITIES for what in ("energy", "misallocation")]
-    for row, kind in zip(axes, kinds, strict=True):
-        for task, axis in zip(tasks, row, strict=True):
-            draw_quality(groups, axis, task, *kind)
-    axes[0, 0].legend(fontsize=7)
-    keep(figure, "quality", "Energy and misallocation over the steps: running medians")
-
-    for task in ("images", *tasks):
-        names = [f"{name}-{DENSITIES[0]:g}{CORRECTED}" for name in ("layerwise", "dls")]
-        pair = [groups.get(task, name) for name in names]
-        both = [group for group in pair if group is not None and group.results[0]["layers"]["step"]]
-        if len(both) == 2:
-            figure, axes = grid(2, 2, 6, 3.5)
-            for row in axes:
-                row[0].sharey(row[1])
-            for group, column in zip(both, axes.T, strict=True):
-                draw_layers(group, column)
-            lines, labels = axes[0, 0].get_legend_handles_labels()
-            figure.legend(lines, labels, fontsize=7, loc="outside right center")
-            keep(figure, "layers", f"Thresholds and ratios of all layers, {task}, 1 %")
-            break
-    return drawn
-
-
 # The page -----------------------------------------------------------------------------------------
 
 
@@ -584,13 +347,17 @@ Made by `python benchmarks/convergence.py`: {len(results)} runs, {hours:.1f} hou
 - *Momentum correction and warm-up*: momentum is in the compressor, before the selection, and the
   density falls from {DLSConfig().warmup_density:.0%} in the first {warmups} of the steps.
   *Plain*: momentum is in the optimizer, and nothing warms up but the learning rate.
+- Momentum correction clears the momentum of entries that are sent, but for tasks that say
+  otherwise: whichever was better for DLS at {DENSITIES[0]:.0%} (see Momentum), and so for all.
 - The constant threshold is, for each task, density and seed, the median over the second half of
   DLS's run of the layers' mean threshold.
 - ± is the standard deviation over seeds. A difference d in brackets is within noise:
   |d| ≤ 2 √(s₁²/n₁ + s₂²/n₂); one with a question mark is of single runs. *From global* compares
   with global top-k of the same density, with momentum in the same place.
 - Energy and misallocation are worker 0's, beside exact global top-k of the same accumulators
-  (1 and 0 are ideal): medians over the second half of the steps.
+  (1 and 0 are ideal): medians over the second half of the steps. *Shared* misallocation is that of
+  k_l, the same on all ranks, beside the mean over ranks of what each one's exact global top-k would
+  send of a layer: the best that shared k_l could be (every {MEASURE_ALL} steps).
 """
 
 
@@ -600,7 +367,8 @@ def about_task(groups: Groups, task: str) -> str:
     steps = min(result["about"]["steps"] for result in results)
     return (
         f"{said[0].upper()}{said[1:]}. {first['entries']:,} parameters, {steps} steps of "
-        f"{first['about']['batch']} examples, learning rate {TASKS[task].rate:g}.\n"
+        f"{first['about']['batch']} examples, learning rate {TASKS[task].rate:g}"
+        f"{'' if TASKS[task].masking else '; momentum of sent entries is kept'}.\n"
     )
 
 

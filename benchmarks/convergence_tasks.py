@@ -250,6 +250,8 @@ class Task:
         rate: peak learning rate, the best found for dense training.
         steps: of a run.
         batch: examples of all workers in a step, so that runs differ in nothing else.
+        masking: whether momentum correction clears the momentum of entries that are sent, the
+            better of both for DLS at 1 %.
         accuracy: whether the metric is the share of examples recognised, and not the loss in nats.
     """
 
@@ -261,6 +263,7 @@ class Task:
     steps: int
     batch: int
     accuracy: bool
+    masking: bool = True
 
     def make_model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -351,9 +354,10 @@ TASKS = {
             Transformer,
             code_data,
             rate=0.7,
-            steps=600,
+            steps=2400,
             batch=32,
             accuracy=False,
+            masking=False,
         ),
     )
 }

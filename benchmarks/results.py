@@ -70,6 +70,32 @@ BENCHMARKS = {
         "The same with a rank for each core of this machine.",
         script="network",
     ),
+    "network8": Benchmark(
+        "Eight hosts, a model of 1.2 million parameters",
+        "--hosts 8 --model mlp1m --rates 1gbit 100mbit --density 0.01 --rounds 3",
+        "Eight ranks share the few cores of this machine: what is measured is mostly the wait for "
+        "one of them.",
+        script="network",
+    ),
+    "cycle": Benchmark(
+        "How often Horovod looks for work: HOROVOD_CYCLE_TIME",
+        "--hosts 2 --model resnet50 --rates 1gbit --density 0.01 --rounds 3 --cycle-times 0.1 1 5",
+        "The same as the two hosts above, with Horovod's background thread waking up more and less "
+        "often than every millisecond, its default.",
+        script="network",
+    ),
+    "threads": Benchmark(
+        "Selection on two threads",
+        "--threads 2 --sizes 1e6 1e7 2.5e7 1e8 --densities 1e-4 1e-3 1e-2 --data normal "
+        "--repeats 5",
+        "As above, but ours on two threads (option `threads`), the others and the floor on one.",
+        script="selection",
+    ),
+    "memory": Benchmark(
+        "Memory",
+        "",
+        "The peak of a rank's resident memory, two ranks.",
+    ),
     "cost_model": Benchmark(
         "Does it pay on my network?",
         "{kept}/exchange.json {kept}/network.json",

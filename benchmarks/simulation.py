@@ -31,14 +31,21 @@ class SimulatedJob:
     Args:
         model: all of whose parameters take part in each step.
         workers: how many there are, P.
-        config: the compressor's options; None: dense.  Quality is measured by worker 0 alone.
+        config: the compressor's options; None: dense.
+        measure_all: every how many steps all workers measure quality; in the others, worker 0 does.
 
     Attributes:
         sessions: of each worker; none if dense.
         gradient_seconds: what each worker's latest loss and gradient took.
     """
 
-    def __init__(self, model: nn.Module, workers: int, config: DLSConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        workers: int,
+        config: DLSConfig | None = None,
+        measure_all: int = 0,
+    ) -> None:
         self._model = model
         self._parameters = dict(model.named_parameters())
         self.workers = workers
@@ -50,7 +57,7 @@ class SimulatedJob:
                 for name, p in self._parameters.items()
             ]
             norms = {n: p.detach().double().norm().item() for n, p in self._parameters.items()}
-            configs = [config] + [replace(config, measure_every=0)] * (workers - 1)
+            configs = [config] + [replace(config, measure_every=measure_all)] * (workers - 1)
             self.sessions = [Session(layers, each, workers, norms) for each in configs]
 
     def backward(self, loss_of: Callable[[int], torch.Tensor]) -> float:

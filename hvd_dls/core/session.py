@@ -23,7 +23,7 @@ from hvd_dls.core.places import Array, Later, Place
 from hvd_dls.core.plan import make_plan, measured_k
 from hvd_dls.core.sketch import WINDOW
 from hvd_dls.core.step import Step
-from hvd_dls.core.telemetry import StepRecord, measure_quality
+from hvd_dls.core.telemetry import Quality, StepRecord, measure_quality
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
@@ -438,9 +438,7 @@ class Session:
         """Of a step that has ended; ``whole``: it sent whole gradients."""
         every, quality = self.config.measure_every, None
         if every and self._controller.step % every == 0 and not whole:
-            sent = [found.values for found in step.found.values() if found is not None]
-            left = [self._places[name].to_host(self.residuals[name]) for name in step.found]
-            quality = measure_quality(sent, left)
+            quality = self._quality(step)
         thresholds = np.array(list(self._memory.thresholds.values()))
         everything = sum(x.size * x.itemsize for x in self.plan.layers if x.name in step.arrived)
         return StepRecord(
@@ -454,6 +452,16 @@ class Session:
             dense_bytes=everything if whole else self.plan.dense_bytes,
             quality=quality,
         )
+
+    def _quality(self, step: Step) -> Quality:
+        """Of all layers, those that took no part counting for nothing."""
+        sent, left = [], []
+        for name in self._layers:
+            found, nothing = step.found.get(name), np.empty(0, np.float32)
+            residual = self._places[name].to_host(self.residuals[name]) if found else nothing
+            sent.append(found.values if found else nothing)
+            left.append(residual)
+        return measure_quality(sent, left)
 
     def _k_of(self, bucket: int) -> np.ndarray:
         k: np.ndarray = self._controller.k[self._rows[bucket]]

@@ -15,10 +15,12 @@ class Quality:
     Attributes:
         energy: sum of squares sent over that of global top-k; 1 is ideal.
         misallocation: sum |k_l - k*_l| / 2K: the share of the budget in wrong layers; 0 is ideal.
+        best_k: (L,) k*_l, entries of each layer in global top-k.
     """
 
     energy: float
     misallocation: float
+    best_k: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,22 +70,35 @@ def measure_quality(sent: Sequence[np.ndarray], unsent: Sequence[np.ndarray]) ->
     Returns:
         Energy and misallocation; ties at the global threshold count in the choice's favour.
     """
-    total = sum(map(len, sent))
+    k = np.array([len(values) for values in sent], np.int64)
+    total = int(k.sum())
     if not total:
-        return Quality(1.0, 0.0)
+        return Quality(1.0, 0.0, k)
     sent_magnitudes = np.abs(np.concatenate(sent))
     everything = np.concatenate([sent_magnitudes, *map(np.abs, unsent)])  # and zeros where sent
     best = np.partition(everything, len(everything) - total)[len(everything) - total :]
-    # Each layer sends its largest, so an entry that is not among the best is one too many in its
-    # layer and one too few in another.
-    threshold = best.min()
-    good = np.count_nonzero(sent_magnitudes > threshold)
-    good += min(np.count_nonzero(x == threshold) for x in (sent_magnitudes, best))
-    best_energy = _energy(best)
+    best_k, best_energy = _best_k(best.min(), sent, unsent, total), _energy(best)
     return Quality(
         energy=_energy(sent_magnitudes) / best_energy if best_energy else 1.0,
-        misallocation=(total - good) / total,
+        misallocation=float(np.abs(k - best_k).sum()) / (2 * total),
+        best_k=best_k,
     )
+
+
+def _best_k(
+    threshold: float, sent: Sequence[np.ndarray], unsent: Sequence[np.ndarray], total: int
+) -> np.ndarray:
+    """(L,) entries of each layer above a threshold; of ties at it, those first that were sent."""
+
+    def count(arrays: Sequence[np.ndarray], ties: bool) -> np.ndarray:
+        compare = np.equal if ties else np.greater
+        return np.array([np.count_nonzero(compare(np.abs(x), threshold)) for x in arrays])
+
+    best = count(sent, ties=False) + count(unsent, ties=False)
+    for arrays in (sent, unsent):
+        before = np.cumsum(best_ties := count(arrays, ties=True)) - best_ties
+        best = best + np.clip(total - best.sum() - before, 0, best_ties)
+    return np.asarray(best)
 
 
 def _energy(values: np.ndarray) -> float:

@@ -212,13 +212,14 @@ def kept(tmp_path_factory):
     from benchmarks import convergence
 
     folder = tmp_path_factory.mktemp("convergence")
-    settings = [f"{name}-0.01{end}" for name in ("dls", "hard") for end in ("", "-corrected")]
-    settings += ["dense", "layerwise-0.01-corrected", "dls-0.01-uniform", "d*-long"]
+    settings = ["dense", "dls-0.01", "dls-0.01-corrected", "hard-0.01-corrected"]
+    settings += ["layerwise-0.01-corrected", "dls-0.01-uniform", "dls-0.01-corrected-kept"]
     runs = [
         run
         for run in convergence.all_runs(["digits"], settings, [0, 1])
         if run.workers == convergence.WORKERS and not (run.seed and "uniform" in run.setting)
     ]
+    runs += convergence.all_runs(["text"], ["d*-long"], [0])
     assert convergence.sweep(runs, 4, folder, jobs=1) == []
     return folder, runs
 
@@ -230,9 +231,10 @@ def times(folder):
 def test_seed_by_seed_and_what_a_run_needs_before_it():
     from benchmarks.convergence import SETTINGS, Run, all_runs
 
-    hard = Run("text", "hard-0.01", 4, 1)
-    assert all_runs(["text"], ["hard-0.01"], [1]) == [hard._replace(setting="dls-0.01"), hard]
-    runs = all_runs(["digits", "text"], ["*"], [0, 1, 2])
+    hard = Run("text", "hard-0.01-corrected", 4, 1)
+    needed = hard._replace(setting="dls-0.01-corrected")
+    assert all_runs(["text"], ["hard*"], [1]) == [needed, hard]
+    runs = all_runs(["digits", "text", "code"], ["*"], [0, 1, 2])
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert {run.setting for run in runs} == set(SETTINGS)
     assert len(runs) == len(set(runs))
@@ -268,6 +270,7 @@ def test_a_result_has_all_that_the_page_needs(kept):
     result = json.loads(Run("digits", "dls-0.01", 4, 0).file(folder).read_text())
     for part in ("curve", "quality", "layers"):
         assert result[part]["step"] == [1, 2, 3, 4]
+    assert set(result["shared"]) == {"step", "misallocation"}
     layers = len(result["layers"]["names"])
     assert (
         np.shape(result["layers"]["k"]) == np.shape(result["layers"]["thresholds"]) == (4, layers)
@@ -307,7 +310,9 @@ def test_the_page(kept, tmp_path, monkeypatch, fitted):
     assert f"{len(runs)} runs" in text
     for row in ("dense", "DLS", "constant threshold", "layer-wise top-k"):
         assert re.search(rf"^\| {row}[^|]* \| [\d.]+ ± [\d.]+ \|", text, re.M), row
-    assert re.search(r"^\| digits \| dense \| 4 \| [\d.]+ ±", text, re.M)  # longer
+    assert re.search(r"^\| text \| dense \| 4 \| [\d.]+ \|", text, re.M)  # longer
+    kept_row = r"^\| momentum of sent entries kept \| [\d.]+ ± [\d.]+ \|"
+    assert re.search(kept_row, text, re.M)
     assert re.search(r"^\| prior uniform \| [\d.]+ \| [-+][\d.]+\? \|", text, re.M)  # one seed
     assert ("Left out: `benchmarks/results.py`" not in text) == fitted
     assert (re.search(r"^\| digits: density \|.* 1gbit, s \|", text, re.M) is not None) == fitted

@@ -70,6 +70,10 @@ def test_quality_is_that_of_brute_force(model):
         surplus -= step
     assert surplus == 0
     assert found.misallocation == pytest.approx(np.abs(model.k - nearest).sum() / (2 * total))
+    assert found.best_k.sum() == total
+    assert (found.best_k >= above).all()
+    assert (found.best_k <= above + ties).all()
+    assert np.abs(model.k - found.best_k).sum() == np.abs(model.k - nearest).sum()
 
 
 def test_more_ties_than_the_budget_has_room_for_are_misplaced():

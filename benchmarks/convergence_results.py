@@ -1,0 +1,125 @@
+"""What convergence.py has kept, put together by what it is of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.convergence import SETTINGS, WORKERS, Run, Setting, read
+from benchmarks.convergence_tasks import TASKS, Task
+
+CORRECTED = "-corrected"  # ending of names
+Result = dict[str, Any]
+
+
+class Group(NamedTuple):
+    """Results that differ in nothing but their seed."""
+
+    task: Task
+    setting: str
+    workers: int
+    results: list[Result]
+
+    @property
+    def title(self) -> str:
+        setting = SETTINGS[self.setting]
+        return setting.title + (", plain" if setting.section == "plain" else "")
+
+    @property
+    def density(self) -> float | None:
+        options = SETTINGS[self.setting].options
+        return None if options is None else options["density"]
+
+    @property
+    def finished(self) -> list[Result]:
+        return [result for result in self.results if result["diverged"] is None]
+
+    def values(self, what: str = "metric") -> np.ndarray:
+        """Of each run that did not diverge."""
+        if what == "metric":
+            what = "accuracy" if self.task.accuracy else "loss"
+        return np.array([result[what] for result in self.finished], float)
+
+    def quality(
+        self, what: str, first: float = 0.5, last: float = 1.0, of: str = "quality"
+    ) -> float:
+        """Median, over all runs, of the steps in a part of the training.
+
+        Args:
+            what: "energy" or "misallocation".
+            first, last: where the part begins and ends, from 0 to 1.
+            of: "quality": what worker 0 measured; "shared": beside the mean of what all would do.
+        """
+        found = []
+        for result in self.results:
+            curve = result.get(of, {"step": [], what: []})
+            steps = np.array(curve["step"]) / result["about"]["steps"]
+            chosen = (steps > first) & (steps <= last)
+            found.append(np.array(curve[what])[chosen] if len(steps) else steps)
+        everything = np.concatenate(found) if found else np.array([])
+        return float(np.median(everything)) if len(everything) else np.nan
+
+    def mean(self, what: str) -> float:
+        return float(np.mean([result[what] for result in self.results]))
+
+
+class Groups:
+    """All results, to be asked for by what they are of."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        found: dict[tuple[str, str, int], list[Result]] = {}
+        for result in results:
+            about = result["about"]
+            found.setdefault((about["task"], about["setting"], about["workers"]), []).append(result)
+        self._groups = {
+            key: Group(TASKS[key[0]], *key[1:], sorted(own, key=lambda r: r["about"]["seed"]))
+            for key, own in found.items()
+        }
+
+    def get(self, task: str, setting: str, workers: int = WORKERS) -> Group | None:
+        return self._groups.get((task, setting, workers))
+
+    def some(
+        self, task: str | None = None, *sections: str, density: float | None = None
+    ) -> list[Group]:
+        """Those with the usual number of workers, the denser first."""
+        return [
+            group
+            for name, setting in sorted(SETTINGS.items(), key=lambda x: falling_density(x[1]))
+            for key, group in self._groups.items()
+            if key[1:] == (name, WORKERS)
+            and task in (None, key[0])
+            and (not sections or setting.section in sections)
+            and density in (None, group.density)
+        ]
+
+    def tasks(self) -> list[str]:
+        return [name for name in TASKS if any(key[0] == name for key in self._groups)]
+
+    def workers(self, task: str, setting: str) -> list[int]:
+        return sorted(key[2] for key in self._groups if key[:2] == (task, setting))
+
+
+def load(folder: Path, steps: int | None = None) -> list[Result]:
+    """All results that are what convergence.py would make now."""
+    results = []
+    for file in sorted(folder.glob("*/*.json")):
+        about = json.loads(file.read_text())["about"]
+        run = Run(*(about[field] for field in Run._fields))
+        if run.task in TASKS and run.setting in SETTINGS:
+            result = read(run, steps, folder)
+            results += [result] if result else []
+    return results
+
+
+def falling_density(setting: Setting) -> float:
+    """To sort by: dense first."""
+    return 0.0 if setting.options is None else 1 - float(setting.options["density"])
+
+
+def unit(task: Task) -> str:
+    return "accuracy, %" if task.accuracy else "loss, nats a character"
