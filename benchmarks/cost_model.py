@@ -99,7 +99,7 @@ def terms_of(
 ) -> np.ndarray:
     """What each of TERMS is multiplied by."""
     sparse = ":" in method
-    own = [1, ranks - 1, 0 if sparse else n, n if method == "fp16" else 0]
+    own: list[float] = [1, ranks - 1, 0 if sparse else n, n if method == "fp16" else 0]
     own += [n, k * ranks] if sparse else [0, 0]
     return np.array([*(shared * np.array(own, float)), 8 * wire / bits if bits else 0.0])
 
@@ -128,7 +128,7 @@ def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
             for name, value in zip(TERMS, terms, strict=True)
         ],
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for point in points:
         model = float(point.terms @ terms)
         rows.append(

@@ -194,10 +194,11 @@ def interface_bytes(interface: str | None) -> np.ndarray:
     raise SystemExit(f"there is no network interface {interface!r} here")
 
 
-def gathered(numbers: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
+def gathered(numbers: Sequence[float] | Sequence[list[float]], name: str) -> np.ndarray:
     """(ranks, ...) of all ranks' numbers."""
     mine = torch.from_numpy(np.array(numbers, np.float64)[None])
-    return hvd.allgather(mine, name=f"gathered.{name}").numpy()
+    everyone: np.ndarray = hvd.allgather(mine, name=f"gathered.{name}").numpy()
+    return everyone
 
 
 def turn(way: Way, steps: int, interface: str | None) -> dict[str, list[float]]:
@@ -227,7 +228,7 @@ def profile(way: Way, steps: int) -> dict[str, Any]:
         total, total_cpu, *_ = np.array([way.step() for _ in range(steps)]).sum(axis=0).tolist()
     parts = {
         label: [1e3 * s / steps, 1e3 * watch.cpu_seconds[label] / steps]
-        for label, s in watch.seconds.most_common()
+        for label, s in watch.longest_first()
     }
     rest = total - sum(watch.seconds.values())
     parts["rest: autograd, Horovod's hooks, Python"] = [1e3 * rest / steps, float("nan")]

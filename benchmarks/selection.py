@@ -22,7 +22,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from hvd_dls.core import threads
 from hvd_dls.core.jit import HAVE_NUMBA
-from hvd_dls.core.passes import find, settle
+from hvd_dls.core.passes import Found, find, settle
 
 SIZES = [1_000, 10_000, 100_000, 1_000_000, 10_000_000, 25_000_000, 100_000_000]
 DENSITIES = [1e-4, 1e-3, 1e-2, 0.1]
@@ -45,6 +45,13 @@ class Case(NamedTuple):
     residual: np.ndarray  # (n,) float32
     gradient: np.ndarray  # (n,) float32
     before: np.ndarray  # (n,) float32: residual + gradient one step before
+
+
+def find_finite(*arguments: Any) -> Found:
+    """``find``, of gradients without NaN and Inf."""
+    found = find(*arguments)
+    assert found is not None
+    return found
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -95,12 +102,13 @@ def record(steps: int = 50, density: float = 0.01) -> dict[str, np.ndarray]:
         batch = torch.randint(0, len(images), (32,))
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-        gradient = np.concatenate([p.grad.numpy().ravel() for p in model.parameters()])
+        gradients = [p.grad.numpy().ravel() for p in model.parameters() if p.grad is not None]
+        gradient = np.concatenate(gradients)
         if step >= 10:  # the residuals have filled
             for name, values in zip(Case._fields, (residual, gradient, before), strict=True):
                 parts[name].append(values.copy())
         before = residual + gradient
-        found = find(residual, gradient, int(density * len(residual)))
+        found = find_finite(residual, gradient, int(density * len(residual)))
         settle(residual, gradient, found.indices, None, [], 1.0, np.empty_like(gradient))
         optimizer.step()
     return {name: np.concatenate(values) for name, values in parts.items()}
@@ -122,7 +130,7 @@ def floor(residual: np.ndarray, gradient: np.ndarray, k: int) -> Iterator[None]:
 
 def ours(last_threshold: float) -> Callable[[np.ndarray, np.ndarray, int], Iterator[None]]:
     def method(residual: np.ndarray, gradient: np.ndarray, k: int) -> Iterator[None]:
-        found = find(residual, gradient, k, last_threshold)
+        found = find_finite(residual, gradient, k, last_threshold)
         yield
         sent = [(found.indices, found.values)]
         settle(residual, gradient, found.indices, None, sent, 1.0, gradient)
@@ -193,7 +201,7 @@ def measure(
     case: Case, k: int, repeats: int, clock: Callable[[], float]
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each method and repetition: "select" and "step"."""
-    last = find(np.zeros_like(case.before), case.before, k).threshold
+    last = find_finite(np.zeros_like(case.before), case.before, k).threshold
     methods = {
         FLOOR: floor,
         OURS[0]: ours(last),

@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     size = hvd.size()
     log(f"Total img/sec on {size} CPU(s): {size * mean:.1f} +-{size * confidence:.1f}")
     steps = args.num_iters * args.num_batches_per_iter
-    split = {label: 1e3 * s / steps for label, s in watch.seconds.most_common()}
+    split = {label: 1e3 * s / steps for label, s in watch.longest_first()}
     split["rest (backward, optimizer)"] = 1e3 * seconds / steps - sum(split.values())
     return {
         "options": {k: v for k, v in vars(args).items() if k not in ("json", "picture")},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -146,7 +146,7 @@ class Still(torch.optim.Optimizer):
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Does nothing."""
 
 
@@ -174,9 +174,13 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.cpu_seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.cpu_seconds: dict[str, float] = defaultdict(float)
         self._inner: list[tuple[float, float]] = []
+
+    def longest_first(self) -> list[tuple[str, float]]:
+        """Parts and their seconds by the clock."""
+        return sorted(self.seconds.items(), key=lambda part: -part[1])
 
     @contextmanager
     def watching(self) -> Iterator[Stopwatch]:

@@ -137,7 +137,7 @@ def draw(operations: Sequence[Operation], file: Path) -> None:
         for phase in operation.phases:
             if name := kind(phase):
                 left, width = phase.start - begin, phase.end - phase.start
-                bar = {"height": 0.7, "color": COLORS[name], "linewidth": 1}
+                bar: dict[str, Any] = {"height": 0.7, "color": COLORS[name], "linewidth": 1}
                 axis.barh(lane, 1e3 * width, left=1e3 * left, edgecolor=COLORS[name], **bar)
         for seconds in operation.ready.values():
             axis.plot(1e3 * (seconds - begin), lane, "|", color="black", markersize=7)

@@ -116,7 +116,8 @@ def digits_gradient(steps: int = 30) -> tuple[list[LayerSpec], np.ndarray] | Non
         optimizer.step()
     weights = [(n, p) for n, p in model.named_parameters() if p.dim() == 2]
     layers = [layer_spec(name, tuple(p.shape)) for name, p in weights]
-    return layers, np.concatenate([p.grad.numpy().ravel() for _, p in weights])
+    gradients = [p.grad.numpy().ravel() for _, p in weights if p.grad is not None]
+    return layers, np.concatenate(gradients)
 
 
 def largest(gradient: np.ndarray, k: int) -> np.ndarray:
