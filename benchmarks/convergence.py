@@ -118,6 +118,10 @@ def _variants() -> Iterator[tuple[str, Setting]]:
     ):
         options = {"density": 0.01, option: value}
         yield f"dls-0.01-{option}-{value}", Setting(title, options, "adjustment")
+    floor = Setting("min_k=16", {"density": 0.001, "min_k": 16}, "floor")
+    yield "dls-0.001-min_k-16", floor
+    corrected = floor._replace(momentum="compressor", warmup=WARMUP[0.001])
+    yield "dls-0.001-corrected-min_k-16", corrected
     for name, title, change in (
         ("kept", "momentum of sent entries kept", {"masking": False}),
         ("cleared", "momentum of sent entries cleared", {"masking": True}),
@@ -137,6 +141,7 @@ TASKS_OF = {
     "length": ("text",),
     "priors": ("digits", "text"),
     "adjustment": ("digits", "text"),
+    "floor": ("images", "text"),
     "momentum": ("digits", "text", "code"),
     "rates": ("digits", "images"),
 }

@@ -32,7 +32,13 @@ MEASURED = [ROOT / "build" / "results" / name for name in ("exchange.json", "net
 RATES = ("100mbit", "1gbit", "10gbit")
 FIRST_STEPS = 10  # in which a prior shows
 MOMENTUM_IS = {"strategies": "Momentum correction and warm-up", "plain": "Plain"}  # by section
-VARIANTS = {"Priors": "priors", "Adjustment": "adjustment", "Momentum": "momentum"}
+# Sections of settings that differ in one option, each from one of these.
+VARIANTS = {
+    "Priors": ("priors", ["dls-0.01"]),
+    "Adjustment": ("adjustment", ["dls-0.01"]),
+    "Entries each layer sends at least": ("floor", ["dls-0.001", "dls-0.001-corrected"]),
+    "Momentum": ("momentum", ["dls-0.01-corrected"]),
+}
 CHOICE = """Global top-k and a constant threshold (for as many entries as reach it) are ideal by
 construction.
 """
@@ -151,26 +157,32 @@ def strategies(groups: Groups, task: str, section: str, density: float) -> str:
     return markdown(head, rows)
 
 
-def variants(groups: Groups, task: str, section: str) -> str:
-    """Settings that differ from DLS with its defaults in one option."""
-    plain = "dls-0.01-corrected" if section == "momentum" else "dls-0.01"
-    usual, own = groups.get(task, plain), groups.some(task, section)
-    if usual is None or not own:
+def variants(groups: Groups, task: str, section: str, usual: str) -> str:
+    """Settings that differ from a usual one, which their names begin with, in one option."""
+    default = groups.get(task, usual)
+    own = [
+        group
+        for group in groups.some(task, section)
+        if group.setting.startswith(usual)
+        and (usual.endswith(CORRECTED) or CORRECTED not in group.setting)
+    ]
+    if default is None or not own:
         return ""
     name = f"prior {DLSConfig().prior} (default)" if section == "priors" else "default"
-    first = FIRST_STEPS / usual.results[0]["about"]["steps"]
-    head = [f"{task}, {usual.density:.1%}", unit(usual.task), "from default"]
+    first = FIRST_STEPS / default.results[0]["about"]["steps"]
+    where = "" if SETTINGS[usual].section == "plain" else ", momentum correction"
+    head = [f"{task}, {default.density:.1%}{where}", unit(default.task), "from default"]
     head += [f"energy: first {FIRST_STEPS} steps", "second half"]
     head += [f"misallocation: first {FIRST_STEPS} steps", "second half"]
     rows = []
-    for group in [usual, *own]:
+    for group in [default, *own]:
         qualities = [
             number(group.quality(what, *part))
             for what in ("energy", "misallocation")
             for part in ((0.0, first), (0.5, 1.0))
         ]
-        title = name if group is usual else group.title
-        rows.append([title, metric(group), difference(group, usual), *qualities])
+        title = name if group is default else group.title
+        rows.append([title, metric(group), difference(group, default), *qualities])
     return markdown(head, rows)
 
 
@@ -389,8 +401,8 @@ def page(groups: Groups, results: Sequence[Result], pictures: dict[str, str]) ->
     if table := lengths(groups):
         parts += ["## Longer training\n", table]
     parts += ["## What is chosen\n", CHOICE, pictures["quality"], pictures.get("layers", "")]
-    for title, section in VARIANTS.items():
-        tables = [variants(groups, task, section) for task in tasks]
+    for title, (section, usuals) in VARIANTS.items():
+        tables = [variants(groups, task, section, u) for task in tasks for u in usuals]
         parts += [f"## {title}\n", *tables] if any(tables) else []
     if any(tables := [more_workers(groups, task) for task in tasks]):
         parts += ["## More workers\n", "The batch is the same, shared among more.\n", *tables]
