@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -77,8 +78,15 @@ class Device:
         with tf.device(name):
             self._bins_of_window = tf.range(WINDOW, dtype=tf.int64)
 
-    @_there
     def zeros(self, size: int, dtype: np.dtype) -> tf.Variable:
+        # In a thread of its own: what is made in this one while it traces a function, TensorFlow
+        # takes for that function's, even in tf.init_scope, and traces it anew or refuses to.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self.new, size, dtype).result()
+
+    @_there
+    def new(self, size: int, dtype: np.dtype) -> tf.Variable:
+        """Zeros, too, of a function that runs, to be forgotten with it."""
         return tf.Variable(tf.zeros(size, dtype), trainable=False)
 
     @_there
@@ -168,7 +176,7 @@ class Device:
         stays, *theirs = _split([left, *(values for _, values in received)])
         residual.assign_add(tf.cast(gradient, dtype))
         _write(residual, own, stays)
-        total = out if out.dtype == dtype else self.zeros(residual.shape[0], dtype.as_numpy_dtype)
+        total = out if out.dtype == dtype else self.new(residual.shape[0], dtype.as_numpy_dtype)
         total.assign(tf.zeros_like(residual))
         for entries, sent in zip(where, theirs, strict=True):
             _write(total, entries, tf.gather(total, entries) + sent)

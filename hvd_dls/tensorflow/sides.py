@@ -111,7 +111,7 @@ class OnDevice:
         return tf.cast(array[0], tf.float64)  # on the device: to know it would be to wait for it
 
     def new(self, size: int, dtype: tf.DType) -> tf.Variable:
-        return self._place.zeros(size, dtype.as_numpy_dtype)
+        return self._place.new(size, dtype.as_numpy_dtype)
 
     def writable(self, array: tf.Variable) -> tf.Variable:
         return array
