@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import horovod.tensorflow as hvd
@@ -20,7 +21,7 @@ from hvd_dls.core.places import Place
 from hvd_dls.core.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.tensorflow.calls import handle_of, identity, on_host
-from hvd_dls.tensorflow.on_device import Device, OnItsWay
+from hvd_dls.tensorflow.on_device import N_PARTS, Device, OnItsWay
 from hvd_dls.tensorflow.sides import HOST, OnDevice, Side
 
 _FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
@@ -226,6 +227,7 @@ class Binding(BaseBinding):
         compressed = [name for name in gradients if session.may_be_sparse(name)]
         watched = [name for name in gradients if name not in compressed]
         here = [name for name in compressed if name not in self._on_device]
+        there = [name for name in compressed if name in self._on_device]
 
         def come_in(checked: np.ndarray, finite: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
             with self._lock:
@@ -239,21 +241,16 @@ class Binding(BaseBinding):
                 if bucket is None or session.dense_step:
                     return np.zeros(1, np.uint8)
                 brought = iter(arrays[len(here) :])
-                for name, parts in found.items():
-                    _later(session, name).parts = [next(brought) for _ in parts]
+                for name in there:
+                    _later(session, name).parts = list(islice(brought, N_PARTS))
                 return session.payload(bucket)
 
         taken = [self._taken(name, gradients[name]) for name in here]
-        found = {
-            name: self._find(session, name, gradients[name], checked)
-            for name in compressed
-            if name in self._on_device
-        }
+        found = [p for name in there for p in self._find(session, name, gradients[name], checked)]
         finite = tf.zeros([0], tf.bool)
         if watched:
             finite = tf.stack([self._finite(name, gradients[name]) for name in watched])
-        brought = [part for parts in found.values() for part in parts]
-        payload = tf.numpy_function(come_in, [checked, finite, *taken, *brought], tf.uint8)
+        payload = tf.numpy_function(come_in, [checked, finite, *taken, *found], tf.uint8)
         payload = tf.ensure_shape(payload, [None])
         if bucket is None:
             return payload
@@ -328,6 +325,8 @@ class Binding(BaseBinding):
             return wide, Dense(sent.dtype, self, step)
         if not self.session.may_be_sparse(name):
             whole = self._corrected(name, gradient, step) if self.session.corrects else gradient
+            if step.grouped:
+                whole = tf.cast(whole, gradient.dtype)
             with tf.control_dependencies([step.checked]):
                 wide, _ = send_dense(tf.identity(whole))
             return wide, Dense(gradient.dtype, self, step, name)

@@ -27,6 +27,7 @@ from hvd_dls.core.places import Later
 from hvd_dls.core.plan import histogram
 from hvd_dls.core.sketch import BELOW, LAST_BASE, N_BINS, WINDOW
 
+N_PARTS = 3  # of what ``find`` leaves on the device
 _MANTISSA_SHIFT = 20  # as in core.sketch
 T = TypeVar("T")
 
