@@ -171,19 +171,22 @@ class Device:
         follow each other.
         """
         dtype = residual.dtype
-        arrays = [indices, *(entries for entries, _ in received)]
-        own, *where = _split([array.astype(np.int64) for array in arrays])
         left = np.zeros(len(indices), dtype.as_numpy_dtype) if kept is None else kept
-        stays, *theirs = _split([left, *(values for _, values in received)])
+        entries = [indices, *(of_rank for of_rank, _ in received)]
+        ends = np.cumsum([len(of_rank) for of_rank in entries]).tolist()
+        own, *theirs = map(slice, [0, *ends], ends)
+        # Copied to the device at once.
+        where = tf.constant(np.concatenate(entries).astype(np.int64))
+        values = tf.constant(np.concatenate([left, *(of_rank for _, of_rank in received)]))
         residual.assign_add(tf.cast(gradient, dtype))
-        _write(residual, own, stays)
+        _write(residual, where[own], values[own])
         total = out if out.dtype == dtype else self.new(residual.shape[0], dtype.as_numpy_dtype)
         total.assign(tf.zeros_like(residual))
-        for entries, sent in zip(where, theirs, strict=True):
-            _write(total, entries, tf.gather(total, entries) + sent)
-        if where:  # only where something was sent: zero times a negative factor would be -0
-            everywhere = tf.concat(where, 0)
-            _write(total, everywhere, tf.gather(total, everywhere) * tf.cast(scale, dtype))
+        for rank in theirs:
+            _write(total, where[rank], tf.gather(total, where[rank]) + values[rank])
+        # Only where something was sent: zero times a negative factor would be -0.
+        everywhere = where[len(indices) :]
+        _write(total, everywhere, tf.gather(total, everywhere) * tf.cast(scale, dtype))
         if total is not out:
             out.assign(tf.cast(total, out.dtype))
 
@@ -239,14 +242,6 @@ def _found(
     stride: int, values: np.ndarray, indices: np.ndarray, counts: np.ndarray
 ) -> Found | None:
     return found_on_device(indices.astype(np.uint32), values, counts, stride)
-
-
-def _split(arrays: Sequence[np.ndarray]) -> Sequence[tf.Tensor]:
-    """Arrays of one type, copied to the device at once."""
-    parts: list[tf.Tensor] = tf.split(
-        tf.constant(np.concatenate(arrays)), [len(array) for array in arrays]
-    )
-    return parts
 
 
 def _write(array: tf.Variable, indices: tf.Tensor, values: tf.Tensor) -> None:
