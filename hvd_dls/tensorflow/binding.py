@@ -21,7 +21,7 @@ from hvd_dls.core.places import Place
 from hvd_dls.core.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.tensorflow.calls import handle_of, identity, on_host
-from hvd_dls.tensorflow.on_device import N_PARTS, Device, OnItsWay
+from hvd_dls.tensorflow.on_device import N_PARTS, TOO_LARGE, Device, OnItsWay
 from hvd_dls.tensorflow.sides import HOST, OnDevice, Side
 
 _FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
@@ -141,7 +141,9 @@ class Binding(BaseBinding):
         if self._config.strategy not in OWN_CHOICE:
             for layer, reference in zip(self._layers, self._references, strict=True):
                 variable = reference()
-                if variable is not None and stays_on_device(variable):
+                if variable is None or layer.size >= TOO_LARGE:
+                    continue
+                if stays_on_device(variable):
                     self._on_device[layer.name] = Device(handle_of(variable).device)
         return self._on_device
 

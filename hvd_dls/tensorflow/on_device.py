@@ -27,6 +27,7 @@ from hvd_dls.core.places import Later
 from hvd_dls.core.plan import histogram
 from hvd_dls.core.sketch import BELOW, LAST_BASE, N_BINS, WINDOW
 
+TOO_LARGE = 2**31  # entries of a layer: TensorFlow's top_k tells indices in int32
 N_PARTS = 3  # of what ``find`` leaves on the device
 _MANTISSA_SHIFT = 20  # as in core.sketch
 T = TypeVar("T")
@@ -135,7 +136,7 @@ class Device:
         k: int,
         last_threshold: float = 0.0,
     ) -> OnItsWay[Found | None]:
-        """See ``core.passes.find``; n < 2**31, parts are values, indices and counts."""
+        """See ``core.passes.find``; the parts are values, indices and counts."""
         total = residual + tf.cast(gradient, residual.dtype)
         # What is not finite counts as the largest: so it is among what the host gets to see.
         magnitudes = tf.where(tf.math.is_finite(total), tf.abs(total), math.inf)
