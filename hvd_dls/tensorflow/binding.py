@@ -110,6 +110,7 @@ class Binding(BaseBinding):
         """Name of a variable; None if it is none of this model's."""
         return self._name_of.get(identity(handle_of(variable)))
 
+    @tf.autograph.experimental.do_not_convert
     def start(self, process_set: hvd.ProcessSet) -> None:
         """Makes the session, if there is none yet: on all ranks, which all trace the same.
 
