@@ -5,8 +5,9 @@ device can: the same bits as the core's, but where TensorFlow takes subnormal nu
 it does on a CPU.  What changes is a tf.Variable, all else a tensor.  To the host comes what is
 sent, and from there what all ranks sent.
 
-``find`` never waits: shapes are known beforehand, and what the host needs is left on the device
-for TensorFlow to bring.  Of int32 nearly all operations run on the host, so integers have 64 bits.
+``find`` asks the device for nothing: shapes are known beforehand, and what the host needs is left
+there for TensorFlow to bring.  Of int32 nearly all operations run on the host, so integers have 64
+bits.
 """
 
 from __future__ import annotations

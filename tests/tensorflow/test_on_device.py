@@ -16,7 +16,7 @@ from hvd_dls.core import momentum, passes  # noqa: E402
 from hvd_dls.core.layers import layer_spec  # noqa: E402
 from hvd_dls.core.plan import histogram  # noqa: E402
 from hvd_dls.core.session import Session  # noqa: E402
-from hvd_dls.core.sketch import SAMPLE  # noqa: E402
+from hvd_dls.core.sketch import SAMPLE, WINDOW  # noqa: E402
 from hvd_dls.tensorflow.on_device import Device  # noqa: E402
 from tests.core.strategies import KINDS  # noqa: E402
 from tests.core.test_passes import DTYPES, cases, entries, load, store  # noqa: E402
@@ -125,6 +125,18 @@ def test_the_ends_of_the_range(name, dtype):
         gradient = (value * np.geomspace(1, 1e-6, 100)).astype(dtype)
         for residual in (np.zeros(100, dtype), gradient):
             check_find(residual, gradient, 5, name)
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
+def test_shapes_never_depend_on_data(dtype):
+    """While a function is traced, tensors have no values: to look at some is an error."""
+    place = Device("CPU:0")
+    work = tf.float64 if dtype == tf.float64 else tf.float32
+    residual, gradient = (tf.TensorSpec([100_000], kind) for kind in (work, dtype))
+    traced = tf.function(lambda r, g: place.find(r, g, 1000).parts, autograph=False)
+    parts = traced.get_concrete_function(residual, gradient).structured_outputs
+    assert [tuple(part.shape) for part in parts] == [(1000,), (1000,), (WINDOW,)]
+    assert [part.dtype for part in parts] == place.parts(work.as_numpy_dtype)
 
 
 def test_what_is_on_its_way_is_ready_when_it_has_been_brought():
