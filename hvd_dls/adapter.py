@@ -165,7 +165,7 @@ class BaseCompressor:
 
         Returns:
             Values that the framework's ways of saving handle.  Residuals are references, not
-            copies.
+            copies, but for TensorFlow's on a device.
 
         Raises:
             DLSError: called in the middle of a step.

@@ -1,6 +1,6 @@
-"""Tests in folders named with_ranks run inside horovodrun jobs only: see tests/jobs.py."""
+"""Tests in folders named with_... run inside horovodrun jobs only: see tests/jobs.py."""
 
 import os
 
 if not {"HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):  # Gloo, MPI
-    collect_ignore_glob = ["*/with_ranks", "*/with_ranks/*"]
+    collect_ignore_glob = ["*/with_*", "*/with_*/*"]

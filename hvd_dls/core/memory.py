@@ -69,8 +69,9 @@ class Memory:
         if not (math.isfinite(loss_scale) and loss_scale > 0):
             raise DLSError(f"loss_scale={loss_scale!r}: accepted is a finite number > 0")
         factor = loss_scale / self.loss_scale
-        for array in (*self.residuals.values(), *self.correction.velocities.values()):
-            array *= factor
+        for arrays in (self.residuals, self.correction.velocities):
+            for name, array in arrays.items():
+                self.places[name].scale(array, factor)
         self.thresholds = {name: factor * value for name, value in self.thresholds.items()}
         self.loss_scale = loss_scale
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hvd_dls.core.jit import HAVE_NUMBA
-from hvd_dls.core.sketch import WINDOW, Sketch
+from hvd_dls.core.sketch import BELOW, LAST_BASE, WINDOW, Sketch, bin_of
 
 if HAVE_NUMBA:
     from hvd_dls.core import passes_numba as _backend
@@ -61,6 +61,33 @@ def find(
 def nothing_found(found: Found) -> Found:
     """The same with no entries: of a layer that sends none, but was finite."""
     return Found(found.indices[:0], found.values[:0], 0.0, Sketch(0, np.zeros(WINDOW, np.uint32)))
+
+
+def found_on_device(
+    indices: np.ndarray, values: np.ndarray, unsent: np.ndarray, stride: int
+) -> Found | None:
+    """``find``'s result, of what a device that made the pass has copied to the host.
+
+    Args:
+        indices: (k,) as in ``Found``.
+        values: (k,) as in ``Found``; of a layer that is not finite, one of them is not.
+        unsent: (WINDOW,) numbers of every stride-th entry's magnitude in the sketch's bins, but of
+            those that are sent.
+        stride: see ``passes_numpy.sample_stride``.
+
+    Returns:
+        As ``find``.
+    """
+    magnitudes = np.abs(values)
+    if not np.isfinite(magnitudes).all():
+        return None
+    base = min(max(int(bin_of(magnitudes.min())) - BELOW, 0), LAST_BASE)
+    counts = stride * unsent.astype(np.int64)
+    if base == 0:
+        counts[0] = 0  # zeros, which nobody sends
+    bins = np.minimum(bin_of(magnitudes) - base, WINDOW - 1)
+    counts += np.bincount(bins, minlength=WINDOW)
+    return Found(indices, values, float(magnitudes.min()), Sketch(base, counts.astype(np.uint32)))
 
 
 def settle(

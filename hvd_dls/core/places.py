@@ -44,6 +44,9 @@ class Place(Protocol):
     def load(self, array: Array, saved: Any) -> None:
         """Overwrites a residual or velocity with what was saved."""
 
+    def scale(self, array: Array, factor: float) -> None:
+        """Multiplies a residual or velocity."""
+
     def copy(self, array: Array) -> Array:
         """The same values in memory of their own."""
 
@@ -104,6 +107,9 @@ class Host:
 
     def load(self, array: np.ndarray, saved: Any) -> None:
         array[:] = np.asarray(saved)
+
+    def scale(self, array: np.ndarray, factor: float) -> None:
+        array *= factor
 
     def copy(self, array: np.ndarray) -> np.ndarray:
         return array.copy()

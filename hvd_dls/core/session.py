@@ -226,6 +226,10 @@ class Session:
         """Layers of a bucket of which a device has not been heard."""
         return self._members[bucket] & self._step.later.keys()
 
+    def on_its_way(self, name: str) -> Later[Any]:
+        """What a device is still working on, of a layer that has come in and was not sent yet."""
+        return self._step.later[name]
+
     def unfinished(self) -> list[int]:
         """Buckets with some layers in this step that have not been sent: send them now."""
         return sorted(self._step.missing.keys() - self._step.sent.keys())
@@ -283,7 +287,7 @@ class Session:
             out: (n,) overwritten with the sum over ranks, added rank by rank and so the same bits
                 on every rank; may be the gradient itself.  Its dtype is one that ``compress``
                 takes, and it is where the gradient is.  Inf everywhere, if the step is skipped.
-            scale: factor on the sum.
+            scale: factor on the sum; or what the layer's place takes for a number.
 
         Raises:
             DLSError: the layer, or a bucket of this step, has not arrived.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class Quality:
 
     energy: float
     misallocation: float
-    best_k: np.ndarray
+    best_k: np.ndarray = field(compare=False)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import horovod.tensorflow as hvd
@@ -14,10 +15,13 @@ import tensorflow as tf
 from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.layers import layer_spec
-from hvd_dls.core.passes_numpy import widened
+from hvd_dls.core.own_choice import OWN_CHOICE
+from hvd_dls.core.places import Place
 from hvd_dls.core.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
-from hvd_dls.tensorflow.calls import handle_of, identity
+from hvd_dls.tensorflow.calls import handle_of, identity, on_host
+from hvd_dls.tensorflow.on_device import N_PARTS, TOO_LARGE, Device, OnItsWay
+from hvd_dls.tensorflow.sides import HOST, OnDevice, Side
 from hvd_dls.tensorflow.turns import Turns
 
 _FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
@@ -89,6 +93,7 @@ class Binding(BaseBinding):
             identity(handle_of(v)): layer.name for v, layer in zip(variables, specs, strict=True)
         }
         self._references = [weakref.ref(v) for v in variables]
+        self._on_device: dict[str, Device] = {}  # layers whose gradients do not come to the host
         self._process_set: hvd.ProcessSet = hvd.global_process_set
         self._lock = Turns()
         self._reduced = 0  # gradients of the step that Horovod has returned
@@ -105,6 +110,7 @@ class Binding(BaseBinding):
         """Name of a variable; None if it is none of this model's."""
         return self._name_of.get(identity(handle_of(variable)))
 
+    @tf.autograph.experimental.do_not_convert
     def start(self, process_set: hvd.ProcessSet) -> None:
         """Makes the session, if there is none yet: on all ranks, which all trace the same.
 
@@ -113,22 +119,50 @@ class Binding(BaseBinding):
         """
         if self.session is None:
             self._process_set = process_set
-            self._start_session(process_set.size(), hvd.local_size())
+            with tf.init_scope():  # what is made on a device is no part of a graph
+                self._start_session(process_set.size(), hvd.local_size())
 
     def _gather(self, name: str, array: np.ndarray) -> np.ndarray:
-        """At once, also while a function is being traced."""
-        with tf.init_scope(), tf.device("CPU:0"):
+        with tf.device("CPU:0"):
             if not tf.executing_eagerly():
                 raise DLSError("DLSCompressor needs TensorFlow 2's eager mode to be on")
             gathered = hvd.allgather(tf.constant(array), name=name, process_set=self._process_set)
             return np.asarray(gathered)
 
     def _norms(self) -> dict[str, float]:
-        with tf.init_scope():
-            return {
-                layer.name: float(np.linalg.norm(np.asarray(reference(), np.float64)))
-                for layer, reference in zip(self._layers, self._references, strict=True)
-            }
+        return {
+            layer.name: float(np.linalg.norm(np.asarray(reference(), np.float64)))
+            for layer, reference in zip(self._layers, self._references, strict=True)
+        }
+
+    # Layers on a device --------------------------------------------------------------------------
+
+    def _places(self) -> Mapping[str, Place]:
+        # These strategies look at whole residuals, on the host.
+        if self._config.strategy not in OWN_CHOICE:
+            for layer, reference in zip(self._layers, self._references, strict=True):
+                variable = reference()
+                if variable is None or layer.size >= TOO_LARGE:
+                    continue
+                if stays_on_device(variable):
+                    self._on_device[layer.name] = Device(handle_of(variable).device)
+        return self._on_device
+
+    def _side(self, name: str | None) -> Side:
+        """Where a layer's passes are; the host for what is no layer."""
+        place = self._on_device.get(name or "")
+        return HOST if place is None else OnDevice(place)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The session's state, all of it NumPy arrays and plain values."""
+        state = super().state_dict()
+        if self.session is None:
+            return state
+        for part in ("residuals", "velocities"):
+            arrays = state[part]
+            for name in arrays.keys() & self._on_device.keys():
+                arrays[name] = self._on_device[name].to_host(arrays[name])
+        return state
 
     # In a graph ---------------------------------------------------------------------------------
 
@@ -167,7 +201,7 @@ class Binding(BaseBinding):
 
         with _graph_of(gradients), tf.device("CPU:0"):
             if tf.is_symbolic_tensor(gradients[0]):
-                checked = tf.py_function(check, handles, tf.int64)
+                checked = tf.py_function(check, [on_host(handle) for handle in handles], tf.int64)
             else:
                 checked = tf.constant(check(*handles))
             parts: dict[int | None, dict[str, tf.Tensor]] = {}  # what comes in, by bucket
@@ -195,28 +229,31 @@ class Binding(BaseBinding):
         """
         compressed = [name for name in gradients if session.may_be_sparse(name)]
         watched = [name for name in gradients if name not in compressed]
+        here = [name for name in compressed if name not in self._on_device]
+        there = [name for name in compressed if name in self._on_device]
 
         def come_in(checked: np.ndarray, finite: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
             with self._lock:
                 for name, good in zip(watched, finite, strict=True):
                     session.note(name, bool(good))
-                for name, array in zip(compressed, arrays, strict=True):
+                for name, array in zip(here, arrays, strict=False):
                     if session.dense_step:
                         session.note(name, finite=True)  # its sum is looked at
                     else:
-                        session.compress(name, _bits(array).reshape(-1))
+                        session.compress(name, HOST.flat(array))
                 if bucket is None or session.dense_step:
                     return np.zeros(1, np.uint8)
+                brought = iter(arrays[len(here) :])
+                for name in there:
+                    _later(session, name).parts = list(islice(brought, N_PARTS))
                 return session.payload(bucket)
 
-        taken = [
-            tf.cast(gradients[name], self._exchanged(name, gradients[name].dtype))
-            for name in compressed
-        ]
+        taken = [self._taken(name, gradients[name]) for name in here]
+        found = [p for name in there for p in self._find(session, name, gradients[name], checked)]
         finite = tf.zeros([0], tf.bool)
         if watched:
-            finite = tf.stack([tf.reduce_all(tf.math.is_finite(gradients[n])) for n in watched])
-        payload = tf.numpy_function(come_in, [checked, finite, *taken], tf.uint8)
+            finite = tf.stack([self._finite(name, gradients[name]) for name in watched])
+        payload = tf.numpy_function(come_in, [checked, finite, *taken, *found], tf.uint8)
         payload = tf.ensure_shape(payload, [None])
         if bucket is None:
             return payload
@@ -225,6 +262,38 @@ class Binding(BaseBinding):
         return hvd.allgather(
             payload, name=name, ignore_name_scope=True, process_set=self._process_set
         )
+
+    def _taken(self, name: str, gradient: tf.Tensor) -> tf.Tensor:
+        return tf.cast(gradient, self._exchanged(name, gradient.dtype))
+
+    def _finite(self, name: str, gradient: tf.Tensor) -> tf.Tensor:
+        with tf.device(self._side(name).device):
+            return tf.reduce_all(tf.math.is_finite(gradient))
+
+    def _find(
+        self, session: Session, name: str, gradient: tf.Tensor, checked: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """What a device finds in a layer's gradient: for the bucket's function, on the host.
+
+        TensorFlow copies it there behind the device's work and calls that function when it has
+        arrived, so nothing waits for the device but the payload itself.
+        """
+        place = self._on_device[name]
+        dtypes = place.parts(self._layers[self._position[name]].work_dtype)
+
+        def come_in(checked: tf.Tensor, array: tf.Tensor) -> Sequence[tf.Tensor]:
+            with self._lock:
+                if session.dense_step:
+                    session.note(name, finite=True)  # its sum is looked at
+                    return [tf.zeros(0, dtype) for dtype in dtypes]
+                session.compress(name, tf.reshape(array, [-1]))
+                return _later(session, name).parts
+
+        with tf.device(place.name):
+            parts: list[tf.Tensor] = tf.py_function(
+                come_in, [checked, self._taken(name, gradient)], dtypes
+            )
+        return parts
 
     def _receive(self, session: Session, gathered: dict[int | None, tf.Tensor]) -> tf.Tensor:
         """Waits for all buckets: before a step changes anything, all of it is there."""
@@ -259,6 +328,8 @@ class Binding(BaseBinding):
             return wide, Dense(sent.dtype, self, step)
         if not self.session.may_be_sparse(name):
             whole = self._corrected(name, gradient, step) if self.session.corrects else gradient
+            if step.grouped:
+                whole = tf.cast(whole, gradient.dtype)
             with tf.control_dependencies([step.checked]):
                 wide, _ = send_dense(tf.identity(whole))
             return wide, Dense(gradient.dtype, self, step, name)
@@ -272,64 +343,65 @@ class Binding(BaseBinding):
 
     def _corrected(self, name: str, gradient: tf.Tensor, step: Step) -> tf.Tensor:
         """Clipped and with momentum: what is sent of a gradient that goes dense."""
-        session = self.session
+        session, side = self.session, self._side(name)
         assert session is not None
-        work = self._layers[self._position[name]].work_dtype
+        work = tf.as_dtype(self._layers[self._position[name]].work_dtype)
 
-        def correct(checked: np.ndarray, array: np.ndarray) -> np.ndarray:
+        def correct(checked: Any, array: Any) -> Any:
             with self._lock:
-                flat: np.ndarray = session.correct(name, _bits(array).reshape(-1))
-            return flat.reshape(array.shape)
+                corrected = session.correct(name, side.flat(array))
+            return side.shaped(corrected, array.shape)
 
-        with tf.device("CPU:0"):
-            corrected = tf.numpy_function(correct, [step.checked, gradient], work)
+        with tf.device(side.device):
+            corrected = side.call(correct, [step.checked, gradient], work)
         return tf.ensure_shape(corrected, gradient.shape)
 
     def _offered(self, name: str, gradient: tf.Tensor, step: Step) -> tf.Tensor:
         """The whole gradient in a dense step, else a placeholder: (n,) or (1,)."""
-        session = self.session
+        session, side = self.session, self._side(name)
         assert session is not None
         work = self._layers[self._position[name]].work_dtype
         accepted = _as_horovod_accepts(gradient.dtype) if step.grouped else tf.as_dtype(work)
 
-        def offer(checked: np.ndarray, array: np.ndarray) -> np.ndarray:
+        def offer(checked: Any, array: Any) -> Any:
             with self._lock:
                 if session.is_sparse(name):
                     return np.ones(1, accepted.as_numpy_dtype)
-                whole = _bits(array).reshape(-1)
+                whole = side.flat(array)
                 if session.corrects:
                     whole = session.correct(name, whole)
-                return widened(whole).astype(accepted.as_numpy_dtype)
+                return side.cast(whole, accepted)
 
-        with tf.device("CPU:0"):
-            offered = tf.numpy_function(offer, [step.checked, gradient], accepted)
+        with tf.device(side.device):
+            offered = side.call(offer, [step.checked, gradient], accepted)
         return tf.ensure_shape(offered, [None])
 
     def decompress(self, reduced_one: tf.Tensor, sent: InFlight) -> tf.Tensor:
         """All ranks' entries as a gradient, scaled as Horovod scaled the 1.0."""
         assert self.session is not None
-        session, layer = self.session, self._layers[self._position[sent.name]]
+        session, side = self.session, self._side(sent.name)
+        layer = self._layers[self._position[sent.name]]
         dtype = self._exchanged(sent.name, sent.dtype)
 
-        def summed(received: np.ndarray, reduced: np.ndarray) -> np.ndarray:
-            total = _aligned(layer.size, dtype.as_numpy_dtype)
+        def summed(received: Any, reduced: Any) -> Any:
+            total = side.new(layer.size, dtype)
             with self._lock, self._until_the_last(sent.step):
                 counts = self._error is None
                 if counts and session.is_sparse(sent.name):
-                    scale = float(reduced[0]) / session.world_size
-                    session.decompress(sent.name, _bits(total), scale)
+                    scale = side.number(reduced) / session.world_size
+                    session.decompress(sent.name, side.writable(total), scale)
                     counts = not session.refused
                 elif counts:
-                    total[:] = reduced
+                    side.write(total, reduced)
                     counts = session.accept(sent.name, reduced)
                 if not counts:
-                    total[:] = self._instead
+                    side.write(total, self._instead)
             if self._error is not None:
-                total[:] = 0
-            return total.reshape(layer.shape)
+                side.write(total, 0)
+            return side.shaped(total, layer.shape)
 
-        with tf.device("CPU:0"):
-            total = tf.numpy_function(summed, [sent.step.received, reduced_one], dtype)
+        with tf.device(side.device):
+            total = side.call(summed, [sent.step.received, reduced_one], dtype)
             return tf.cast(tf.ensure_shape(total, layer.shape), sent.dtype)
 
     def _exchanged(self, name: str, gradient: tf.DType) -> tf.DType:
@@ -342,16 +414,17 @@ class Binding(BaseBinding):
         step, session, name = sent.step, self.session, sent.name
         assert step is not None
         assert session is not None
+        side = self._side(name) if step.some_dense else HOST
 
-        def count(received: np.ndarray, whole: np.ndarray) -> bool:
+        def count(received: Any, whole: Any) -> bool:
             with self._lock, self._until_the_last(step):
                 if self._error is None and name is not None:
-                    return session.accept(name, whole.reshape(-1) if session.dense_step else None)
+                    return session.accept(name, side.flat(whole) if session.dense_step else None)
             return True
 
-        with tf.control_dependencies([reduced]), tf.device("CPU:0"):
+        with tf.control_dependencies([reduced]), tf.device(side.device):
             whole = reduced if step.some_dense else tf.zeros([0])
-            counts = tf.numpy_function(count, [step.received, whole], tf.bool)
+            counts = side.call(count, [step.received, whole], tf.bool)
         if self._config.nonfinite == "skip":
             instead = tf.fill(tf.shape(reduced), tf.cast(self._instead, reduced.dtype))
             reduced = tf.where(counts, reduced, instead)
@@ -392,16 +465,18 @@ def _graph_of(gradients: Sequence[tf.Tensor]) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    """The array; of bfloat16, which is not NumPy's own, the bits as uint16."""
-    return array.view(np.uint16) if array.dtype == tf.bfloat16.as_numpy_dtype else array
+def stays_on_device(variable: Any) -> bool:
+    """Whether residual and passes are to be where a variable is; on a CPU, the core's are faster.
+
+    Of other devices than GPUs, gradients go by way of the host.
+    """
+    return bool(tf.DeviceSpec.from_string(handle_of(variable).device).device_type == "GPU")
 
 
-def _aligned(size: int, dtype: Any) -> np.ndarray:
-    """An array that TensorFlow takes over without copying: it wants multiples of 64 bytes."""
-    raw = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size * np.dtype(dtype).itemsize].view(dtype)
+def _later(session: Session, name: str) -> OnItsWay[Any]:
+    later = session.on_its_way(name)
+    assert isinstance(later, OnItsWay)
+    return later
 
 
 def _as_horovod_accepts(dtype: tf.DType) -> tf.DType:

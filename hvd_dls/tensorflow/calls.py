@@ -35,6 +35,23 @@ def identity(handle: Any) -> str:
     return str(handle)
 
 
+def on_host(handle: tf.Tensor) -> tf.Tensor:
+    """The same handle, for an operation on the host, where TensorFlow would let it take none.
+
+    An operation that takes a handle is placed beside the variable: the Python function that looks
+    at it, on a GPU, where there is no such operation.  A value within an Optional moves freely.
+    """
+    device = tf.DeviceSpec.from_string(handle.device)
+    if device.device_type == "CPU" and device.device_index == 0:
+        return handle
+    with tf.device(handle.device):
+        packed = tf.raw_ops.OptionalFromValue(components=[handle])
+    (unpacked,) = tf.raw_ops.OptionalGetValue(
+        optional=packed, output_types=[tf.resource], output_shapes=[[]]
+    )
+    return unpacked
+
+
 class Call:
     """One call of Horovod's ``allreduce_grads``.
 

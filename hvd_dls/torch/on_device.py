@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.passes import Found
+from hvd_dls.core.passes import Found, found_on_device
 from hvd_dls.core.passes_numpy import sample_stride
 from hvd_dls.core.places import Later
-from hvd_dls.core.sketch import BELOW, LAST_BASE, N_BINS, WINDOW, Sketch, bin_of
+from hvd_dls.core.sketch import BELOW, LAST_BASE, N_BINS, WINDOW
 
 _MANTISSA_SHIFT = 20  # as in core.sketch
 T = TypeVar("T")
@@ -68,6 +68,9 @@ class Device:
 
     def load(self, array: Tensor, saved: Any) -> None:
         array.copy_(torch.as_tensor(saved))
+
+    def scale(self, array: Tensor, factor: float) -> None:
+        array.mul_(factor)
 
     def copy(self, array: Tensor) -> Tensor:
         return array.clone()
@@ -207,20 +210,10 @@ def _bins(magnitudes: Tensor) -> Tensor:
 
 
 def _found(k: int, dtype: np.dtype, stride: int, sent: np.ndarray) -> Found | None:
-    """What ``find`` put into one tensor, taken apart; None if not all of it is finite."""
+    """What ``find`` put into one tensor, taken apart."""
     size = k * dtype.itemsize // sent.itemsize
     values, indices = sent[:size].view(dtype), sent[size : size + k].view(np.uint32)
-    magnitudes = np.abs(values)
-    if not np.isfinite(magnitudes).all():  # then of everything: nothing is larger
-        return None
-    threshold = float(magnitudes.min())
-    base = min(max(int(bin_of(magnitudes.min())) - BELOW, 0), LAST_BASE)
-    counts = stride * sent[size + k :].astype(np.int64)
-    if base == 0:
-        counts[0] = 0  # zeros, which nobody sends
-    bins = np.minimum(bin_of(magnitudes) - base, WINDOW - 1)
-    counts += np.bincount(bins, minlength=WINDOW)
-    return Found(indices, values, threshold, Sketch(base, counts.astype(np.uint32)))
+    return found_on_device(indices, values, sent[size + k :], stride)
 
 
 def _name(dtype: torch.dtype) -> str:

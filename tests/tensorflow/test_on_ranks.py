@@ -1,4 +1,4 @@
-"""Everything in with_ranks/, as real horovodrun jobs of 2 and 4 ranks."""
+"""Everything in with_ranks/, as real horovodrun jobs of 2 and 4 ranks; and with_one_rank/."""
 
 import pytest
 
@@ -7,6 +7,12 @@ from tests.jobs import needs, pytest_on_ranks
 pytestmark = needs("tensorflow")
 
 HERE = "tests/tensorflow/with_ranks"
+
+
+def test_tensorflow_in_a_process_of_its_own():
+    """Because horovod.torch and horovod.tensorflow do not go into one."""
+    output = pytest_on_ranks(1, "tests/tensorflow/with_one_rank")
+    assert output.count(" passed") == 1, output
 
 
 @pytest.mark.timeout(900)

@@ -13,7 +13,7 @@ import keras
 
 import hvd_dls.keras as hvd
 from hvd_dls import DLSError
-from hvd_dls.tensorflow import DLSCompressor
+from hvd_dls.tensorflow import DLSCompressor, binding
 from tests.keras.with_ranks.training import (
     SPARSE,
     assert_nothing_is_lost,
@@ -172,6 +172,25 @@ def test_mixed_precision(compression, policy):
         keras.config.set_dtype_policy("float32")
     assert np.isfinite(flat(model)).all()
     assert_same_on_all_ranks(flat(model))
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "nonfinite": "skip"}], ids=str)
+def test_passes_on_a_device_train_the_same_to_the_bit(policy, options, monkeypatch):
+    """With loss scaling, they are in a branch of a condition."""
+    trained = []
+    keras.config.set_dtype_policy(policy)
+    try:
+        for there in (False, True):
+            monkeypatch.setattr(binding, "stays_on_device", lambda variable, there=there: there)
+            model = compiled(compressor(**options), keras.optimizers.SGD(0.05))
+            model.fit(*data(32), 16, epochs=3, shuffle=False, verbose=0)
+            trained.append(flat(model))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert np.isfinite(trained[0]).all()
+    assert np.array_equal(*trained)
+    assert_same_on_all_ranks(trained[1])
 
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(compression):

@@ -13,6 +13,9 @@ from tests.tensorflow.with_ranks.training import SPARSE
 @pytest.fixture(scope="session", autouse=True)
 def horovod(request):
     tf.config.threading.set_intra_op_parallelism_threads(1)
+    (cpu,) = tf.config.list_physical_devices("CPU")  # as two: for variables on another device
+    two = [tf.config.LogicalDeviceConfiguration(), tf.config.LogicalDeviceConfiguration()]
+    tf.config.set_logical_device_configuration(cpu, two)
     os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
     hvd.init()
     yield

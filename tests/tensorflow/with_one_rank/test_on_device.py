@@ -1,0 +1,413 @@
+"""The passes in TensorFlow beside the core's, to the bit: on CPU tensors, and on a GPU if any.
+
+Without subnormal numbers: on a CPU, most operations of TensorFlow take them for zero.
+"""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hvd_dls.config import DLSConfig
+from hvd_dls.core import momentum, passes
+from hvd_dls.core.layers import layer_spec
+from hvd_dls.core.plan import histogram
+from hvd_dls.core.session import Session
+from hvd_dls.core.sketch import SAMPLE, WINDOW
+from hvd_dls.tensorflow.on_device import Device
+from tests.core.strategies import KINDS
+from tests.core.test_passes import DTYPES, cases, entries, load, store
+
+no_gpu = pytest.mark.skipif(
+    not tf.config.list_physical_devices("GPU"), reason="no GPU: TensorFlow lists none"
+)
+on_each_device = pytest.mark.parametrize("name", ["CPU:0", pytest.param("GPU:0", marks=no_gpu)])
+
+some = settings(
+    derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
+)
+
+
+def tensor(array, name="CPU:0"):
+    """A copy of an array of the core's on a device; uint16 is bfloat16."""
+    kind = tf.bfloat16.as_numpy_dtype if array.dtype == np.uint16 else array.dtype
+    with tf.device(name):
+        return tf.constant(array.view(kind).copy())
+
+
+def variable(array, name="CPU:0"):
+    """The same, to be changed."""
+    with tf.device(name):
+        return tf.Variable(tensor(array, name))
+
+
+def array_of(values):
+    """A copy of a tensor or variable as the core has it."""
+    array = np.array(values.numpy())
+    return array.view(np.uint16) if array.dtype == tf.bfloat16.as_numpy_dtype else array
+
+
+def bits(values):
+    return (values if isinstance(values, np.ndarray) else array_of(values)).tobytes()
+
+
+def normal(values):
+    """Zeros for what would be subnormal in float32 (or bfloat16), as TensorFlow has it."""
+    if values.dtype == np.float16:
+        return values
+    tiny = np.abs(load(values)) < np.finfo(np.float32).tiny
+    values = values.copy()
+    if values.dtype == np.uint16:
+        values[tiny] &= 0x8000
+    else:
+        values[tiny] = np.copysign(values.dtype.type(0), values[tiny])
+    return values
+
+
+def assert_same(own, core):
+    """Bit for bit; but for subnormal numbers and what they are rounded to."""
+    least = np.finfo(np.float32).tiny  # to which a subnormal number may be rounded up, of 16 bits
+    magnitudes = np.abs(load(core))
+    tiny = (magnitudes > 0) & (magnitudes <= least) & (core.dtype != np.float16)
+    assert (np.abs(load(own))[tiny] <= least).all()
+    own, core = own.copy(), core.copy()
+    own[tiny] = core[tiny] = 0
+    assert bits(own) == bits(core)
+
+
+# Find -------------------------------------------------------------------------------------------
+
+
+def check_find(residual, gradient, k, name):
+    """Ties go to the lower index, too."""
+    residual, gradient = normal(residual), normal(gradient)
+    there = [variable(residual, name), tensor(gradient, name)]
+    found = Device(name).find(*there, k).result()
+    assert [bits(x) for x in there] == [bits(residual), bits(gradient)]
+    expected = passes.find(residual, gradient, k)
+    if expected is None:
+        assert found is None
+        return
+    assert type(found.threshold) is float
+    assert found.threshold == expected.threshold
+    assert (found.indices.dtype, found.values.dtype) == (np.uint32, residual.dtype)
+    assert bits(found.indices) == bits(expected.indices)
+    assert np.array_equal(found.values, expected.values)  # a zero's sign is not sent
+    assert found.sketch.base == expected.sketch.base
+    assert bits(found.sketch.counts) == bits(expected.sketch.counts)
+
+
+@on_each_device
+@some
+@given(case=cases())
+def test_what_is_found_is_what_the_core_finds(name, case):
+    check_find(*case, name)
+
+
+@on_each_device
+@pytest.mark.parametrize("n", [SAMPLE, 2 * SAMPLE + 1, 5 * SAMPLE + 7])
+@pytest.mark.parametrize("kind", ["gaussian", "ties", "octaves"])
+def test_sketches_of_large_layers(name, kind, n):
+    gradient = KINDS[kind](np.random.default_rng(2), n).astype(np.float32)
+    for k in (10, n // 100, n // 2):
+        check_find(np.roll(gradient, 5), gradient, k, name)
+
+
+@on_each_device
+@pytest.mark.parametrize(("work", "dtype"), DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_found_wherever_they_are(name, work, dtype, bad):
+    for where in (0, 1000, 5002):
+        for k in (1, 10, 5003):
+            gradient = store(np.ones(5003), dtype)
+            gradient[where] = store([bad], dtype)[0]
+            check_find(np.ones(5003, work), gradient, k, name)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_ends_of_the_range(name, dtype):
+    """Overflow of a sum; sketches whose window ends with the last bin, or begins with the first."""
+    largest, tiny = np.finfo(dtype).max, np.finfo(np.float32).tiny
+    for value in (largest, largest / 2, largest / 1000, 2e6 * tiny, 1e7 * tiny, 0):
+        gradient = (value * np.geomspace(1, 1e-6, 100)).astype(dtype)
+        for residual in (np.zeros(100, dtype), gradient):
+            check_find(residual, gradient, 5, name)
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
+def test_shapes_never_depend_on_data(dtype):
+    """While a function is traced, tensors have no values: to look at some is an error."""
+    place = Device("CPU:0")
+    work = tf.float64 if dtype == tf.float64 else tf.float32
+    residual, gradient = (tf.TensorSpec([100_000], kind) for kind in (work, dtype))
+    traced = tf.function(lambda r, g: place.find(r, g, 1000).parts, autograph=False)
+    parts = traced.get_concrete_function(residual, gradient).structured_outputs
+    assert [tuple(part.shape) for part in parts] == [(1000,), (1000,), (WINDOW,)]
+    assert [part.dtype for part in parts] == place.parts(work.as_numpy_dtype)
+
+
+def test_what_is_on_its_way_is_ready_when_it_has_been_brought():
+    gradient = np.arange(100, dtype=np.float32)
+    later = Device("CPU:0").find(variable(0 * gradient), tensor(gradient), 3)
+    assert not later.ready()
+    later.parts = [part.numpy() for part in later.parts]
+    assert later.ready()
+    assert later.result().indices.tolist() == [97, 98, 99]
+
+
+# Settle -----------------------------------------------------------------------------------------
+
+
+@on_each_device
+@some
+@given(
+    case=cases(sizes=(1, 2, 65, 1000, 20_001)),
+    data=st.data(),
+    ranks=st.integers(0, 5),
+    scale=st.sampled_from([1.0, 0.25, 1 / 3, -2.0, 0.0, -0.0, 1e-30, 1e30]),
+)
+def test_settling_gives_the_core_s_bits(name, case, data, ranks, scale):
+    residual, gradient = map(normal, case[:2])
+    work, place = residual.dtype, Device(name)
+
+    def drawn():
+        indices, values = data.draw(entries(len(residual), work))
+        return indices, normal(values)
+
+    received = [drawn() for _ in range(ranks)]
+    indices, kept = drawn()
+    kept = data.draw(st.sampled_from([None, kept]))
+    other = [np.float32, np.float16, np.uint16] if work == np.float32 else [np.float64, np.float32]
+    for dtype in {gradient.dtype, np.dtype(data.draw(st.sampled_from(other)))}:
+        core_residual, core_out = residual.copy(), np.zeros(len(residual), dtype)
+        own, new, out = (variable(x, name) for x in (residual, gradient, core_out))
+        passes.settle(core_residual, gradient, indices, kept, received, scale, core_out)
+        there = tf.constant(np.array(scale))  # not a bare -0.0: for that TensorFlow makes 0.0
+        place.settle(own, new, indices, kept, received, there, out)
+        assert_same(array_of(own), core_residual)
+        assert_same(array_of(out), core_out)
+        assert bits(new) == bits(gradient)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16])
+def test_sums_are_rounded_as_the_core_rounds(name, dtype):
+    """To each number of 16 bits, subnormal float16 too; at and above the middle between two."""
+    numbers = load(np.arange(0x8000, dtype=np.uint16).view(dtype))
+    numbers = numbers[np.isfinite(numbers)].astype(np.float32)
+    middles = numbers[1:] / 2 + numbers[:-1] / 2
+    values = np.concatenate([numbers, middles, np.nextafter(middles, np.float32(np.inf)), -middles])
+    values = normal(values)
+    where, zeros = np.arange(len(values), dtype=np.uint32), np.zeros_like(values)
+    core, own = np.empty(len(values), dtype), variable(np.zeros(len(values), dtype), name)
+    received = [(where, values)]
+    passes.settle(zeros.copy(), zeros, where[:0], None, received, 1.0, core)
+    there = tensor(zeros, name)
+    Device(name).settle(variable(zeros, name), there, where[:0], None, received, 1.0, own)
+    assert bits(own) == bits(core)
+
+
+# The smaller ones -------------------------------------------------------------------------------
+
+
+CLIPPING = [{"clip_value": 0.5}, {"clip_norm": 2.0}, {"clip_norm": 2.0, "clip_value": 0.5}]
+
+
+@on_each_device
+@pytest.mark.parametrize(("work", "dtype"), DTYPES)
+@pytest.mark.parametrize("options", [{}, *CLIPPING, {"clip_norm": 1e9}], ids=str)
+@pytest.mark.parametrize("mass", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+def test_clipping_and_momentum_are_the_core_s(name, work, dtype, options, mass):
+    config, place = DLSConfig(**options, **mass), Device(name)
+    rng = np.random.default_rng(0)
+    velocity = rng.standard_normal(3000).astype(work) if mass else None
+    for factor in (1, 0, 1e-3, 1e3):
+        gradient = store(factor * rng.standard_normal(3000), dtype)
+        into = np.zeros(3000, work)
+        there = variable(into, name)
+        expected = momentum.correct(gradient, velocity, into, config, 2.0)
+        of = None if velocity is None else variable(velocity, name)
+        given_gradient = tensor(gradient, name)
+        result = place.correct(given_gradient, of, there, config, 2.0)
+        assert bits(given_gradient) == bits(gradient)
+        for own, core in ((result, expected), (there, into)):
+            if options.get("clip_norm") == 2.0:
+                np.testing.assert_allclose(array_of(own), core, rtol=1e-6)
+            else:
+                assert bits(own) == bits(core)
+
+
+@on_each_device
+@pytest.mark.parametrize("options", [*CLIPPING, {"momentum": 0.5, "nesterov": True}], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_clipping_leaves_nan_and_inf_to_be_found(name, options, bad):
+    gradient = np.ones(1000, np.float32)
+    gradient[77] = bad
+    velocity, into = variable(np.ones_like(gradient), name), variable(np.ones_like(gradient), name)
+    place, config = Device(name), DLSConfig(**options)
+    of = velocity if config.momentum else None
+    corrected = place.correct(tensor(gradient, name), of, into, config, 1.0)
+    assert not place.finite(corrected)
+    assert place.find(variable(np.zeros_like(gradient), name), corrected, 3).result() is None
+
+
+def test_a_layer_without_entries_can_be_clipped():
+    nothing = np.zeros(0, np.float32)
+    config = DLSConfig(clip_norm=1.0, clip_value=1.0)
+    assert Device("CPU:0").correct(tensor(nothing), None, variable(nothing), config).shape == (0,)
+
+
+@on_each_device
+def test_histograms_zeros_and_what_was_saved(name):
+    place, rng = Device(name), np.random.default_rng(0)
+    values = (rng.standard_normal(5000) ** 9).astype(np.float32)
+    values[:10] = -0.0
+    assert np.array_equal(place.histogram(tensor(values, name)), histogram(values))
+    own = place.zeros(5000, np.dtype(np.float32))
+    assert own.device.endswith(name)
+    assert (own.shape, own.dtype) == ((5000,), tf.float32)
+    saved = values.copy()
+    place.load(own, saved)
+    assert bits(place.to_host(own)) == bits(values)
+    place.clear(own, np.array([3, 4999], np.uint32))
+    assert np.flatnonzero(place.to_host(own) != values).tolist() == [4999]
+    assert bits(saved) == bits(values)  # memory of its own
+    before = place.copy(own)
+    place.scale(own, 2.0)
+    assert np.array_equal(own, 2 * before)
+    place.fill_infinite(own)
+    assert np.isposinf(place.to_host(own)).all()
+    assert place.finite(before)
+    assert not place.finite(own)
+
+
+# Sessions -----------------------------------------------------------------------------------------
+
+
+LAYERS = [
+    ("conv", (5, 5, 3, 32)),
+    ("bias", (32,)),
+    ("hidden", (288, 64)),
+    ("out", (60, 40)),
+]
+RANKS = 2
+
+
+def make_sessions(places, itemsize=4, **options):
+    layers = [layer_spec(name, shape, "tensorflow", itemsize) for name, shape in LAYERS]
+    config = DLSConfig(density=0.05, cost_rule=False, bucket_bytes=40_000, **options)
+    return [Session(layers, config, RANKS, places=places) for _ in range(RANKS)]
+
+
+def floats(gradient):
+    """As Horovod takes it: not bfloat16."""
+    if isinstance(gradient, tf.Tensor):
+        return tf.cast(gradient, tf.float32) if gradient.dtype == tf.bfloat16 else gradient
+    return load(gradient).astype(np.float32) if gradient.dtype == np.uint16 else gradient
+
+
+def run_step(sessions, gradients):
+    """One step of all ranks: payloads, and what came out on each rank."""
+    payloads, waiting, out = [], [], []
+    for session, of_rank in zip(sessions, gradients, strict=True):
+        sent = {}
+        for name, gradient in reversed(of_rank.items()):
+            if session.is_sparse(name):
+                complete = session.compress(name, gradient)
+            else:
+                place = session._places[name]
+                complete = session.note(name, session.dense_step or place.finite(floats(gradient)))
+                corrected = session.correct(name, gradient) if session.corrects else gradient
+                waiting.append(corrected)
+            if complete is not None:
+                sent[complete] = session.payload(complete)
+        payloads.append(sent)
+    for session, of_rank in zip(sessions, gradients, strict=True):
+        for bucket in payloads[0]:
+            session.receive(bucket, np.concatenate([sent[bucket] for sent in payloads]))
+        for name, gradient in of_rank.items():
+            if session.is_sparse(name):
+                if isinstance(gradient, tf.Tensor):
+                    gradient = tf.Variable(gradient)
+                session.decompress(name, gradient, 0.5)
+                out.append(gradient)
+            else:
+                # What stands for the sum is the same on all ranks.
+                session.accept(name, floats(gradients[0][name]) if session.dense_step else None)
+    return (
+        [sent[bucket].tobytes() for sent in payloads for bucket in sorted(sent)],
+        [bits(values) for values in out],
+        [bits(values) for values in waiting],
+    )
+
+
+def state_of(session):
+    state = session.state_dict()
+    parts = [*state["residuals"].values(), *state["velocities"].values()]
+    return [bits(part) for part in parts], state["ratios"].tolist(), state["thresholds"].tolist()
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"values": "bfloat16", "index_code": "plain"},
+        {"values": "float16", "momentum": 0.9},
+        {"momentum": 0.5, "nesterov": True, "clip_value": 1.0, "dense_steps": 2},
+        {"prior": "measured", "measure_every": 2},
+        {"strategy": "layerwise", "momentum": 0.9, "momentum_masking": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_session_on_a_device_is_one_on_the_host_to_the_bit(name, options, dtype, mixed):
+    """With skipped steps, changes of the loss scale, and a restart from the other's state."""
+    place = Device(name)
+    names = [layer for layer, _ in LAYERS if not mixed or layer in ("bias", "hidden")]
+    itemsize = np.dtype(dtype).itemsize
+    options = {"nonfinite": "skip"} | options
+    host, other = (make_sessions(p, itemsize, **options) for p in ({}, dict.fromkeys(names, place)))
+    rng = np.random.default_rng(0)
+    for step in range(8):
+        given_gradients = []
+        for _ in range(RANKS):
+            gradients = {n: rng.standard_t(4, np.prod(shape)) for n, shape in LAYERS}
+            if step in (1, 4):
+                gradients[("bias", "hidden")[step // 4]][5] = np.nan
+            given_gradients.append({n: store(g, dtype) for n, g in gradients.items()})
+        there = [
+            {n: tensor(g, name) if n in names else g.copy() for n, g in of_rank.items()}
+            for of_rank in given_gradients
+        ]
+        if step == 3:
+            for session in (*host, *other):
+                session.scale_to(1024.0)
+        expected, own = run_step(host, given_gradients), run_step(other, there)
+        assert own[:2] == expected[:2]
+        assert own[2] == expected[2] or host[0].refused
+        for one, two in zip(host, other, strict=True):
+            assert state_of(one) == state_of(two)
+            assert (one.skipped, one.refused) == (two.skipped, two.refused)
+            if one.last_step is not None:
+                assert one.last_step.quality == two.last_step.quality
+        if step == 5:
+            assert host[0].skipped == 2
+            saved = [
+                (one.state_dict(), two.state_dict()) for one, two in zip(host, other, strict=True)
+            ]
+            host = make_sessions({}, itemsize, **options)
+            other = make_sessions(dict.fromkeys(names, place), itemsize, **options)
+            for one, two, (of_host, of_other) in zip(host, other, saved, strict=True):
+                two.load_state_dict(of_host)
+                parts = {
+                    part: {
+                        n: np.frombuffer(bits(x), one.residuals["out"].dtype)
+                        for n, x in of_other[part].items()
+                    }
+                    for part in ("residuals", "velocities")
+                }
+                one.load_state_dict(of_other | parts)
