@@ -36,7 +36,7 @@ from hvd_dls.core.passes import Found, find, settle
 SIZES = [1_000, 10_000, 100_000, 1_000_000, 10_000_000, 25_000_000, 100_000_000]
 DENSITIES = [1e-4, 1e-3, 1e-2, 0.1]
 FLOOR = "np.add"
-OURS = ["hvd_dls", "hvd_dls, first step"]
+OURS = ["hvd_dls", "hvd_dls, first step", "hvd_dls, one thread"]
 
 
 class Case(NamedTuple):
@@ -128,8 +128,11 @@ def floor(residual: np.ndarray, gradient: np.ndarray, k: int) -> Iterator[None]:
     yield
 
 
-def ours(last_threshold: float) -> Callable[[np.ndarray, np.ndarray, int], Iterator[None]]:
+def ours(
+    last_threshold: float, count: int
+) -> Callable[[np.ndarray, np.ndarray, int], Iterator[None]]:
     def method(residual: np.ndarray, gradient: np.ndarray, k: int) -> Iterator[None]:
+        threads.use(count)
         found = find_finite(residual, gradient, k, last_threshold)
         yield
         sent = [(found.indices, found.values)]
@@ -198,14 +201,15 @@ def dgc(magnitudes: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def measure(
-    case: Case, k: int, repeats: int, clock: Callable[[], float]
+    case: Case, k: int, repeats: int, clock: Callable[[], float], count: int
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each method and repetition: "select" and "step"."""
     last = find_finite(np.zeros_like(case.before), case.before, k).threshold
     methods = {
         FLOOR: floor,
-        OURS[0]: ours(last),
-        OURS[1]: ours(0.0),
+        OURS[0]: ours(last, count),
+        OURS[1]: ours(0.0, count),
+        **({OURS[2]: ours(last, 1)} if count > 1 else {}),
         "DGC's sample": in_torch(dgc),
         "torch.topk": in_torch(topk),
         "torch.kthvalue": in_torch(kthvalue),
@@ -246,7 +250,9 @@ def run(args: argparse.Namespace) -> list[dict]:
                 for density in args.densities:
                     bar.set_postfix_str(f"{data} n={n:.0e} density={density:g}")
                     k = max(1, round(density * n))
-                    taken = measure(case, k, repeats_for(n, args.repeats), CLOCKS[args.clock])
+                    taken = measure(
+                        case, k, repeats_for(n, args.repeats), CLOCKS[args.clock], args.threads
+                    )
                     found = {m: {p: statistics(s) for p, s in t.items()} for m, t in taken.items()}
                     rows.append({"data": data, "n": n, "density": density, "k": k, "s": found})
                     bar.update()
@@ -359,7 +365,6 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
-    threads.use(args.threads)
     rows = run(args)
     for part in ("select", "step"):
         print(table(rows, part), worst(rows, part), sep="\n", end="\n\n")

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 _LEAST = 1 << 19  # entries of a part: waking a thread takes about as long as 1e5 of them
+_AT_ALL = 64  # threads that are ever started
 _MOST = 4  # threads of a process, if nobody asks for more: these use up most memory's bandwidth
 T = TypeVar("T")
 R = TypeVar("R")
@@ -22,10 +23,7 @@ _pool: ThreadPoolExecutor | None = None
 
 def use(count: int) -> None:
     """Sets the number of threads of this process that work on a layer."""
-    global _count, _pool
-    if _pool is not None and count != _count:
-        _pool.shutdown()
-        _pool = None
+    global _count
     _count = count
 
 
@@ -56,6 +54,6 @@ def each(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
     """``function`` of each argument, on a thread for each; this one takes the first."""
     global _pool
     if _pool is None:
-        _pool = ThreadPoolExecutor(_count - 1, "hvd_dls")
+        _pool = ThreadPoolExecutor(_AT_ALL, "hvd_dls")  # it starts as many as are asked for
     others = [_pool.submit(function, argument) for argument in arguments[1:]]
     return [function(arguments[0]), *(other.result() for other in others)]
