@@ -87,8 +87,9 @@ BENCHMARKS = {
     "threads": Benchmark(
         "Selection on two threads",
         "--threads 2 --sizes 1e6 1e7 2.5e7 1e8 --densities 1e-4 1e-3 1e-2 --data normal "
-        "--repeats 5",
-        "As above, but ours on two threads (option `threads`), the others and the floor on one.",
+        "--repeats 3",
+        "As above, but ours on two threads (option `threads`) and on one, the others and the floor on "
+        "one.",
         script="selection",
     ),
     "memory": Benchmark(

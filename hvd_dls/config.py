@@ -86,7 +86,7 @@ class DLSConfig:
     index_code: str = "elias-fano"
     # Gradient bytes that travel together.  Lower = earlier on their way, but more operations.
     bucket_bytes: int = 32 << 20
-    # Threads of each process that work on a layer of a million entries or more; None = as many as
+    # Threads of each process that work on a layer of 16 million entries or more; None = as many as
     # the host has cores for each process on it, but 4 and OMP_NUM_THREADS at most.
     threads: int | None = None
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-_LEAST = 1 << 19  # entries of a part: waking a thread takes about as long as 1e5 of them
+# Entries of a part.  One thread nearly uses up memory's bandwidth where it was measured: two are
+# faster than one from 25 million entries on, and not below (benchmarks/results.py --only threads).
+_LEAST = 1 << 23
 _AT_ALL = 64  # threads that are ever started
 _MOST = 4  # threads of a process, if nobody asks for more: these use up most memory's bandwidth
 T = TypeVar("T")

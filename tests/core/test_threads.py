@@ -13,7 +13,8 @@ needs_numba = pytest.mark.skipif(not HAVE_NUMBA, reason="without numba there are
 
 
 @pytest.fixture(autouse=True)
-def one_thread_afterwards():
+def one_thread_afterwards(monkeypatch):
+    monkeypatch.setattr(threads, "_LEAST", 1 << 19)  # or the tests would take long
     yield
     threads.use(1)
 
