@@ -88,8 +88,7 @@ BENCHMARKS = {
         "Selection on two threads",
         "--threads 2 --sizes 1e6 1e7 2.5e7 1e8 --densities 1e-4 1e-3 1e-2 --data normal "
         "--repeats 3",
-        "As above, but ours on two threads (option `threads`) and on one, the others and the floor on "
-        "one.",
+        "As above, but ours on two threads (option `threads`), too; all else is on one.",
         script="selection",
     ),
     "memory": Benchmark(
