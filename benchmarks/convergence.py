@@ -76,7 +76,7 @@ class Setting(NamedTuple):
             it, and the optimizer has none).
         warmup: share of the steps in which the density goes down.
         rate: factor on the task's learning rate.
-        length: factor on the task's steps.
+        longer: whether it trains for more steps, as the task says.
         masking: of momentum correction; None: the task's.
     """
 
@@ -86,7 +86,7 @@ class Setting(NamedTuple):
     momentum: str = "optimizer"
     warmup: float = 0.0
     rate: float = 1.0
-    length: int = 1
+    longer: bool = False
     masking: bool | None = None
 
 
@@ -101,8 +101,8 @@ def _settings() -> Iterator[tuple[str, Setting]]:
         corrected = setting._replace(momentum="compressor", warmup=WARMUP[density])
         yield f"{strategy}-{density:g}-corrected", corrected
         if strategy == "dls":
-            yield f"{strategy}-{density:g}-long", corrected._replace(section="length", length=4)
-    yield "dense-long", Setting("dense", None, "length", length=4)
+            yield f"{strategy}-{density:g}-long", corrected._replace(section="length", longer=True)
+    yield "dense-long", Setting("dense", None, "length", longer=True)
     yield from _variants()
 
 
@@ -138,11 +138,11 @@ SETTINGS = dict(_settings())
 TASKS_OF = {
     "strategies": tuple(TASKS),
     "plain": ("digits", "images", "text"),
-    "length": ("text",),
+    "length": ("text", "code"),
     "priors": ("digits", "text"),
     "adjustment": ("digits", "text"),
     "floor": ("images", "text"),
-    "momentum": ("digits", "text", "code"),
+    "momentum": tuple(TASKS),
     "rates": ("digits", "images"),
 }
 # Settings that are tried with more workers, too, by task.
@@ -188,7 +188,7 @@ def all_runs(tasks: Iterable[str], settings: Iterable[str], seeds: Iterable[int]
 def description(run: Run, steps: int | None, folder: Path) -> dict[str, Any]:
     """All that a run's result follows from."""
     task, setting = TASKS[run.task], SETTINGS[run.setting]
-    steps = steps or setting.length * task.steps
+    steps = steps or (task.longer if setting.longer else 1) * task.steps
     options = None
     if setting.options is not None:
         options = dict(setting.options)

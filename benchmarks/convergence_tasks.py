@@ -252,6 +252,7 @@ class Task:
         batch: examples of all workers in a step, so that runs differ in nothing else.
         masking: whether momentum correction clears the momentum of entries that are sent, the
             better of both for DLS at 1 %.
+        longer: factor on the steps of longer runs.
         accuracy: whether the metric is the share of examples recognised, and not the loss in nats.
     """
 
@@ -264,6 +265,7 @@ class Task:
     batch: int
     accuracy: bool
     masking: bool = True
+    longer: int = 4
 
     def make_model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -358,6 +360,7 @@ TASKS = {
             batch=32,
             accuracy=False,
             masking=False,
+            longer=2,
         ),
     )
 }
