@@ -7,7 +7,8 @@ Each way to exchange is a job of its own on this machine (synthetic.py), and wha
 peak of the resident memory of rank 0, frameworks included. What counts is the difference from dense
 training; beside it stands the same in multiples of the gradients' own memory. Dense training has
 Horovod's fusion buffer (up to 128 MB), through which DLS sends only what goes dense anyhow; DLS has
-numba and its compiled loops, which are measured, too, and are the same for any model.
+numba and its compiled loops, which are measured, too, and are the same for any model. Momentum
+correction is to be compared with dense training that has momentum in the optimizer.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ WAYS = {
     "DLS, 1 %": ["--compression", "dls"],
     "DLS, 1 %, bfloat16": ["--compression", "dls", "--values", "bfloat16"],
     "DLS, 0.1 %": ["--compression", "dls", "--density", "0.001"],
+    "dense, momentum": ["--compression", "none", "--momentum", "0.9"],
     "DLS, 1 %, momentum correction": ["--compression", "dls", "--momentum", "0.9"],
 }
 

@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--values", choices=VALUES, default=DLSConfig.values)
     parser.add_argument("--index-code", choices=INDEX_CODES, default=DLSConfig.index_code)
     parser.add_argument("--bucket-bytes", type=int, default=DLSConfig.bucket_bytes)
-    parser.add_argument("--momentum", type=float, default=0.0, help="of DLS, instead of SGD's")
+    parser.add_argument("--momentum", type=float, default=0.0, help="of SGD; of DLS, in its place")
     parser.add_argument("--backward-ms", type=float, default=0.0, help="sleep in each backward")
     parser.add_argument("--tail", choices=TAILS, default="normal", help="shape of the noise")
     parser.add_argument("--spread", type=float, default=100.0, help="between layers' scales")
@@ -87,8 +87,9 @@ class Benchmark:
         }
         self.compression = make_compression(args.compression, **options)
         named = list(self.model.named_parameters())
+        of_optimizer = 0.0 if isinstance(self.compression, DLSCompressor) else args.momentum
         self.optimizer = hvd.DistributedOptimizer(
-            torch.optim.SGD([p for _, p in named], lr=0.01),
+            torch.optim.SGD([p for _, p in named], lr=0.01, momentum=of_optimizer),
             named_parameters=named,
             compression=self.compression,
         )

@@ -18,7 +18,7 @@ SAMPLE = 1 << 16  # unsent entries looked at, at most about
 
 N_BINS = 255 * BINS_PER_OCTAVE  # all finite float32 magnitudes
 LAST_BASE = N_BINS - WINDOW
-_MANTISSA_SHIFT = 20
+MANTISSA_SHIFT = 20  # of float32 bits: what is left of them is the bin
 
 
 class Sketch(NamedTuple):
@@ -32,7 +32,7 @@ def bin_of(magnitudes: np.ndarray) -> np.ndarray:
     """Bin number of each magnitude (float32 or float64, finite, >= 0): (n,) int64."""
     with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite here: the last bin
         bits = np.asarray(magnitudes, dtype=np.float32).view(np.uint32)
-    bins: np.ndarray = np.minimum(bits >> _MANTISSA_SHIFT, N_BINS - 1).astype(np.int64)
+    bins: np.ndarray = np.minimum(bits >> MANTISSA_SHIFT, N_BINS - 1).astype(np.int64)
     return bins
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 # faster than one from 25 million entries on, and not below (benchmarks/results.py --only threads).
 _LEAST = 1 << 23
 _AT_ALL = 64  # threads that are ever started
-_MOST = 4  # threads of a process, if nobody asks for more: these use up most memory's bandwidth
+_MOST = 4  # threads of a process, if nobody asks for more: memory's bandwidth is shared by all
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -236,7 +236,7 @@ class Binding(BaseBinding):
             with self._lock:
                 for name, good in zip(watched, finite, strict=True):
                     session.note(name, bool(good))
-                for name, array in zip(here, arrays, strict=False):
+                for name, array in zip(here, arrays[: len(here)], strict=True):
                     if session.dense_step:
                         session.note(name, finite=True)  # its sum is looked at
                     else:

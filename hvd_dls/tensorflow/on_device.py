@@ -26,11 +26,10 @@ from hvd_dls.core.passes import Found, found_on_device
 from hvd_dls.core.passes_numpy import sample_stride
 from hvd_dls.core.places import Later
 from hvd_dls.core.plan import histogram
-from hvd_dls.core.sketch import BELOW, LAST_BASE, N_BINS, WINDOW
+from hvd_dls.core.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
 
 TOO_LARGE = 2**31  # entries of a layer: TensorFlow's top_k tells indices in int32
 N_PARTS = 3  # of what ``find`` leaves on the device
-_MANTISSA_SHIFT = 20  # as in core.sketch
 T = TypeVar("T")
 
 
@@ -237,7 +236,7 @@ def _all_finite(array: tf.Tensor) -> tf.Tensor:
 def _bins(magnitudes: tf.Tensor) -> tf.Tensor:
     """``core.sketch.bin_of``, int64; any number for what is not finite."""
     bits = tf.cast(tf.bitcast(tf.cast(magnitudes, tf.float32), tf.int32), tf.int64)
-    return tf.minimum(tf.bitwise.right_shift(bits, _MANTISSA_SHIFT), N_BINS - 1)
+    return tf.minimum(tf.bitwise.right_shift(bits, MANTISSA_SHIFT), N_BINS - 1)
 
 
 def _found(

@@ -8,12 +8,16 @@ other bits.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from types import TracebackType
 
 # Of C's <fenv.h>: rounding, flags and, on x86 and ARM, what becomes of subnormal numbers.
-_library = ctypes.CDLL(None)
-_save, _set = (getattr(_library, name, None) for name in ("fegetenv", "fesetenv"))
+_ON_LINUX = sys.platform == "linux"  # elsewhere FE_DFL_ENV is another
+_save, _set = (
+    getattr(ctypes.CDLL(None), name, None) if _ON_LINUX else None
+    for name in ("fegetenv", "fesetenv")
+)
 _DEFAULT = ctypes.c_void_p(-1)  # FE_DFL_ENV of glibc and musl
 _SIZE = 64  # bytes of an fenv_t, at most
 
@@ -21,7 +25,7 @@ _SIZE = 64  # bytes of an fenv_t, at most
 class Turns:
     """A lock; whoever holds it has the C library's usual floating-point environment.
 
-    Where the C library has none to set, it is a lock and no more.
+    Where it is not known how to set that, it is a lock and no more.
     """
 
     def __init__(self) -> None:

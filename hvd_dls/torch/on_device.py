@@ -24,9 +24,8 @@ from hvd_dls.config import DLSConfig
 from hvd_dls.core.passes import Found, found_on_device
 from hvd_dls.core.passes_numpy import sample_stride
 from hvd_dls.core.places import Later
-from hvd_dls.core.sketch import BELOW, LAST_BASE, N_BINS, WINDOW
+from hvd_dls.core.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
 
-_MANTISSA_SHIFT = 20  # as in core.sketch
 T = TypeVar("T")
 
 
@@ -206,7 +205,7 @@ def _clipped(own: Tensor, config: DLSConfig, loss_scale: float) -> Tensor:
 def _bins(magnitudes: Tensor) -> Tensor:
     """``core.sketch.bin_of``, int32; any number for what is not finite."""
     bits = magnitudes.float().view(torch.int32)
-    return (bits >> _MANTISSA_SHIFT).clamp_(max=N_BINS - 1)
+    return (bits >> MANTISSA_SHIFT).clamp_(max=N_BINS - 1)
 
 
 def _found(k: int, dtype: np.dtype, stride: int, sent: np.ndarray) -> Found | None:
