@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs the benchmarks and rebuilds docs/results.md from what they print.
 
-    python benchmarks/results.py                     # all, about 40 minutes; the network needs root
+    python benchmarks/results.py                     # all, about an hour; the network needs root
     python benchmarks/results.py --only wire network # these; the others' last results stay
     python benchmarks/results.py --only              # only builds the page
 
