@@ -232,7 +232,7 @@ class Kept:
             "names": names, "sizes": sizes, "step": [], "k": [], "thresholds": []
         }  # fmt: skip
         self.quality: dict[str, list[float]] = {"step": [], "energy": [], "misallocation": []}
-        self.shared: dict[str, list[float]] = {"step": [], "misallocation": []}
+        self.shared: dict[str, list[float]] = {"step": [], "misallocation": [], "least": []}
         self.bytes: list[list[float]] = []  # sparse and dense, of each step
         self.entries: list[float] = []
         self.gradient_seconds: list[float] = []
@@ -254,9 +254,10 @@ class Kept:
             if len(best) == len(records) and record.k.sum():
                 # Ranks that choose for themselves send entries of their own number.
                 k = np.mean([r.k for r in records if r is not None], axis=0)
-                off = np.abs(k - np.mean(best, axis=0)).sum() / (2 * k.sum())
+                ideal, total = np.mean(best, axis=0), 2 * k.sum()
                 self.shared["step"].append(len(self.losses))
-                self.shared["misallocation"].append(float(off))
+                self.shared["misallocation"].append(float(np.abs(k - ideal).sum() / total))
+                self.shared["least"].append(float(np.abs(best[0] - ideal).sum() / total))
             sent = [[r.sparse_bytes, r.dense_bytes] for r in records if r is not None]
             self.bytes.append(np.mean(sent, axis=0).tolist())
             self.entries.append(float(np.mean([r.k.sum() for r in records if r is not None])))

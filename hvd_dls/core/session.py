@@ -7,7 +7,6 @@ a session holds what is this rank's own: residuals, velocities, thresholds, the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +17,12 @@ from hvd_dls.core.buckets import make_buckets
 from hvd_dls.core.layers import LayerSpec
 from hvd_dls.core.memory import Memory
 from hvd_dls.core.passes import Found, nothing_found
-from hvd_dls.core.payload import ABSENT, NOT_FINITE, pack, unpack, unpack_own
+from hvd_dls.core.payload import ABSENT, pack, unpack, unpack_own
 from hvd_dls.core.places import Array, Later, Place
 from hvd_dls.core.plan import make_plan, measured_k
-from hvd_dls.core.sketch import WINDOW
+from hvd_dls.core.recorder import Recorder
 from hvd_dls.core.step import Step
-from hvd_dls.core.telemetry import Quality, StepRecord, measure_quality
+from hvd_dls.core.telemetry import StepRecord
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
@@ -81,6 +80,7 @@ class Session:
         self._own = self._memory.own_choice
         self._places = self._memory.places
         self.residuals = self._memory.residuals
+        self._recorder = Recorder(self.plan, config, self._memory)
         self._step = Step()
         self._refused = False
         self.skipped = 0
@@ -362,21 +362,9 @@ class Session:
             return
         if missing := step.missing.keys() - step.received.keys():
             raise DLSError(f"decompressed before buckets {sorted(missing)} were received")
-        not_finite: list[tuple[str, int | None]] = [
-            (self.buckets[bucket].layers[position].name, rank)
-            for bucket, payloads in step.received.items()
-            for rank, payload in enumerate(payloads)
-            for position in np.flatnonzero(payload.status == NOT_FINITE)
-        ]
-        not_finite += [
-            (payload.not_finite, rank)
-            for payloads in step.received.values()
-            for rank, payload in enumerate(payloads)
-            if payload.not_finite is not None
-        ]
-        if not not_finite:
+        if not (where := step.found_not_finite(self.buckets)):
             return
-        step.refused = NonFiniteGradientError(not_finite)
+        step.refused = NonFiniteGradientError(where)
         if self.config.nonfinite == "raise":
             self._forget_step()
             raise step.refused
@@ -408,7 +396,7 @@ class Session:
             self._memory.thresholds[name] = f.threshold
         if self._controller.dense:
             self._controller.advance()
-            self.last_step = self._record(step, self.plan.sizes, whole=True)
+            self.last_step = self._recorder.record_whole(step)
             if step.whole:
                 density = self._controller.density
                 k = measured_k(self.plan, self.config, step.whole, density)
@@ -422,50 +410,8 @@ class Session:
             self._controller.advance()
             self._own.start_step(self._controller.density)
         else:
-            self._controller.advance(*self._sketches(step))
-        self.last_step = self._record(step, k, whole=False)
-
-    def _sketches(self, step: Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What ``Controller.advance`` takes."""
-        shape = len(self._layers), self.world_size
-        present = np.zeros(shape[0], bool)
-        bases, counts = np.zeros(shape, np.int64), np.zeros((*shape, WINDOW))
-        for bucket, payloads in step.received.items():
-            rows = self._rows[bucket]
-            present[rows] = [layer.name in step.found for layer in self.buckets[bucket].layers]
-            for rank, payload in enumerate(payloads):
-                bases[rows, rank], counts[rows, rank] = payload.bases, payload.counts
-        rows = np.flatnonzero(present)
-        return rows, bases[rows], counts[rows]
-
-    def _record(self, step: Step, k: np.ndarray, whole: bool) -> StepRecord:
-        """Of a step that has ended; ``whole``: it sent whole gradients."""
-        every, quality = self.config.measure_every, None
-        if every and self._controller.step % every == 0 and not whole:
-            quality = self._quality(step)
-        thresholds = np.array(list(self._memory.thresholds.values()))
-        everything = sum(x.size * x.itemsize for x in self.plan.layers if x.name in step.arrived)
-        return StepRecord(
-            step=self._controller.step,
-            time=time.time(),
-            names=tuple(self._layers),
-            sizes=self.plan.sizes,
-            k=k,
-            thresholds=np.zeros(len(k)) if whole else thresholds,
-            sparse_bytes=sum(step.sent.values()),
-            dense_bytes=everything if whole else self.plan.dense_bytes,
-            quality=quality,
-        )
-
-    def _quality(self, step: Step) -> Quality:
-        """Of all layers, those that took no part counting for nothing."""
-        sent, left = [], []
-        for name in self._layers:
-            found, nothing = step.found.get(name), np.empty(0, np.float32)
-            residual = self._places[name].to_host(self.residuals[name]) if found else nothing
-            sent.append(found.values if found else nothing)
-            left.append(residual)
-        return measure_quality(sent, left)
+            self._controller.advance(*step.sketches(self.buckets, self._rows, self.world_size))
+        self.last_step = self._recorder.record(step, k)
 
     def _k_of(self, bucket: int) -> np.ndarray:
         k: np.ndarray = self._controller.k[self._rows[bucket]]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from hvd_dls.core.buckets import Bucket
 from hvd_dls.core.passes import Found
-from hvd_dls.core.payload import Payload
+from hvd_dls.core.payload import NOT_FINITE, Payload
 from hvd_dls.core.places import Array, Later
+from hvd_dls.core.sketch import WINDOW
 from hvd_dls.errors import NonFiniteGradientError
 
 
@@ -45,3 +48,42 @@ class Step:
     settled: set[str] = field(default_factory=set)
     refused: NonFiniteGradientError | None = None
     whole: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def found_not_finite(self, buckets: Sequence[Bucket]) -> list[tuple[str, int | None]]:
+        """Layers and ranks whose payloads tell of NaN or Inf: the same on every rank."""
+        payloads = [
+            (buckets[bucket], rank, payload)
+            for bucket, received in self.received.items()
+            for rank, payload in enumerate(received)
+        ]
+        sparse: list[tuple[str, int | None]] = [
+            (bucket.layers[position].name, rank)
+            for bucket, rank, payload in payloads
+            for position in np.flatnonzero(payload.status == NOT_FINITE)
+        ]
+        return sparse + [
+            (payload.not_finite, rank)
+            for _, rank, payload in payloads
+            if payload.not_finite is not None
+        ]
+
+    def sketches(
+        self, buckets: Sequence[Bucket], rows: Sequence[np.ndarray], world_size: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What ``Controller.advance`` takes: all ranks' sketches of the layers that took part.
+
+        Args:
+            buckets: of the model.
+            rows: of each bucket's layers among the model's sparse ones.
+            world_size: number of ranks, P.
+        """
+        shape = sum(map(len, rows)), world_size
+        present = np.zeros(shape[0], bool)
+        bases, counts = np.zeros(shape, np.int64), np.zeros((*shape, WINDOW))
+        for bucket, payloads in self.received.items():
+            own = rows[bucket]
+            present[own] = [layer.name in self.found for layer in buckets[bucket].layers]
+            for rank, payload in enumerate(payloads):
+                bases[own, rank], counts[own, rank] = payload.bases, payload.counts
+        chosen = np.flatnonzero(present)
+        return chosen, bases[chosen], counts[chosen]
