@@ -78,6 +78,7 @@ class Setting(NamedTuple):
         rate: factor on the task's learning rate.
         longer: whether it trains for more steps, as the task says.
         masking: of momentum correction; None: the task's.
+        dense_output: whether the task's output layer goes dense.
     """
 
     title: str
@@ -88,6 +89,7 @@ class Setting(NamedTuple):
     rate: float = 1.0
     longer: bool = False
     masking: bool | None = None
+    dense_output: bool = False
 
 
 def _settings() -> Iterator[tuple[str, Setting]]:
@@ -130,6 +132,13 @@ def _variants() -> Iterator[tuple[str, Setting]]:
     ):
         usual = Setting(title, {"density": 0.01}, "momentum", momentum="compressor", warmup=0.1)
         yield f"dls-0.01-corrected-{name}", usual._replace(**change)
+    for strategy in ("dls", "layerwise", "global"):
+        options = {"strategy": strategy, "density": 0.001}
+        for name, title, change in (
+            ("output", "output layer dense", {"dense_output": True}),
+            ("quarter", "a quarter of the learning rate", {"rate": 0.25}),
+        ):
+            yield f"{strategy}-0.001-{name}", Setting(title, options, "lumps")._replace(**change)
     for factor, title in ((0.5, "half the learning rate"), (2.0, "twice the learning rate")):
         yield f"dense-rate-{factor:g}", Setting(f"dense, {title}", None, "rates", rate=factor)
 
@@ -143,6 +152,7 @@ TASKS_OF = {
     "adjustment": ("digits", "text"),
     "floor": ("images", "text"),
     "momentum": tuple(TASKS),
+    "lumps": ("images",),
     "rates": ("digits", "images"),
 }
 # Settings that are tried with more workers, too, by task.
@@ -198,6 +208,8 @@ def description(run: Run, steps: int | None, folder: Path) -> dict[str, Any]:
             options["momentum"] = MOMENTUM
             if not (task.masking if setting.masking is None else setting.masking):
                 options["momentum_masking"] = False
+        if setting.dense_output:
+            options["layer_density"] = {task.output: "dense"}
         if needed := run.needs():
             options["threshold"] = usual_threshold(json.loads(needed.file(folder).read_text()))
     return {

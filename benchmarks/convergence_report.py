@@ -38,6 +38,7 @@ VARIANTS = {
     "Adjustment": ("adjustment", ["dls-0.01"]),
     "Entries each layer sends at least": ("floor", ["dls-0.001", "dls-0.001-corrected"]),
     "Momentum": ("momentum", ["dls-0.01-corrected"]),
+    "Where layer-wise top-k wins": ("lumps", ["dls-0.001", "layerwise-0.001", "global-0.001"]),
 }
 CHOICE = """Global top-k and a constant threshold (for as many entries as reach it) are ideal by
 construction.
@@ -136,7 +137,7 @@ def strategies(groups: Groups, task: str, section: str, density: float) -> str:
     dense = groups.get(task, "dense")
     of_loss = ["held-out loss"] if TASKS[task].accuracy else []
     head = ["", unit(TASKS[task]), "from dense", "from global", *of_loss, "energy", "misallocation"]
-    head += ["shared", "entries sent", "kB per step and rank"]
+    head += ["least", "shared", "entries sent", "kB per step and rank"]
     rows = []
     for group in [*([dense] if dense else []), *own]:
         losses = group.values("loss")
@@ -149,6 +150,7 @@ def strategies(groups: Groups, task: str, section: str, density: float) -> str:
                 *([number(losses.mean() if len(losses) else np.nan)] if of_loss else []),
                 number(group.quality("energy")),
                 number(group.quality("misallocation")),
+                number(group.quality("least", of="shared")),
                 number(group.quality("misallocation", of="shared")),
                 f"{group.mean('entries_sent'):,.0f}",
                 kilobytes(group),
@@ -171,7 +173,8 @@ def variants(groups: Groups, task: str, section: str, usual: str) -> str:
     name = f"prior {DLSConfig().prior} (default)" if section == "priors" else "default"
     first = FIRST_STEPS / default.results[0]["about"]["steps"]
     where = "" if SETTINGS[usual].section == "plain" else ", momentum correction"
-    head = [f"{task}, {default.density:.1%}{where}", unit(default.task), "from default"]
+    of = f"{task}: {SETTINGS[usual].title}, {default.density:.1%}{where}"
+    head = [of, unit(default.task), "from default"]
     head += [f"energy: first {FIRST_STEPS} steps", "second half"]
     head += [f"misallocation: first {FIRST_STEPS} steps", "second half"]
     rows = []
@@ -367,9 +370,10 @@ Made by `python benchmarks/convergence.py`: {len(results)} runs, {hours:.1f} hou
   |d| ≤ 2 √(s₁²/n₁ + s₂²/n₂); one with a question mark is of single runs. *From global* compares
   with global top-k of the same density, with momentum in the same place.
 - Energy and misallocation are worker 0's, beside exact global top-k of the same accumulators
-  (1 and 0 are ideal): medians over the second half of the steps. *Shared* misallocation is that of
-  k_l, the same on all ranks, beside the mean over ranks of what each one's exact global top-k would
-  send of a layer: the best that shared k_l could be (every {MEASURE_ALL} steps).
+  (1 and 0 are ideal): medians over the second half of the steps. All ranks of DLS send the same k_l,
+  and the best that could be is the mean over ranks of what each one's exact global top-k would send
+  of a layer. *Least* is worker 0's misallocation if that were sent, and *shared* is how far what was
+  sent is from it (both every {MEASURE_ALL} steps; where they are missing, they were not kept).
 """
 
 

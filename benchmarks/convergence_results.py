@@ -50,16 +50,16 @@ class Group(NamedTuple):
         """Median, over all runs, of the steps in a part of the training.
 
         Args:
-            what: "energy" or "misallocation".
+            what: "energy" or "misallocation"; or "least", of those that are "shared".
             first, last: where the part begins and ends, from 0 to 1.
             of: "quality": what worker 0 measured; "shared": beside the mean of what all would do.
         """
         found = []
         for result in self.results:
-            curve = result.get(of, {"step": [], what: []})
-            steps = np.array(curve["step"]) / result["about"]["steps"]
-            chosen = (steps > first) & (steps <= last)
-            found.append(np.array(curve[what])[chosen] if len(steps) else steps)
+            curve = result.get(of, {})
+            if what in curve:
+                steps = np.array(curve["step"]) / result["about"]["steps"]
+                found.append(np.array(curve[what])[(steps > first) & (steps <= last)])
         everything = np.concatenate(found) if found else np.array([])
         return float(np.median(everything)) if len(everything) else np.nan
 

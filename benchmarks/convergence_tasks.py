@@ -246,6 +246,7 @@ class Task:
         name: as on the command line.
         about: model and data in a line.
         model: makes the model; its output has a score for each class on the last axis.
+        output: name of the last layer's weights.
         data: makes the data.
         rate: peak learning rate, the best found for dense training.
         steps: of a run.
@@ -259,6 +260,7 @@ class Task:
     name: str
     about: str
     model: Callable[[], nn.Module]
+    output: str
     data: Callable[[], Data]
     rate: float
     steps: int
@@ -324,6 +326,7 @@ TASKS = {
             "digits",
             "convolutional net with batch norm on scikit-learn's handwritten digits",
             DigitsNet,
+            "14.weight",
             digits_data,
             rate=0.2,
             steps=300,
@@ -334,6 +337,7 @@ TASKS = {
             "images",
             "residual net with batch norm on the brighter of two overlapping digits in noise",
             ResidualNet,
+            "8.weight",
             images_data,
             rate=0.4,
             steps=500,
@@ -344,6 +348,7 @@ TASKS = {
             "text",
             "recurrent character language model (LSTM) on Python's reference manual",
             LongShortTermMemory,
+            "out.weight",
             text_data,
             rate=3.0,
             steps=800,
@@ -354,6 +359,7 @@ TASKS = {
             "code",
             "causal character Transformer of two blocks on modules of Python's standard library",
             Transformer,
+            "out.weight",
             code_data,
             rate=0.7,
             steps=2400,

@@ -160,6 +160,11 @@ class BaseCompressor:
         return max(records, key=lambda record: record.time, default=None)
 
     @InstanceOrDefault
+    def skipped_steps(self) -> int:
+        """Steps of all models so far, in this process, that were skipped for NaN or Inf."""
+        return sum(binding.session.skipped for binding in self._bindings if binding.session)
+
+    @InstanceOrDefault
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals, ratios and thresholds: every rank saves its own.
 

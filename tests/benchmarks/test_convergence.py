@@ -188,6 +188,7 @@ def test_tasks_fit_together(name):
     assert 0 <= right < 0.5
     assert torch.equal(task.data().training.inputs[:9], data.training.inputs[:9])
     loss(task, model, few).backward()
+    assert task.output == [name for name, p in model.named_parameters() if p.dim() > 1][-1]
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert 100_000 < sum(p.numel() for p in model.parameters()) < 500_000
 
@@ -270,7 +271,7 @@ def test_a_result_has_all_that_the_page_needs(kept):
     result = json.loads(Run("digits", "dls-0.01", 4, 0).file(folder).read_text())
     for part in ("curve", "quality", "layers"):
         assert result[part]["step"] == [1, 2, 3, 4]
-    assert set(result["shared"]) == {"step", "misallocation"}
+    assert set(result["shared"]) == {"step", "misallocation", "least"}
     layers = len(result["layers"]["names"])
     assert (
         np.shape(result["layers"]["k"]) == np.shape(result["layers"]["thresholds"]) == (4, layers)

@@ -253,6 +253,7 @@ def test_a_skipped_step_changes_nothing(eager):
     assert [np.asarray(v).tobytes() for v in state] != before
     assert np.isfinite(flat(model)).all()
     assert is_at_step(compression, 2)
+    assert compression.skipped_steps() == 1
     assert_same_on_all_ranks(flat(model))
 
 

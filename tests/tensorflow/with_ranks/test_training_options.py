@@ -122,6 +122,7 @@ def test_a_skipped_step_leaves_residuals_alone_and_tells(mode, bad, scaled):
     assert all(np.isfinite(out).all() for out in step(3))
     assert state() != before
     assert compression.last_step().step == 2
+    assert compression.skipped_steps() == 2
 
 
 @modes

@@ -155,6 +155,7 @@ def test_a_skipped_step_changes_nothing_at_all(where, own):
     poisoned(model, optimizer, 3, "")
     assert everything(model, optimizer, compression) != before
     assert compression.last_step().step == 2
+    assert compression.skipped_steps() == 2
     assert flat(model).isfinite().all()
     assert_same_on_all_ranks(flat(model))
 
