@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.convergence import DENSITIES, SETTINGS, STRATEGIES
 from benchmarks.convergence_results import CORRECTED, Group, Groups, unit
+from benchmarks.convergence_settings import DENSITIES, SETTINGS, STRATEGIES
 from benchmarks.convergence_tasks import TASKS
 
 

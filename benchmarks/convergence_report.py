@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.convergence import DENSITIES, MEASURE_ALL, MOMENTUM, ROOT, SETTINGS, WARMUP, WORKERS
 from benchmarks.convergence_pictures import draw, smooth
 from benchmarks.convergence_results import (
     CORRECTED,
@@ -23,11 +22,14 @@ from benchmarks.convergence_results import (
     load,
     unit,
 )
+from benchmarks.convergence_settings import DENSITIES, MOMENTUM, SETTINGS, WARMUP, WORKERS
 from benchmarks.convergence_tasks import TASKS, Task
+from benchmarks.convergence_training import MEASURE_ALL
 from benchmarks.cost_model import fit, points_of, terms_of
 from benchmarks.hosts import bits_per_second
 from hvd_dls.config import DLSConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 MEASURED = [ROOT / "build" / "results" / name for name in ("exchange.json", "network.json")]
 RATES = ("100mbit", "1gbit", "10gbit")
 FIRST_STEPS = 10  # in which a prior shows

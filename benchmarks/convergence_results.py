@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.convergence import SETTINGS, WORKERS, Run, Setting, read
+from benchmarks.convergence_settings import SETTINGS, WORKERS, Run, Setting, read
 from benchmarks.convergence_tasks import TASKS, Task
 
 CORRECTED = "-corrected"  # ending of names

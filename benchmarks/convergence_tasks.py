@@ -326,7 +326,7 @@ TASKS = {
             "digits",
             "convolutional net with batch norm on scikit-learn's handwritten digits",
             DigitsNet,
-            "14.weight",
+            "16.weight",
             digits_data,
             rate=0.2,
             steps=300,

@@ -68,7 +68,7 @@ REAL_JOB = """
 import json, sys
 import horovod.torch as hvd
 import torch
-from benchmarks.convergence import sha256
+from benchmarks.convergence_training import sha256
 from benchmarks.convergence_tasks import TASKS, batch, loss, rate_at
 from hvd_dls.torch import DLSCompressor
 
@@ -97,7 +97,7 @@ for number, (name, options, momentum) in enumerate(cases):
 @needs("horovod")
 def test_two_simulated_workers_are_two_ranks_of_a_real_job_to_the_bit():
     """Weights, and batch norm's statistics, which are rank 0's own."""
-    from benchmarks.convergence import sha256
+    from benchmarks.convergence_training import sha256
 
     output = horovodrun(2, ["-c", REAL_JOB, json.dumps([CASES, STEPS])])
     real = dict(re.findall(r"case (\d+) has (\w+)", output))
@@ -210,18 +210,19 @@ def test_learning_rate_rises_and_falls():
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """A folder with the results of a few runs of four steps, and these runs."""
-    from benchmarks import convergence
+    from benchmarks.convergence import sweep
+    from benchmarks.convergence_settings import WORKERS, all_runs
 
     folder = tmp_path_factory.mktemp("convergence")
     settings = ["dense", "dls-0.01", "dls-0.01-corrected", "hard-0.01-corrected"]
     settings += ["layerwise-0.01-corrected", "dls-0.01-uniform", "dls-0.01-corrected-kept"]
     runs = [
         run
-        for run in convergence.all_runs(["digits"], settings, [0, 1])
-        if run.workers == convergence.WORKERS and not (run.seed and "uniform" in run.setting)
+        for run in all_runs(["digits"], settings, [0, 1])
+        if run.workers == WORKERS and not (run.seed and "uniform" in run.setting)
     ]
-    runs += convergence.all_runs(["text"], ["d*-long"], [0])
-    assert convergence.sweep(runs, 4, folder, jobs=1) == []
+    runs += all_runs(["text"], ["d*-long"], [0])
+    assert sweep(runs, 4, folder, jobs=1) == []
     return folder, runs
 
 
@@ -230,7 +231,7 @@ def times(folder):
 
 
 def test_seed_by_seed_and_what_a_run_needs_before_it():
-    from benchmarks.convergence import SETTINGS, Run, all_runs
+    from benchmarks.convergence_settings import SETTINGS, Run, all_runs
 
     hard = Run("text", "hard-0.01-corrected", 4, 1)
     needed = hard._replace(setting="dls-0.01-corrected")
@@ -242,12 +243,12 @@ def test_seed_by_seed_and_what_a_run_needs_before_it():
 
 
 def test_only_what_is_missing_or_has_changed_is_made(kept):
-    from benchmarks import convergence
+    from benchmarks.convergence import sweep
 
     folder, runs = kept
     before = times(folder)
     assert len(before) == len(runs)  # and no unfinished ones
-    assert convergence.sweep(runs, 4, folder, jobs=1) == []
+    assert sweep(runs, 4, folder, jobs=1) == []
     assert times(folder) == before
     lost, stale = runs[0], runs[1]
     expected = json.loads(lost.file(folder).read_text())
@@ -255,7 +256,7 @@ def test_only_what_is_missing_or_has_changed_is_made(kept):
     result = json.loads(stale.file(folder).read_text())
     result["about"]["rate"] *= 2
     stale.file(folder).write_text(json.dumps(result))
-    assert convergence.sweep(runs, 4, folder, jobs=1) == []
+    assert sweep(runs, 4, folder, jobs=1) == []
     after = times(folder)
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {lost.file(folder).name, stale.file(folder).name}
@@ -265,7 +266,7 @@ def test_only_what_is_missing_or_has_changed_is_made(kept):
 
 
 def test_a_result_has_all_that_the_page_needs(kept):
-    from benchmarks.convergence import Run
+    from benchmarks.convergence_settings import Run
 
     folder, _ = kept
     result = json.loads(Run("digits", "dls-0.01", 4, 0).file(folder).read_text())
@@ -283,18 +284,20 @@ def test_a_result_has_all_that_the_page_needs(kept):
 
 
 def test_a_run_that_diverges_is_kept_as_such(tmp_path, monkeypatch):
-    from benchmarks import convergence, convergence_report
+    from benchmarks.convergence import run_and_keep
+    from benchmarks.convergence_report import metric
+    from benchmarks.convergence_results import Groups
+    from benchmarks.convergence_settings import SETTINGS, Run, description, read
 
-    wild = convergence.SETTINGS["dense"]._replace(rate=1e30)
-    monkeypatch.setitem(convergence.SETTINGS, "dense", wild)
-    run = convergence.Run("digits", "dense", 2, 0)
-    convergence.run_and_keep(convergence.description(run, 4, tmp_path), run.file(tmp_path))
-    result = convergence.read(run, 4, tmp_path)
+    monkeypatch.setitem(SETTINGS, "dense", SETTINGS["dense"]._replace(rate=1e30))
+    run = Run("digits", "dense", 2, 0)
+    run_and_keep(description(run, 4, tmp_path), run.file(tmp_path))
+    result = read(run, 4, tmp_path)
     assert result is not None
     assert result["diverged"] > 0
     assert result["loss"] is None
-    group = convergence_report.Groups([result]).get("digits", "dense", 2)
-    assert convergence_report.metric(group) == "1 of 1 diverged"
+    group = Groups([result]).get("digits", "dense", 2)
+    assert metric(group) == "1 of 1 diverged"
 
 
 @needs("matplotlib")
