@@ -40,6 +40,7 @@ VARIANTS = {
     "Adjustment": ("adjustment", ["dls-0.01"]),
     "Entries each layer sends at least": ("floor", ["dls-0.001", "dls-0.001-corrected"]),
     "Momentum": ("momentum", ["dls-0.01-corrected"]),
+    "Output layer": ("output", ["dls-0.01-corrected", "dls-0.001-corrected"]),
     "Where layer-wise top-k wins": ("lumps", ["dls-0.001", "layerwise-0.001", "global-0.001"]),
 }
 CHOICE = """Global top-k and a constant threshold (for as many entries as reach it) are ideal by

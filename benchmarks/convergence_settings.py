@@ -98,6 +98,10 @@ def _variants() -> Iterator[tuple[str, Setting]]:
     ):
         usual = Setting(title, {"density": 0.01}, "momentum", momentum="compressor", warmup=0.1)
         yield f"dls-0.01-corrected-{name}", usual._replace(**change)
+    for density in DENSITIES:
+        options = {"density": density}
+        usual = Setting("output layer dense", options, "output", "compressor", WARMUP[density])
+        yield f"dls-{density:g}-corrected-output", usual._replace(dense_output=True)
     for strategy in ("dls", "layerwise", "global"):
         options = {"strategy": strategy, "density": 0.001}
         for name, title, change in (
@@ -118,6 +122,7 @@ TASKS_OF = {
     "adjustment": ("digits", "text"),
     "floor": ("images", "text"),
     "momentum": tuple(TASKS),
+    "output": ("images", "code"),
     "lumps": ("images",),
     "rates": ("digits", "images"),
 }

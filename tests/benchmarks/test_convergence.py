@@ -232,11 +232,12 @@ def times(folder):
 
 def test_seed_by_seed_and_what_a_run_needs_before_it():
     from benchmarks.convergence_settings import SETTINGS, Run, all_runs
+    from benchmarks.convergence_tasks import TASKS
 
     hard = Run("text", "hard-0.01-corrected", 4, 1)
     needed = hard._replace(setting="dls-0.01-corrected")
     assert all_runs(["text"], ["hard*"], [1]) == [needed, hard]
-    runs = all_runs(["digits", "text", "code"], ["*"], [0, 1, 2])
+    runs = all_runs(TASKS, ["*"], [0, 1, 2])
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert {run.setting for run in runs} == set(SETTINGS)
     assert len(runs) == len(set(runs))
