@@ -120,7 +120,7 @@ TASKS_OF = {
     "length": ("text", "code"),
     "priors": ("digits", "text"),
     "adjustment": ("digits", "text"),
-    "floor": ("images", "text"),
+    "floor": ("images",),
     "momentum": tuple(TASKS),
     "output": ("images", "code"),
     "lumps": ("images",),
