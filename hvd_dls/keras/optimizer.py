@@ -17,8 +17,9 @@ import tensorflow as tf
 from keras.src.trainers import trainer as keras_trainer
 
 from hvd_dls.errors import DLSError
-from hvd_dls.tensorflow.binding import Binding, Dense, InFlight, Step
+from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.compressor import DLSCompressor
+from hvd_dls.tensorflow.contexts import Dense, InFlight, Step
 
 _made: Counter[str] = Counter()
 

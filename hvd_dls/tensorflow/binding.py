@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import horovod.tensorflow as hvd
 import numpy as np
@@ -20,54 +20,17 @@ from hvd_dls.core.places import Place
 from hvd_dls.core.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.tensorflow.calls import handle_of, identity, on_host
+from hvd_dls.tensorflow.contexts import Dense, InFlight, Step, as_horovod_accepts, send_dense
 from hvd_dls.tensorflow.on_device import N_PARTS, TOO_LARGE, Device, OnItsWay
 from hvd_dls.tensorflow.sides import HOST, OnDevice, Side
 from hvd_dls.tensorflow.turns import Turns
+from hvd_dls.tensorflow.variables import checked_variables, names_of, stays_on_device
 
-_FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _OTHER_MODEL = (
     "a traced function of Horovod that DLSCompressor took part in runs with other variables of the "
     "same shapes, or the same in another order, and residuals would be mixed up. If two models "
     "share the compressor, give each an instance of its own: compression=DLSCompressor()"
 )
-
-
-class Step(NamedTuple):
-    """What one traced call of Horovod exchanges of a model: the same each time it runs.
-
-    Attributes:
-        layers: names of the model's layers that take part.
-        gradients: number of all dense gradients of the call, compressed or not.
-        checked: () int64 tensor that is there once the variables are known to be the model's.
-        received: () int64 tensor that is there once all ranks' payloads are.
-        grouped: whether a placeholder must be of its gradient's type, as Horovod's groups are.
-        some_dense: whether some steps to come may send the gradients of compressed layers whole.
-    """
-
-    layers: frozenset[str]
-    gradients: int
-    checked: tf.Tensor
-    received: tf.Tensor
-    grouped: bool
-    some_dense: bool
-
-
-class Dense(NamedTuple):
-    """What ``decompress`` needs to know of a gradient that Horovod reduces whole."""
-
-    dtype: tf.DType
-    binding: Binding | None = None  # of the model whose gradient it is, or others of the call are
-    step: Step | None = None
-    name: str | None = None
-
-
-class InFlight(NamedTuple):
-    """What ``decompress`` needs to know of a gradient that ``compress`` sent on its way."""
-
-    dtype: tf.DType
-    binding: Binding
-    step: Step
-    name: str
 
 
 class Binding(BaseBinding):
@@ -82,10 +45,10 @@ class Binding(BaseBinding):
     """
 
     def __init__(self, variables: Iterable[Any], config: DLSConfig) -> None:
-        variables = _checked(variables)
+        variables = checked_variables(variables)
         specs = [
             layer_spec(name, tuple(v.shape), "tensorflow", tf.as_dtype(v.dtype).size)
-            for name, v in zip(_names_of(variables), variables, strict=True)
+            for name, v in zip(names_of(variables), variables, strict=True)
         ]
         super().__init__(specs, config)
         self._position = {layer.name: i for i, layer in enumerate(specs)}
@@ -333,7 +296,7 @@ class Binding(BaseBinding):
             with tf.control_dependencies([step.checked]):
                 wide, _ = send_dense(tf.identity(whole))
             return wide, Dense(gradient.dtype, self, step, name)
-        accepted = _as_horovod_accepts(gradient.dtype) if step.grouped else tf.float64
+        accepted = as_horovod_accepts(gradient.dtype) if step.grouped else tf.float64
         placed = f"{self._label}.{self._position[name]}.scale"
         if step.some_dense:
             offered = tf.identity(self._offered(name, gradient, step), name=placed)
@@ -361,7 +324,7 @@ class Binding(BaseBinding):
         session, side = self.session, self._side(name)
         assert session is not None
         work = self._layers[self._position[name]].work_dtype
-        accepted = _as_horovod_accepts(gradient.dtype) if step.grouped else tf.as_dtype(work)
+        accepted = as_horovod_accepts(gradient.dtype) if step.grouped else tf.as_dtype(work)
 
         def offer(checked: Any, array: Any) -> Any:
             with self._lock:
@@ -452,11 +415,6 @@ class Binding(BaseBinding):
             raise self._error
 
 
-def send_dense(gradient: tf.Tensor) -> tuple[tf.Tensor, Dense]:
-    """A gradient as Horovod takes it."""
-    return tf.cast(gradient, _as_horovod_accepts(gradient.dtype)), Dense(gradient.dtype)
-
-
 def _graph_of(gradients: Sequence[tf.Tensor]) -> AbstractContextManager[Any]:
     """Where the gradients are: Horovod compresses each in a graph of its own within theirs."""
     if tf.is_symbolic_tensor(gradients[0]):
@@ -465,46 +423,7 @@ def _graph_of(gradients: Sequence[tf.Tensor]) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def stays_on_device(variable: Any) -> bool:
-    """Whether residual and passes are to be where a variable is; on a CPU, the core's are faster.
-
-    Of other devices than GPUs, gradients go by way of the host.
-    """
-    return bool(tf.DeviceSpec.from_string(handle_of(variable).device).device_type == "GPU")
-
-
 def _later(session: Session, name: str) -> OnItsWay[Any]:
     later = session.on_its_way(name)
     assert isinstance(later, OnItsWay)
     return later
-
-
-def _as_horovod_accepts(dtype: tf.DType) -> tf.DType:
-    """Horovod's operations refuse bfloat16."""
-    return tf.float32 if dtype == tf.bfloat16 else dtype
-
-
-def _checked(variables: Iterable[Any]) -> list[Any]:
-    wanted = "variables takes tf.Variable or Keras's, as model.trainable_variables gives"
-    try:
-        variables = list(variables)
-    except TypeError as error:
-        raise DLSError(f"{wanted}, not {variables!r}") from error
-    for variable in variables:
-        if handle_of(variable) is None:
-            raise DLSError(f"{wanted}, not {type(variable).__name__}")
-        if tf.as_dtype(variable.dtype) not in _FLOATS:
-            raise DLSError(
-                f"variable {variable.name!r} has type {tf.as_dtype(variable.dtype).name}; accepted "
-                f"are {', '.join(dtype.name for dtype in _FLOATS)}"
-            )
-    return variables
-
-
-def _names_of(variables: Iterable[Any]) -> list[str]:
-    """Keras's paths or TensorFlow's names; where they repeat, with their position."""
-    names: list[str] = []
-    for position, variable in enumerate(variables):
-        name = getattr(variable, "path", None) or variable.name.removesuffix(":0")
-        names.append(f"{name}.{position}" if name in names else name)
-    return names

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
 from hvd_dls.errors import DLSError
-from hvd_dls.tensorflow.binding import Binding, Dense, InFlight, Step, send_dense
+from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.calls import (
     Call,
     direct_op,
@@ -19,6 +19,7 @@ from hvd_dls.tensorflow.calls import (
     innermost_call,
     keras3_optimizer_being_wrapped,
 )
+from hvd_dls.tensorflow.contexts import Dense, InFlight, Step, send_dense
 
 _log = logging.getLogger("hvd_dls")
 _as_it_is = tf.autograph.experimental.do_not_convert

@@ -12,13 +12,19 @@ pytest.importorskip("horovod.torch")
 
 from hvd_dls.config import DLSConfig  # noqa: E402
 from hvd_dls.core import momentum, passes  # noqa: E402
-from hvd_dls.core.layers import layer_spec  # noqa: E402
 from hvd_dls.core.places import Later  # noqa: E402
 from hvd_dls.core.plan import histogram  # noqa: E402
-from hvd_dls.core.session import Session  # noqa: E402
 from hvd_dls.core.sketch import SAMPLE, WINDOW  # noqa: E402
 from hvd_dls.torch import on_device  # noqa: E402
 from hvd_dls.torch.on_device import Device, finite_later  # noqa: E402
+from tests.core.places import (  # noqa: E402
+    SHAPES,
+    Framework,
+    check_sessions,
+    each_dtype,
+    each_option,
+    make_sessions,
+)
 from tests.core.strategies import KINDS  # noqa: E402
 from tests.core.taking import sketch  # noqa: E402
 from tests.core.test_passes import DTYPES, cases, entries, load, plus, store  # noqa: E402
@@ -329,130 +335,23 @@ def test_a_gpu_is_not_waited_for(dtype):
 
 # Sessions -----------------------------------------------------------------------------------------
 
-
-LAYERS = [
-    ("conv", (32, 3, 5, 5)),
-    ("bias", (32,)),
-    ("hidden", (64, 288)),
-    ("out", (40, 60)),
-]
-RANKS = 2
-
-
-def make_sessions(places, itemsize=4, **options):
-    layers = [layer_spec(name, shape, itemsize=itemsize) for name, shape in LAYERS]
-    config = DLSConfig(density=0.05, cost_rule=False, bucket_bytes=40_000, **options)
-    return [Session(layers, config, RANKS, places=places) for _ in range(RANKS)]
-
-
-def floats(gradient):
-    """As Horovod takes it: not bfloat16."""
-    if isinstance(gradient, torch.Tensor):
-        return gradient.float() if gradient.dtype == torch.bfloat16 else gradient
-    return load(gradient).astype(np.float32) if gradient.dtype == np.uint16 else gradient
-
-
-def run_step(sessions, gradients):
-    """One step of all ranks: payloads, and what came out on each rank."""
-    payloads, waiting, out = [], [], []
-    for session, of_rank in zip(sessions, gradients, strict=True):
-        sent = {}
-        for name, gradient in reversed(of_rank.items()):
-            if session.is_sparse(name):
-                session.compress(name, gradient)
-            else:
-                place = session._places[name]
-                session.note(name, session.dense_step or place.finite(floats(gradient)))
-                corrected = session.correct(name, gradient) if session.corrects else gradient
-                waiting.append(corrected)
-            sent |= {bucket: session.payload(bucket) for bucket in session.ready()}
-        payloads.append(sent)
-    for session, of_rank in zip(sessions, gradients, strict=True):
-        for bucket in payloads[0]:
-            session.receive(bucket, np.concatenate([sent[bucket] for sent in payloads]))
-        for name, gradient in of_rank.items():
-            if session.is_sparse(name):
-                session.decompress(name, gradient, 0.5)
-                out.append(gradient)
-            else:
-                # What stands for the sum is the same on all ranks.
-                session.accept(name, floats(gradients[0][name]) if session.dense_step else None)
-    return (
-        [sent[bucket].tobytes() for sent in payloads for bucket in sorted(sent)],
-        [bits(values) for values in out],
-        [bits(values) for values in waiting],
-    )
-
-
-def state_of(session):
-    state = session.state_dict()
-    parts = [*state["residuals"].values(), *state["velocities"].values()]
-    return [bits(part) for part in parts], state["ratios"].tolist(), state["thresholds"].tolist()
+TORCH = Framework(
+    "torch",
+    tensor,
+    array_of,
+    floats=lambda values: values.float() if values.dtype == torch.bfloat16 else values,
+    writable=lambda values: values,
+)
+SIZES = {name: int(np.prod(shape)) for name, shape in SHAPES["torch"].items()}
 
 
 @on_each_device
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"values": "bfloat16", "index_code": "plain"},
-        {"values": "float16", "momentum": 0.9},
-        {"momentum": 0.5, "nesterov": True, "clip_value": 1.0, "dense_steps": 2},
-        {"prior": "measured", "measure_every": 2},
-        {"strategy": "layerwise", "momentum": 0.9, "momentum_masking": False},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [np.float16, np.uint16, np.float32, np.float64])
+@each_option
+@each_dtype
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_session_on_a_device_is_one_on_the_host_to_the_bit(device, options, dtype, mixed):
-    """With steps that are skipped, changes of the loss scale, and a restart from the other's state.
-
-    Residuals are not zero at first, so that sums with 16-bit gradients do not tie.
-    """
-    place = Device(torch.device(device))
-    names = [name for name, _ in LAYERS if not mixed or name in ("bias", "hidden")]
-    itemsize = np.dtype(dtype).itemsize
-    options = {"nonfinite": "skip"} | options
-    host, other = (make_sessions(p, itemsize, **options) for p in ({}, dict.fromkeys(names, place)))
-    rng = np.random.default_rng(0)
-    for one, two in zip(host, other, strict=True):
-        for name, residual in one.residuals.items():
-            residual[:] = rng.standard_normal(len(residual))
-            two._places[name].load(two.residuals[name], residual)
-    for step in range(8):
-        given_gradients = []
-        for _ in range(RANKS):
-            gradients = {n: rng.standard_t(4, np.prod(shape)) for n, shape in LAYERS}
-            if step in (1, 4):
-                gradients[("bias", "hidden")[step // 4]][5] = np.nan
-            given_gradients.append({n: store(g, dtype) for n, g in gradients.items()})
-        there = [
-            {n: tensor(g, device) if n in names else g.copy() for n, g in of_rank.items()}
-            for of_rank in given_gradients
-        ]
-        if step == 3:
-            for session in (*host, *other):
-                session.scale_to(1024.0)
-        expected, own = run_step(host, given_gradients), run_step(other, there)
-        assert own[:2] == expected[:2]
-        assert own[2] == expected[2] or host[0].refused
-        for one, two in zip(host, other, strict=True):
-            assert state_of(one) == state_of(two)
-            assert (one.skipped, one.refused) == (two.skipped, two.refused)
-            if one.last_step is not None:
-                assert one.last_step.quality == two.last_step.quality
-        if step == 5:
-            assert host[0].skipped == 2
-            saved = [
-                (one.state_dict(), two.state_dict()) for one, two in zip(host, other, strict=True)
-            ]
-            host = make_sessions({}, itemsize, **options)
-            other = make_sessions(dict.fromkeys(names, place), itemsize, **options)
-            for one, two, (of_host, of_other) in zip(host, other, saved, strict=True):
-                two.load_state_dict(of_host)
-                there = {n: array_of(torch.as_tensor(x)) for n, x in of_other["residuals"].items()}
-                one.load_state_dict(of_other | {"residuals": there})
+    names = [name for name in SIZES if not mixed or name in ("bias", "hidden")]
+    check_sessions(TORCH, device, Device(torch.device(device)), names, dtype, options)
 
 
 class Slow(Later):
@@ -474,10 +373,10 @@ def test_what_a_device_works_on_is_sent_later(monkeypatch):
     monkeypatch.setattr(on_device, "OnItsWay", Slow)
     monkeypatch.setattr(Slow, "finished", False)
     place = Device(torch.device("cpu"))
-    (session, *_) = make_sessions(dict.fromkeys(["hidden", "bias"], place))
-    gradients = {n: np.random.default_rng(0).standard_normal(np.prod(s)) for n, s in LAYERS}
+    (session, *_) = make_sessions(TORCH, dict.fromkeys(["hidden", "bias"], place))
+    gradients = {n: np.random.default_rng(0).standard_normal(size) for n, size in SIZES.items()}
     sent = []
-    for name, _ in reversed(LAYERS):
+    for name in reversed(SIZES):
         assert not session.complete
         gradient = gradients[name].astype(np.float32)
         if name == "bias":
@@ -500,8 +399,8 @@ def test_what_a_device_works_on_is_sent_later(monkeypatch):
 
 def test_a_bad_gradient_that_goes_dense_is_told_of_later(monkeypatch):
     place = Device(torch.device("cpu"))
-    sessions = make_sessions({"bias": place}, nonfinite="skip")
-    gradients = {n: np.ones(np.prod(s), np.float32) for n, s in LAYERS}
+    sessions = make_sessions(TORCH, {"bias": place}, nonfinite="skip")
+    gradients = {n: np.ones(size, np.float32) for n, size in SIZES.items()}
     bad = torch.full((32,), torch.nan)
     payloads = []
     for rank, session in enumerate(sessions):

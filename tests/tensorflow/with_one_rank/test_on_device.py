@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core import momentum, passes
-from hvd_dls.core.layers import layer_spec
 from hvd_dls.core.plan import histogram
-from hvd_dls.core.session import Session
 from hvd_dls.core.sketch import SAMPLE, WINDOW
 from hvd_dls.tensorflow.on_device import Device
+from tests.core.places import SHAPES, Framework, check_sessions, each_dtype, each_option
 from tests.core.strategies import KINDS
 from tests.core.test_passes import DTYPES, cases, entries, load, store
 
@@ -286,128 +285,19 @@ def test_histograms_zeros_and_what_was_saved(name):
 # Sessions -----------------------------------------------------------------------------------------
 
 
-LAYERS = [
-    ("conv", (5, 5, 3, 32)),
-    ("bias", (32,)),
-    ("hidden", (288, 64)),
-    ("out", (60, 40)),
-]
-RANKS = 2
-
-
-def make_sessions(places, itemsize=4, **options):
-    layers = [layer_spec(name, shape, "tensorflow", itemsize) for name, shape in LAYERS]
-    config = DLSConfig(density=0.05, cost_rule=False, bucket_bytes=40_000, **options)
-    return [Session(layers, config, RANKS, places=places) for _ in range(RANKS)]
-
-
-def floats(gradient):
-    """As Horovod takes it: not bfloat16."""
-    if isinstance(gradient, tf.Tensor):
-        return tf.cast(gradient, tf.float32) if gradient.dtype == tf.bfloat16 else gradient
-    return load(gradient).astype(np.float32) if gradient.dtype == np.uint16 else gradient
-
-
-def run_step(sessions, gradients):
-    """One step of all ranks: payloads, and what came out on each rank."""
-    payloads, waiting, out = [], [], []
-    for session, of_rank in zip(sessions, gradients, strict=True):
-        sent = {}
-        for name, gradient in reversed(of_rank.items()):
-            if session.is_sparse(name):
-                complete = session.compress(name, gradient)
-            else:
-                place = session._places[name]
-                complete = session.note(name, session.dense_step or place.finite(floats(gradient)))
-                corrected = session.correct(name, gradient) if session.corrects else gradient
-                waiting.append(corrected)
-            if complete is not None:
-                sent[complete] = session.payload(complete)
-        payloads.append(sent)
-    for session, of_rank in zip(sessions, gradients, strict=True):
-        for bucket in payloads[0]:
-            session.receive(bucket, np.concatenate([sent[bucket] for sent in payloads]))
-        for name, gradient in of_rank.items():
-            if session.is_sparse(name):
-                if isinstance(gradient, tf.Tensor):
-                    gradient = tf.Variable(gradient)
-                session.decompress(name, gradient, 0.5)
-                out.append(gradient)
-            else:
-                # What stands for the sum is the same on all ranks.
-                session.accept(name, floats(gradients[0][name]) if session.dense_step else None)
-    return (
-        [sent[bucket].tobytes() for sent in payloads for bucket in sorted(sent)],
-        [bits(values) for values in out],
-        [bits(values) for values in waiting],
-    )
-
-
-def state_of(session):
-    state = session.state_dict()
-    parts = [*state["residuals"].values(), *state["velocities"].values()]
-    return [bits(part) for part in parts], state["ratios"].tolist(), state["thresholds"].tolist()
+TENSORFLOW = Framework(
+    "tensorflow",
+    tensor,
+    array_of,
+    floats=lambda values: tf.cast(values, tf.float32) if values.dtype == tf.bfloat16 else values,
+    writable=tf.Variable,
+)
 
 
 @on_each_device
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"values": "bfloat16", "index_code": "plain"},
-        {"values": "float16", "momentum": 0.9},
-        {"momentum": 0.5, "nesterov": True, "clip_value": 1.0, "dense_steps": 2},
-        {"prior": "measured", "measure_every": 2},
-        {"strategy": "layerwise", "momentum": 0.9, "momentum_masking": False},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [np.float16, np.uint16, np.float32, np.float64])
+@each_option
+@each_dtype
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_session_on_a_device_is_one_on_the_host_to_the_bit(name, options, dtype, mixed):
-    """With skipped steps, changes of the loss scale, and a restart from the other's state."""
-    place = Device(name)
-    names = [layer for layer, _ in LAYERS if not mixed or layer in ("bias", "hidden")]
-    itemsize = np.dtype(dtype).itemsize
-    options = {"nonfinite": "skip"} | options
-    host, other = (make_sessions(p, itemsize, **options) for p in ({}, dict.fromkeys(names, place)))
-    rng = np.random.default_rng(0)
-    for step in range(8):
-        given_gradients = []
-        for _ in range(RANKS):
-            gradients = {n: rng.standard_t(4, np.prod(shape)) for n, shape in LAYERS}
-            if step in (1, 4):
-                gradients[("bias", "hidden")[step // 4]][5] = np.nan
-            given_gradients.append({n: store(g, dtype) for n, g in gradients.items()})
-        there = [
-            {n: tensor(g, name) if n in names else g.copy() for n, g in of_rank.items()}
-            for of_rank in given_gradients
-        ]
-        if step == 3:
-            for session in (*host, *other):
-                session.scale_to(1024.0)
-        expected, own = run_step(host, given_gradients), run_step(other, there)
-        assert own[:2] == expected[:2]
-        assert own[2] == expected[2] or host[0].refused
-        for one, two in zip(host, other, strict=True):
-            assert state_of(one) == state_of(two)
-            assert (one.skipped, one.refused) == (two.skipped, two.refused)
-            if one.last_step is not None:
-                assert one.last_step.quality == two.last_step.quality
-        if step == 5:
-            assert host[0].skipped == 2
-            saved = [
-                (one.state_dict(), two.state_dict()) for one, two in zip(host, other, strict=True)
-            ]
-            host = make_sessions({}, itemsize, **options)
-            other = make_sessions(dict.fromkeys(names, place), itemsize, **options)
-            for one, two, (of_host, of_other) in zip(host, other, saved, strict=True):
-                two.load_state_dict(of_host)
-                parts = {
-                    part: {
-                        n: np.frombuffer(bits(x), one.residuals["out"].dtype)
-                        for n, x in of_other[part].items()
-                    }
-                    for part in ("residuals", "velocities")
-                }
-                one.load_state_dict(of_other | parts)
+    layers = [n for n in SHAPES["tensorflow"] if not mixed or n in ("bias", "hidden")]
+    check_sessions(TENSORFLOW, name, Device(name), layers, dtype, options)
