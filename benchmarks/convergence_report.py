@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.convergence_pictures import draw, smooth
+from benchmarks import convergence_times
+from benchmarks.convergence_pictures import draw
 from benchmarks.convergence_results import (
     CORRECTED,
     Group,
@@ -25,13 +26,9 @@ from benchmarks.convergence_results import (
 from benchmarks.convergence_settings import DENSITIES, MOMENTUM, SETTINGS, WARMUP, WORKERS
 from benchmarks.convergence_tasks import TASKS, Task
 from benchmarks.convergence_training import MEASURE_ALL
-from benchmarks.cost_model import fit, points_of, terms_of
-from benchmarks.hosts import bits_per_second
+from benchmarks.tables import markdown
 from hvd_dls.config import DLSConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-MEASURED = [ROOT / "build" / "results" / name for name in ("exchange.json", "network.json")]
-RATES = ("100mbit", "1gbit", "10gbit")
 FIRST_STEPS = 10  # in which a prior shows
 MOMENTUM_IS = {"strategies": "Momentum correction and warm-up", "plain": "Plain"}  # by section
 # Sections of settings that differ in one option, each from one of these.
@@ -46,15 +43,9 @@ VARIANTS = {
 CHOICE = """Global top-k and a constant threshold (for as many entries as reach it) are ideal by
 construction.
 """
-TARGET_AT = 0.8  # of dense training: the loss that others are timed to
 
 
 # Figures ------------------------------------------------------------------------------------------
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def shown(task: Task, value: float, sign: bool = False) -> str:
@@ -264,79 +255,6 @@ def rates(groups: Groups) -> str:
     return markdown(head, rows) if rows else ""
 
 
-# Time to a target ---------------------------------------------------------------------------------
-
-
-def held_out(result: Result) -> np.ndarray:
-    """The curve of held-out losses, each the median of five points; inf where it is not finite."""
-    losses = [np.inf if loss is None else loss for loss in result["curve"]["loss"]]
-    return smooth(losses, 5)
-
-
-def steps_to(result: Result, target: float) -> float:
-    """Steps until the held-out loss is no higher; inf if it never is."""
-    reached = np.flatnonzero(held_out(result) <= target)
-    return float(result["curve"]["step"][reached[0]]) if len(reached) else np.inf
-
-
-def loss_at(result: Result, part: float) -> float:
-    """Held-out loss at a part of the training."""
-    losses = held_out(result)
-    position = int(np.searchsorted(result["curve"]["step"], part * result["about"]["steps"]))
-    return float(losses[min(position, len(losses) - 1)])
-
-
-def exchange_seconds(group: Group, terms: np.ndarray, rate: str) -> float:
-    """What cost_model.py says of the exchange of a step, with the bytes that were measured."""
-    ranks, n, result = group.workers, group.results[0]["entries"], group.results[0]
-    placeholders = 8 * len(result["layers"]["names"])
-    reduced = group.mean("dense_bytes") + placeholders
-    wire = (ranks - 1) * group.mean("sparse_bytes") + 2 * (ranks - 1) / ranks * reduced
-    method = "dense" if group.density is None else f"dls:{group.density:g}"
-    k = group.mean("entries_sent")
-    bits = bits_per_second(rate)
-    return float(terms_of(method, ranks, n, k, wire, bits, shared=1.0) @ terms)
-
-
-def time_to_target(groups: Groups, task: str, terms: np.ndarray) -> str:
-    dense = groups.get(task, "dense")
-    if dense is None or not dense.finished:
-        return ""
-    targets = {r["about"]["seed"]: loss_at(r, TARGET_AT) for r in dense.finished}
-    computing = float(np.median([result["gradient_seconds"] for result in dense.results]))
-    rows = []
-    for group in groups.some(task, "strategies", "plain"):
-        seeded = [r for r in group.results if r["about"]["seed"] in targets]
-        if not seeded:
-            continue
-        steps = np.array([steps_to(r, targets[r["about"]["seed"]]) for r in seeded])
-        reached, needed = int(np.isfinite(steps).sum()), float(np.median(steps))
-        density = "" if group.density is None else f"{group.density:.1%}"
-        times = [
-            f"{needed * (computing + exchange_seconds(group, terms, rate)):.1f}"
-            if np.isfinite(needed)
-            else "-"
-            for rate in RATES
-        ]
-        count = f"{needed:.0f}" if np.isfinite(needed) else "-"
-        rows.append([density, group.title, f"{reached} of {len(steps)}", count, *times])
-    head = [
-        f"{task}: density",
-        "",
-        f"reach {np.mean([*targets.values()]):.3f}",
-        "steps",
-        *(f"{r}, s" for r in RATES),
-    ]
-    said = f"Computing a gradient: {1e3 * computing:.0f} ms a step, for all alike.\n\n"
-    return said + markdown(head, rows)
-
-
-def fitted_terms() -> np.ndarray | None:
-    """The cost model's terms, if there are measurements."""
-    files = [file for file in MEASURED if file.exists()]
-    return fit([point for file in files for point in points_of(file)]) if files else None
-
-
 # The page -----------------------------------------------------------------------------------------
 
 
@@ -415,22 +333,8 @@ def page(groups: Groups, results: Sequence[Result], pictures: dict[str, str]) ->
         parts += ["## More workers\n", "The batch is the same, shared among more.\n", *tables]
     if table := rates(groups):
         parts += ["## Learning rates\n", "Dense training with other peaks:\n", table]
-    parts += ["## Time to a target\n", *time_section(groups)]
+    parts += ["## Time to a target\n", *convergence_times.section(groups)]
     return "\n".join(part for part in parts if part)
-
-
-def time_section(groups: Groups) -> list[str]:
-    terms = fitted_terms()
-    if terms is None:
-        return ["Left out: `benchmarks/results.py` has left no measurements in build/results.\n"]
-    said = f"""Steps until the held-out loss is what dense training of the same seed has after
-{TARGET_AT:.0%} of its steps (curves are running medians of five points; the median over seeds),
-times what a step takes: computing, as measured here, and the exchange between {WORKERS} hosts, as
-the model of `benchmarks/cost_model.py` has it with the bytes counted here. That model is fitted to
-nets of millions of parameters, knows no latency and no overlap, and charges every way of choosing
-as DLS's.
-"""
-    return [said, *(time_to_target(groups, task, terms) for task in groups.tasks())]
 
 
 def build(folder: Path, file: Path, steps: int | None = None) -> None:

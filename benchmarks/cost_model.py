@@ -35,8 +35,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.hosts import bits_per_second
-from benchmarks.jobs import table, title_of
+from benchmarks.jobs import title_of
 from benchmarks.shapes import MODELS, entries
+from benchmarks.tables import markdown
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.buckets import make_buckets
 from hvd_dls.core.layers import layer_spec
@@ -121,13 +122,11 @@ def fit(points: list[Point]) -> np.ndarray:
 
 
 def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
-    table(
-        ["term", "fitted", ""],
-        [
-            [name, f"{value * UNITS[name][0]:.3g}", UNITS[name][1]]
-            for name, value in zip(TERMS, terms, strict=True)
-        ],
-    )
+    fitted = [
+        [name, f"{value * UNITS[name][0]:.3g}", UNITS[name][1]]
+        for name, value in zip(TERMS, terms, strict=True)
+    ]
+    print(markdown(["term", "fitted", ""], fitted))
     rows: list[dict[str, Any]] = []
     for point in points:
         model = float(point.terms @ terms)
@@ -140,19 +139,17 @@ def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
                 "error": model / point.seconds - 1,
             }
         )
-    table(
-        ["", "method", "measured, ms", "model, ms", "error"],
+    compared = [
         [
-            [
-                row["where"],
-                title_of(row["method"]),
-                f"{1e3 * row['measured']:.0f}",
-                f"{1e3 * row['model']:.0f}",
-                f"{row['error']:+.0%}",
-            ]
-            for row in rows
-        ],
-    )
+            row["where"],
+            title_of(row["method"]),
+            f"{1e3 * row['measured']:.0f}",
+            f"{1e3 * row['model']:.0f}",
+            f"{row['error']:+.0%}",
+        ]
+        for row in rows
+    ]
+    print(markdown(["", "method", "measured, ms", "model, ms", "error"], compared))
     errors = np.abs([row["error"] for row in rows])
     print(f"Errors: median {np.median(errors):.0%}, largest {errors.max():.0%}\n")
     return rows
@@ -267,7 +264,7 @@ def show_predictions(rows: list[dict[str, Any]], args: argparse.Namespace) -> No
         pays = [row["pays"]["Horovod"], row["pays"]["ideal"]]
         lines.append([f"{row['density']:g}", str(row["ranks"]), share, *ratios, *pays])
     head = ["density", "ranks", "bytes of dense", *RATES, "pays, Horovod", "pays, ideal"]
-    table(head, lines)
+    print(markdown(head, lines))
     losing = [row for row in rows if row["pays"]["ideal"] == "never"]
     if losing:
         places = ", ".join(f"{row['ranks']} ranks at {row['density']:g}" for row in losing)

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.jobs import JobError, launcher, middle, ratio, run_job, steps_of, table, title_of
+from benchmarks.jobs import JobError, launcher, middle, ratio, run_job, steps_of, title_of
 from benchmarks.shapes import MODELS
+from benchmarks.tables import markdown
 
 REFERENCE = ["nothing", "dense", "fp16"]
 METHODS = ["layerwise:0.01", "dls:0.01", "dls:0.01:bfloat16", "dls:0.001"]
@@ -72,12 +73,12 @@ def show(job: dict[str, Any], rows: list[dict[str, Any]]) -> None:
             ]
         )
     head = ["", "step, ms (quartiles)", "added, ms", "processor, ms", "kB handed over"]
-    table([*head, "dense / this", "fp16 / this", "lengths unchanged"], lines)
+    print(markdown([*head, "dense / this", "fp16 / this", "lengths unchanged"], lines))
     for row in rows:
         if parts := job["methods"][row["method"]]["profile_ms"]:
             print(f"Where a step with {title_of(row['method'])} goes, rank 0, ms\n")
             cells = [[part, f"{wall:.2f}", f"{cpu:.2f}"] for part, (wall, cpu) in parts.items()]
-            table(["part", "clock", "processor"], cells)
+            print(markdown(["part", "clock", "processor"], cells))
 
 
 def spread(values: list[float] | None, factor: float = 1.0) -> str:

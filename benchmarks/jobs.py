@@ -138,13 +138,6 @@ def ratio(
     return [float(ratios.min()), float(np.median(ratios)), float(ratios.max())]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints markdown."""
-    for cells in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(cells) + " |")
-    print()
-
-
 def title_of(method: str) -> str:
     """As tables and pictures call a method."""
     kind, *rest = method.split(":")

@@ -25,8 +25,9 @@ from typing import Any
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.jobs import ROOT, SETTINGS, launcher, table
+from benchmarks.jobs import ROOT, SETTINGS, launcher
 from benchmarks.shapes import MODELS
+from benchmarks.tables import markdown
 
 WAYS = {
     "dense": ["--compression", "none"],
@@ -93,7 +94,7 @@ def show(model: str, found: dict[str, dict[str, Any]]) -> None:
         more = figures["peak_megabytes"] - dense
         beside = "-" if way == "dense" else f"{more:+,.0f} MB ({more / gradients:+.2f})"
         rows.append([way, f"{figures['peak_megabytes']:,.0f} MB", beside])
-    table(["", "peak of rank 0", "beside dense (times the gradients)"], rows)
+    print(markdown(["", "peak of rank 0", "beside dense (times the gradients)"], rows))
 
 
 def draw(jobs: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:

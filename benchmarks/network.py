@@ -38,8 +38,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.exchange import spread
 from benchmarks.hosts import INTERFACE, Hosts, HostsError, bits_per_second
-from benchmarks.jobs import JobError, launcher, middle, ratio, run_job, steps_of, table, title_of
+from benchmarks.jobs import JobError, launcher, middle, ratio, run_job, steps_of, title_of
 from benchmarks.shapes import MODELS
+from benchmarks.tables import markdown
 
 # Designed for: dense over DLS at least, on two hosts with a ResNet-50, by rate and density.
 TARGETS = {
@@ -124,7 +125,7 @@ def show(job: dict[str, Any]) -> None:
             ]
         )
     head = ["", "step, ms", "dense / this", "fp16 / this", "kB sent, kernel", "kB, telemetry"]
-    table([*head, "difference", "processor, ms", "lengths unchanged"], lines)
+    print(markdown([*head, "difference", "processor, ms", "lengths unchanged"], lines))
     cores = os.cpu_count() or 1
     if job["ranks"] > cores:
         print(f"{job['ranks']} hosts share {cores} cores: small operations are slow, see above.")
@@ -133,7 +134,7 @@ def show(job: dict[str, Any]) -> None:
             print(f"\nWhere a step with {title_of(method)} goes, rank 0, ms\n")
             parts = figures["profile_ms"].items()
             cells = [[part, f"{wall:.2f}", f"{cpu:.2f}"] for part, (wall, cpu) in parts]
-            table(["part", "clock", "processor"], cells)
+            print(markdown(["part", "clock", "processor"], cells))
     sys.stdout.flush()
 
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.tables import markdown
 from hvd_dls.core import elias_fano
 from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.layers import LayerSpec, layer_spec
@@ -272,13 +273,6 @@ def measure_all(models: list[str], seed: int) -> list[dict[str, Any]]:
 # What is shown ------------------------------------------------------------------------------------
 
 
-def table(head: list[str], rows: list[list[str]]) -> None:
-    """Markdown."""
-    for cells in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(cells) + " |")
-    print()
-
-
 def name_of(row: dict[str, Any]) -> list[str]:
     return [row["model"], row["set"], f"{row['density']:g}", f"{row['k']:,}"]
 
@@ -295,7 +289,7 @@ def show_bytes(rows: list[dict[str, Any]]) -> None:
         cells.append((row["index_bits"]["bound"] + 16) / 8)
         lines.append([*name_of(row), *(f"{cell:.2f}" for cell in cells)])
     print("Bytes an entry\n")
-    table(head, lines)
+    print(markdown(head, lines))
 
 
 def show_times(rows: list[dict[str, Any]]) -> None:
@@ -311,7 +305,8 @@ def show_times(rows: list[dict[str, Any]]) -> None:
         cells = (f"{middle:.1f} ({low:.1f}–{high:.1f})" for low, middle, high in times)
         lines.append([*name_of(row), *cells])
     print("Nanoseconds an entry\n")
-    table(["model", "set", "density", "K", *(f"{kind}: {what}" for kind, what in columns)], lines)
+    head = ["model", "set", "density", "K", *(f"{kind}: {what}" for kind, what in columns)]
+    print(markdown(head, lines))
 
 
 def show_targets(rows: list[dict[str, Any]]) -> bool:

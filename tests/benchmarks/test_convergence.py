@@ -304,10 +304,10 @@ def test_a_run_that_diverges_is_kept_as_such(tmp_path, monkeypatch):
 @needs("matplotlib")
 @pytest.mark.parametrize("fitted", [True, False], ids=["with a cost model", "without"])
 def test_the_page(kept, tmp_path, monkeypatch, fitted):
-    from benchmarks import convergence_report
+    from benchmarks import convergence_report, convergence_times
 
     terms = np.array([0, 0, 1e-9, 0, 1e-9, 1e-9, 1.0])
-    monkeypatch.setattr(convergence_report, "fitted_terms", lambda: terms if fitted else None)
+    monkeypatch.setattr(convergence_times, "fitted_terms", lambda: terms if fitted else None)
     folder, runs = kept
     page = tmp_path / "docs" / "convergence.md"
     convergence_report.build(folder, page, steps=4)
@@ -330,7 +330,8 @@ def test_the_page(kept, tmp_path, monkeypatch, fitted):
 
 
 def test_noise_and_targets():
-    from benchmarks.convergence_report import steps_to, within_noise
+    from benchmarks.convergence_report import within_noise
+    from benchmarks.convergence_times import steps_to
 
     assert within_noise(np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.0]))
     assert not within_noise(np.array([1.0, 1.1, 1.2]), np.array([2.0, 2.1, 2.2]))
