@@ -43,6 +43,9 @@ VARIANTS = {
 CHOICE = """Global top-k and a constant threshold (for as many entries as reach it) are ideal by
 construction.
 """
+ADAM = """Its moments are the optimizer's own, of sparse sums; the density warms up as above. The
+learning rate is the best found for dense training.
+"""
 
 
 # Figures ------------------------------------------------------------------------------------------
@@ -207,6 +210,29 @@ def lengths(groups: Groups) -> str:
     return markdown(head, rows) if rows else ""
 
 
+def adam(groups: Groups) -> str:
+    """Adam in place of SGD."""
+    rows = []
+    for task in groups.tasks():
+        dense = groups.get(task, "dense-adam")
+        for group in groups.some(task, "adam"):
+            density = "" if group.density is None else f", {group.density:.1%}"
+            best = groups.get(task, f"global-{group.density:g}-adam") if density else None
+            rows.append(
+                [
+                    task,
+                    group.title + density,
+                    metric(group),
+                    difference(group, dense),
+                    difference(group, best),
+                    number(group.quality("energy")),
+                    number(group.quality("misallocation")),
+                ]
+            )
+    head = ["", "", "metric", "from dense", "from global", "energy", "misallocation"]
+    return markdown(head, rows) if rows else ""
+
+
 def more_workers(groups: Groups, task: str) -> str:
     """The same batch, shared among more workers."""
     rows = []
@@ -329,6 +355,8 @@ def page(groups: Groups, results: Sequence[Result], pictures: dict[str, str]) ->
     for title, (section, usuals) in VARIANTS.items():
         tables = [variants(groups, task, section, u) for task in tasks for u in usuals]
         parts += [f"## {title}\n", *tables] if any(tables) else []
+    if table := adam(groups):
+        parts += ["## Adam\n", ADAM, table]
     if any(tables := [more_workers(groups, task) for task in tasks]):
         parts += ["## More workers\n", "The batch is the same, shared among more.\n", *tables]
     if table := rates(groups):

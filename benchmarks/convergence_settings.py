@@ -45,6 +45,7 @@ class Setting(NamedTuple):
         longer: whether it trains for more steps, as the task says.
         masking: of momentum correction; None: the task's.
         dense_output: whether the task's output layer goes dense.
+        adam: whether Adam takes the place of SGD, with the task's rate for it.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Setting(NamedTuple):
     longer: bool = False
     masking: bool | None = None
     dense_output: bool = False
+    adam: bool = False
 
 
 def _settings() -> Iterator[tuple[str, Setting]]:
@@ -98,6 +100,11 @@ def _variants() -> Iterator[tuple[str, Setting]]:
     ):
         usual = Setting(title, {"density": 0.01}, "momentum", momentum="compressor", warmup=0.1)
         yield f"dls-0.01-corrected-{name}", usual._replace(**change)
+    yield "dense-adam", Setting("dense", None, "adam", adam=True)
+    for strategy in ("dls", "layerwise", "global"):
+        options = {"strategy": strategy, "density": 0.01}
+        adam = Setting(STRATEGIES[strategy], options, "adam", warmup=WARMUP[0.01], adam=True)
+        yield f"{strategy}-0.01-adam", adam
     for density in DENSITIES:
         options = {"density": density}
         usual = Setting("output layer dense", options, "output", "compressor", WARMUP[density])
@@ -122,6 +129,7 @@ TASKS_OF = {
     "adjustment": ("digits", "text"),
     "floor": ("images",),
     "momentum": tuple(TASKS),
+    "adam": ("code",),
     "output": ("images", "code"),
     "lumps": ("images",),
     "rates": ("digits", "images"),
@@ -187,11 +195,11 @@ def description(run: Run, steps: int | None, folder: Path) -> dict[str, Any]:
         "version": VERSION,
         **run._asdict(),
         "steps": steps,
-        "rate": setting.rate * task.rate,
+        "rate": setting.rate * (task.adam_rate if setting.adam else task.rate),
         "batch": task.batch,
         "options": options,
         "optimizer_momentum": MOMENTUM if setting.momentum == "optimizer" else 0.0,
-    }
+    } | ({"adam": True} if setting.adam else {})
 
 
 def read(run: Run, steps: int | None, folder: Path) -> dict[str, Any] | None:

@@ -251,6 +251,7 @@ class Task:
         rate: peak learning rate, the best found for dense training.
         steps: of a run.
         batch: examples of all workers in a step, so that runs differ in nothing else.
+        adam_rate: the same for Adam; 0 if it was not looked for.
         masking: whether momentum correction clears the momentum of entries that are sent, the
             better of both for DLS at 1 %.
         longer: factor on the steps of longer runs.
@@ -266,6 +267,7 @@ class Task:
     steps: int
     batch: int
     accuracy: bool
+    adam_rate: float = 0.0
     masking: bool = True
     longer: int = 4
 
@@ -365,6 +367,7 @@ TASKS = {
             steps=2400,
             batch=32,
             accuracy=False,
+            adam_rate=0.006,
             masking=False,
             longer=2,
         ),

@@ -86,7 +86,7 @@ def train(about: dict[str, Any]) -> dict[str, Any]:
     if about["options"] is not None:
         config = DLSConfig.from_options(measure_every=1, **about["options"])
     job = SimulatedJob(model, about["workers"], config, MEASURE_ALL)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=about["optimizer_momentum"])
+    optimizer = optimizer_of(about, model)
     sparse = job.sessions[0].plan.sparse if job.sessions else ()
     kept = Kept([layer.name for layer in sparse], [layer.size for layer in sparse])
     entries = sum(p.numel() for p in model.parameters())
@@ -128,6 +128,13 @@ def train(about: dict[str, Any]) -> dict[str, Any]:
         "parameters_sha256": sha256(model),
         "machine": machine(),
     }
+
+
+def optimizer_of(about: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    """With a learning rate that is set before each step."""
+    if about.get("adam"):
+        return torch.optim.Adam(model.parameters())
+    return torch.optim.SGD(model.parameters(), lr=1.0, momentum=about["optimizer_momentum"])
 
 
 def worker_loss(task: Task, model: nn.Module, data: Data, about: dict[str, Any], step: int) -> Any:

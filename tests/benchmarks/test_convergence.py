@@ -221,7 +221,7 @@ def kept(tmp_path_factory):
         for run in all_runs(["digits"], settings, [0, 1])
         if run.workers == WORKERS and not (run.seed and "uniform" in run.setting)
     ]
-    runs += all_runs(["text"], ["d*-long"], [0])
+    runs += all_runs(["text"], ["d*-long"], [0]) + all_runs(["code"], ["d*-adam"], [0])
     assert sweep(runs, 4, folder, jobs=1) == []
     return folder, runs
 
@@ -316,6 +316,7 @@ def test_the_page(kept, tmp_path, monkeypatch, fitted):
     for row in ("dense", "DLS", "constant threshold", "layer-wise top-k"):
         assert re.search(rf"^\| {row}[^|]* \| [\d.]+ ± [\d.]+ \|", text, re.M), row
     assert re.search(r"^\| text \| dense \| 4 \| [\d.]+ \|", text, re.M)  # longer
+    assert re.search(r"^\| code \| DLS, 1.0% \| [\d.]+ \| [-+][\d.]+\? \|", text, re.M)  # Adam
     kept_row = r"^\| momentum of sent entries kept \| [\d.]+ ± [\d.]+ \|"
     assert re.search(kept_row, text, re.M)
     assert re.search(r"^\| prior uniform \| [\d.]+ \| [-+][\d.]+\? \|", text, re.M)  # one seed
