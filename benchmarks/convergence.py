@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.convergence_settings import SETTINGS, Run, all_runs, description, read
+from benchmarks.convergence_settings import SETTINGS, Run, all_runs, description, read, usual_runs
 from benchmarks.convergence_tasks import TASKS
 from benchmarks.convergence_training import train
 
@@ -110,7 +110,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--settings", nargs="+", default=["*"], help="names or patterns of names")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="(default: those of the page)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of a thread each")
     parser.add_argument("--steps", type=int, help="of every run (default: the task's)")
     parser.add_argument("--folder", type=Path, default=KEPT, help="where results are kept")
@@ -123,7 +123,10 @@ def main() -> int:
     args = parse()
     failed: list[str] = []
     if not args.report:
-        runs = all_runs(args.tasks, args.settings, args.seeds)
+        if args.seeds:
+            runs = all_runs(args.tasks, args.settings, args.seeds)
+        else:
+            runs = usual_runs(args.tasks, args.settings)
         if not runs:
             print(f"no such settings; there are {', '.join(SETTINGS)}", file=sys.stderr)
             return 2

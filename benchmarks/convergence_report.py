@@ -23,7 +23,7 @@ from benchmarks.convergence_results import (
     load,
     unit,
 )
-from benchmarks.convergence_settings import DENSITIES, MOMENTUM, SETTINGS, WARMUP, WORKERS
+from benchmarks.convergence_settings import DENSITIES, MOMENTUM, SEEDS, SETTINGS, WARMUP, WORKERS
 from benchmarks.convergence_tasks import TASKS, Task
 from benchmarks.convergence_training import MEASURE_ALL
 from benchmarks.tables import markdown
@@ -63,6 +63,8 @@ def metric(group: Group) -> str:
     text = shown(group.task, values.mean()) if len(values) else ""
     if len(values) > 1:
         text += f" ± {shown(group.task, values.std(ddof=1))}"
+    if len(values) > len(SEEDS):
+        text += f" ({len(values)})"
     parts = [text, f"{lost} of {len(group.results)} diverged" if lost else ""]
     return ", ".join(part for part in parts if part)
 
@@ -292,7 +294,6 @@ def introduction(results: Sequence[Result]) -> str:
         for m in machines.values()
     )
     hours = sum(r["seconds"] for r in results) / 3600
-    seeds = sorted({r["about"]["seed"] for r in results})
     warmups = " and ".join(f"{share:.0%} (density {d:.1%})" for d, share in WARMUP.items())
     return f"""# Does sparse training reach dense accuracy?
 
@@ -300,9 +301,9 @@ Made by `python benchmarks/convergence.py`: {len(results)} runs, {hours:.1f} hou
 ({on}).
 
 - {WORKERS} workers, if nothing else is said, simulated in one process with the sessions that ranks
-  have; a test compares two of them with a real Horovod job of two ranks, to the bit. Seeds:
-  {", ".join(map(str, seeds))}; a seed sets first weights and the order of the examples, the same
-  for all strategies.
+  have; a test compares two of them with a real Horovod job of two ranks, to the bit. {len(SEEDS)}
+  seeds; more where a number in brackets follows. A seed sets first weights and the order of the
+  examples, the same for all strategies.
 - SGD throughout, with momentum {MOMENTUM}; the learning rate rises for the first tenth of the steps
   and falls as a cosine. Its peak is the best found for dense training;
   all strategies use it, for the same number of steps. Batch norm's statistics are worker 0's.

@@ -20,6 +20,8 @@ from hvd_dls.config import DLSConfig
 VERSION = 1  # of what a run does and keeps
 MOMENTUM = 0.9
 WORKERS = 4
+SEEDS = (0, 1, 2)
+MORE_SEEDS = (3, 4)
 DENSITIES = (0.01, 0.001)
 WARMUP = {0.01: 0.1, 0.001: 0.3}  # share of the steps, by density
 STRATEGIES = {
@@ -140,6 +142,16 @@ MORE_WORKERS = {
     for name in ("dense", "dls-0.01-corrected", "layerwise-0.01-corrected")
 } | {("digits", "global-0.01-corrected"): (8,)}
 
+# Settings, by task, that differ by little more than their seeds make them: they get MORE_SEEDS.
+NEAR_NOISE = {
+    (task, name)
+    for task in ("digits", "images", "text")
+    for name in (
+        "dense",
+        *(f"{s}-{d:g}-corrected" for s in ("dls", "layerwise", "global") for d in DENSITIES),
+    )
+}
+
 
 class Run(NamedTuple):
     """One training."""
@@ -172,6 +184,14 @@ def all_runs(tasks: Iterable[str], settings: Iterable[str], seeds: Iterable[int]
             run = Run(task, name, workers, seed)
             runs |= {needed: None for needed in (run.needs(), run) if needed}
     return list(runs)
+
+
+def usual_runs(tasks: Iterable[str], settings: Iterable[str]) -> list[Run]:
+    """With the seeds that the page has."""
+    more = all_runs(tasks, settings, MORE_SEEDS)
+    return all_runs(tasks, settings, SEEDS) + [
+        run for run in more if (run.task, run.setting) in NEAR_NOISE and run.workers == WORKERS
+    ]
 
 
 def description(run: Run, steps: int | None, folder: Path) -> dict[str, Any]:

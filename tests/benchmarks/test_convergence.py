@@ -231,7 +231,7 @@ def times(folder):
 
 
 def test_seed_by_seed_and_what_a_run_needs_before_it():
-    from benchmarks.convergence_settings import SETTINGS, Run, all_runs
+    from benchmarks.convergence_settings import NEAR_NOISE, SETTINGS, Run, all_runs, usual_runs
     from benchmarks.convergence_tasks import TASKS
 
     hard = Run("text", "hard-0.01-corrected", 4, 1)
@@ -241,6 +241,10 @@ def test_seed_by_seed_and_what_a_run_needs_before_it():
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert {run.setting for run in runs} == set(SETTINGS)
     assert len(runs) == len(set(runs))
+    usual = usual_runs(TASKS, ["*"])
+    assert usual[: len(runs)] == runs
+    assert {run.seed for run in usual[len(runs) :]} == {3, 4}
+    assert {(run.task, run.setting) for run in usual[len(runs) :]} == NEAR_NOISE
 
 
 def test_only_what_is_missing_or_has_changed_is_made(kept):
