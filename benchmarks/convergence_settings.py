@@ -102,11 +102,16 @@ def _variants() -> Iterator[tuple[str, Setting]]:
     ):
         usual = Setting(title, {"density": 0.01}, "momentum", momentum="compressor", warmup=0.1)
         yield f"dls-0.01-corrected-{name}", usual._replace(**change)
-    yield "dense-adam", Setting("dense", None, "adam", adam=True)
+    dense = Setting("dense", None, "adam", adam=True)
+    yield "dense-adam", dense
     for strategy in ("dls", "layerwise", "global"):
         options = {"strategy": strategy, "density": 0.01}
-        adam = Setting(STRATEGIES[strategy], options, "adam", warmup=WARMUP[0.01], adam=True)
-        yield f"{strategy}-0.01-adam", adam
+        sparse = dense._replace(title=STRATEGIES[strategy], options=options, warmup=WARMUP[0.01])
+        yield f"{strategy}-0.01-adam", sparse
+        corrected = sparse._replace(
+            title=f"{STRATEGIES[strategy]}, momentum correction", momentum="compressor"
+        )
+        yield f"{strategy}-0.01-adam-corrected", corrected
     for density in DENSITIES:
         options = {"density": density}
         usual = Setting("output layer dense", options, "output", "compressor", WARMUP[density])

@@ -133,7 +133,8 @@ def train(about: dict[str, Any]) -> dict[str, Any]:
 def optimizer_of(about: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
     """With a learning rate that is set before each step."""
     if about.get("adam"):
-        return torch.optim.Adam(model.parameters())
+        # Its first moment is momentum, and may be in the compressor instead.
+        return torch.optim.Adam(model.parameters(), betas=(about["optimizer_momentum"], 0.999))
     return torch.optim.SGD(model.parameters(), lr=1.0, momentum=about["optimizer_momentum"])
 
 
