@@ -293,11 +293,12 @@ def _refuse_second_momentum(optimizer: Any, compression: Any) -> None:
     if config is None or not config.momentum:
         return
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if getattr(inner, "momentum", 0):
-        raise DLSError(
-            f"momentum={config.momentum} in DLSCompressor takes the place of the optimizer's, "
-            f"which has momentum={inner.momentum}: make it with momentum=0"
-        )
+    for theirs in ("momentum", "beta_1"):  # of SGD; of Adam and its like
+        if value := getattr(inner, theirs, 0):
+            raise DLSError(
+                f"momentum={config.momentum} in DLSCompressor takes the place of the optimizer's, "
+                f"which has {theirs}={value}: make it with {theirs}=0"
+            )
 
 
 def _counts(gradients: list[Any]) -> tf.Tensor:

@@ -173,11 +173,17 @@ class DLSCompressor(BaseCompressor):
                 "optimizer"
             )
         for group in optimizer.param_groups:
+            first, *others = group.get("betas") or (0.0,)  # of Adam and its like
             if group.get("momentum"):
-                raise DLSError(
-                    f"momentum={self.config.momentum} in DLSCompressor takes the place of the "
-                    f"optimizer's, which has momentum={group['momentum']}: make it with momentum=0"
-                )
+                theirs, instead = f"momentum={group['momentum']}", "momentum=0"
+            elif first:
+                theirs, instead = f"betas={group['betas']}", f"betas={(0.0, *others)}"
+            else:
+                continue
+            raise DLSError(
+                f"momentum={self.config.momentum} in DLSCompressor takes the place of the "
+                f"optimizer's, which has {theirs}: make it with {instead}"
+            )
 
     @staticmethod
     def _refuse_unreduced(optimizer: Any, parameter: torch.Tensor) -> None:

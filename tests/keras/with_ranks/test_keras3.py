@@ -267,11 +267,13 @@ def test_embeddings_alone_train_with_skipping():
     assert_same_on_all_ranks(embedding.numpy())
 
 
-def test_momentum_in_both_is_refused():
-    with pytest.raises(DLSError, match="make it with momentum=0"):
-        hvd.DistributedOptimizer(
-            keras.optimizers.SGD(0.1, momentum=0.9), compression=DLSCompressor(momentum=0.9)
-        )
+@pytest.mark.parametrize("theirs", ["momentum", "beta_1"])
+def test_momentum_in_both_is_refused(theirs):
+    kind = keras.optimizers.SGD if theirs == "momentum" else keras.optimizers.Adam
+    ours = DLSCompressor(momentum=0.9)
+    with pytest.raises(DLSError, match=f"make it with {theirs}=0"):
+        hvd.DistributedOptimizer(kind(0.1, **{theirs: 0.9}), compression=ours)
+    hvd.DistributedOptimizer(kind(0.1, **{theirs: 0.0}), compression=ours)
 
 
 def test_embeddings_and_variables_without_gradient(compression):

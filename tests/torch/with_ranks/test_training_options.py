@@ -1,5 +1,7 @@
 """What stands around the selection: momentum, clipping, dense steps and warm-up, strategies."""
 
+import re
+
 import horovod.torch as hvd
 import numpy as np
 import pytest
@@ -241,11 +243,32 @@ def test_grad_scaler_gives_the_same_as_no_scaling(own):
     assert_same_on_all_ranks(flat(models[1]))
 
 
-def test_momentum_in_both_is_refused():
+@pytest.mark.parametrize(
+    ("make", "instead"),
+    [
+        (lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9), "momentum=0"),
+        (torch.optim.Adam, "betas=(0.0, 0.999)"),
+    ],
+    ids=["SGD", "Adam"],
+)
+def test_momentum_in_both_is_refused(make, instead):
     model = net()
-    optimizer = wrap(model, DLSCompressor(model.named_parameters(), momentum=0.9, **SPARSE))
-    with pytest.raises(DLSError, match="make it with momentum=0"):
+    compression = DLSCompressor(model.named_parameters(), momentum=0.9, **SPARSE)
+    optimizer = wrap(model, compression, make(model.parameters()))
+    with pytest.raises(DLSError, match=re.escape(f"make it with {instead}")):
         train(model, optimizer, [0])
+
+
+def test_adam_without_a_first_moment_takes_the_compressor_s():
+    model = net()
+    compression = DLSCompressor(model.named_parameters(), density=0.1, momentum=0.9, **SPARSE)
+    adam = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.0, 0.999))
+    before = flat(model)
+    train(model, wrap(model, compression, adam), range(3))
+    assert compression.last_step().step == 3
+    assert flat(model).isfinite().all()
+    assert not torch.equal(flat(model), before)
+    assert_same_on_all_ranks(flat(model))
 
 
 def test_several_threads_give_the_same_bits(monkeypatch):
