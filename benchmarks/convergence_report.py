@@ -43,8 +43,8 @@ VARIANTS = {
 CHOICE = """Global top-k and a constant threshold (for as many entries as reach it) are ideal by
 construction.
 """
-ADAM = """Its moments are the optimizer's own, of sparse sums; the density warms up as above. The
-learning rate is the best found for dense training.
+ADAM = """Its moments are the optimizer's own, of sparse sums; with momentum correction the first is in
+the compressor. The density warms up as above; the learning rate is the best for dense training.
 """
 
 
@@ -305,7 +305,7 @@ Made by `python benchmarks/convergence.py`: {len(results)} runs, {hours:.1f} hou
   seeds; more where a number in brackets follows. A seed sets first weights and the order of the
   examples, the same for all strategies.
 - SGD throughout, with momentum {MOMENTUM}; the learning rate rises for the first tenth of the steps
-  and falls as a cosine. Its peak is the best found for dense training;
+  and falls as a cosine. Its peak is the best found for dense training, by held-out loss;
   all strategies use it, for the same number of steps. Batch norm's statistics are worker 0's.
 - *Momentum correction and warm-up*: momentum is in the compressor, before the selection, and the
   density falls from {DLSConfig().warmup_density:.0%} in the first {warmups} of the steps.

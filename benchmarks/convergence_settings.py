@@ -108,10 +108,10 @@ def _variants() -> Iterator[tuple[str, Setting]]:
         options = {"strategy": strategy, "density": 0.01}
         sparse = dense._replace(title=STRATEGIES[strategy], options=options, warmup=WARMUP[0.01])
         yield f"{strategy}-0.01-adam", sparse
-        corrected = sparse._replace(
-            title=f"{STRATEGIES[strategy]}, momentum correction", momentum="compressor"
-        )
-        yield f"{strategy}-0.01-adam-corrected", corrected
+        if strategy == "dls":
+            title = f"{STRATEGIES[strategy]}, momentum correction"
+            corrected = sparse._replace(title=title, momentum="compressor")
+            yield f"{strategy}-0.01-adam-corrected", corrected
     for density in DENSITIES:
         options = {"density": density}
         usual = Setting("output layer dense", options, "output", "compressor", WARMUP[density])
