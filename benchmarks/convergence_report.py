@@ -43,8 +43,8 @@ VARIANTS = {
 CHOICE = """Global top-k and a constant threshold (for as many entries as reach it) are ideal by
 construction.
 """
-ADAM = """Its moments are the optimizer's own, of sparse sums; with momentum correction the first is in
-the compressor. The density warms up as above; the learning rate is the best for dense training.
+ADAM = """Its moments are the optimizer's own, of sparse sums; with momentum correction the first is
+in the compressor. The density warms up as above; the learning rate is the best for dense training.
 """
 
 
