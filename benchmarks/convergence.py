@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does sparse training reach dense accuracy? Trains small models in many ways and compares them.
 
-    python benchmarks/convergence.py                          # all: about six hours of one core
+    python benchmarks/convergence.py                          # all: about eight hours of one core
     python benchmarks/convergence.py --tasks text --settings dense 'dls-*' --seeds 0
     python benchmarks/convergence.py --report                 # only builds the page
 
