@@ -254,7 +254,9 @@ def test_nothing_is_left_after_the_block_or_an_exception_or_a_failing_command(ma
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_after_a_signal(mark, ending):
     command = ["sh", "-c", f"ssh host1 sleep {mark} & sleep {mark} & echo begun; wait"]
-    harness = [sys.executable, "benchmarks/hosts.py", "--rate", "100mbit", "--", *command]
+    # What a shell runs in the background ignores SIGINT, and so would its children.
+    harness = ["env", "--default-signal=INT", sys.executable, "benchmarks/hosts.py"]
+    harness += ["--rate", "100mbit", "--", *command]
     with subprocess.Popen(harness, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "begun\n"
