@@ -320,8 +320,9 @@ Made by `python benchmarks/convergence.py`: {len(results)} runs, {hours:.1f} hou
 - Energy and misallocation are worker 0's, beside exact global top-k of the same accumulators
   (1 and 0 are ideal): medians over the second half of the steps. All ranks of DLS send the same
   k_l, and the best that could be is the mean over ranks of what each one's exact global top-k would
-  send of a layer. *Least* is worker 0's misallocation if that were sent, and *shared* is how far
-  what was sent is from it (both every {MEASURE_ALL} steps; where missing, they were not kept).
+  send of a layer. *Least* is what worker 0's misallocation would be, with the accumulators that
+  there are, if that were sent; *shared* is how far what was sent is from it (both every
+  {MEASURE_ALL} steps; where missing, they were not kept).
 """
 
 

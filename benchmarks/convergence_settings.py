@@ -216,6 +216,7 @@ def description(run: Run, steps: int | None, folder: Path) -> dict[str, Any]:
             options["layer_density"] = {task.output: "dense"}
         if needed := run.needs():
             options["threshold"] = usual_threshold(json.loads(needed.file(folder).read_text()))
+    # "adam" stands only where it is so: results from before there was a choice still count.
     return {
         "version": VERSION,
         **run._asdict(),

@@ -12,47 +12,18 @@ pytest.importorskip("horovod.torch")
 
 from hvd_dls.config import DLSConfig  # noqa: E402
 from hvd_dls.core import momentum, passes  # noqa: E402
-from hvd_dls.core.places import Later  # noqa: E402
 from hvd_dls.core.plan import histogram  # noqa: E402
 from hvd_dls.core.sketch import SAMPLE, WINDOW  # noqa: E402
 from hvd_dls.torch import on_device  # noqa: E402
 from hvd_dls.torch.on_device import Device, finite_later  # noqa: E402
-from tests.core.places import (  # noqa: E402
-    SHAPES,
-    Framework,
-    check_sessions,
-    each_dtype,
-    each_option,
-    make_sessions,
-)
 from tests.core.strategies import KINDS  # noqa: E402
 from tests.core.taking import sketch  # noqa: E402
 from tests.core.test_passes import DTYPES, cases, entries, load, plus, store  # noqa: E402
-
-no_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"
-)
-on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
-
+from tests.torch.devices import array_of, no_gpu, on_each_device, tensor  # noqa: E402
 
 some = settings(
     derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
 )
-
-
-def tensor(array, device):
-    """A copy of an array of the core's on a device; uint16 is bfloat16."""
-    if array.dtype == np.uint16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).to(device)
-    return torch.from_numpy(array.copy()).to(device)
-
-
-def array_of(values):
-    """A copy of a tensor as the core has it."""
-    values = values.detach().cpu().clone()
-    if values.dtype == torch.bfloat16:
-        return values.view(torch.int16).numpy().view(np.uint16)
-    return values.numpy()
 
 
 def bits(values):
@@ -331,87 +302,3 @@ def test_a_gpu_is_not_waited_for(dtype):
     assert finite.result()
     expected = passes.find(array_of(residual), array_of(gradient), 30_000)
     assert found[0].threshold == expected.threshold
-
-
-# Sessions -----------------------------------------------------------------------------------------
-
-TORCH = Framework(
-    "torch",
-    tensor,
-    array_of,
-    floats=lambda values: values.float() if values.dtype == torch.bfloat16 else values,
-    writable=lambda values: values,
-)
-SIZES = {name: int(np.prod(shape)) for name, shape in SHAPES["torch"].items()}
-
-
-@on_each_device
-@each_option
-@each_dtype
-@pytest.mark.parametrize("mixed", [False, True])
-def test_a_session_on_a_device_is_one_on_the_host_to_the_bit(device, options, dtype, mixed):
-    names = [name for name in SIZES if not mixed or name in ("bias", "hidden")]
-    check_sessions(TORCH, device, Device(torch.device(device)), names, dtype, options)
-
-
-class Slow(Later):
-    """A device that is ready when told to be."""
-
-    finished = False
-
-    def __init__(self, copied, read):
-        self._copied, self._read = copied, read
-
-    def ready(self):
-        return Slow.finished
-
-    def result(self):
-        return self._read(self._copied.numpy())
-
-
-def test_what_a_device_works_on_is_sent_later(monkeypatch):
-    monkeypatch.setattr(on_device, "OnItsWay", Slow)
-    monkeypatch.setattr(Slow, "finished", False)
-    place = Device(torch.device("cpu"))
-    (session, *_) = make_sessions(TORCH, dict.fromkeys(["hidden", "bias"], place))
-    gradients = {n: np.random.default_rng(0).standard_normal(size) for n, size in SIZES.items()}
-    sent = []
-    for name in reversed(SIZES):
-        assert not session.complete
-        gradient = gradients[name].astype(np.float32)
-        if name == "bias":
-            session.note(name, finite_later(torch.from_numpy(gradient)))
-        else:
-            session.compress(name, torch.from_numpy(gradient) if name == "hidden" else gradient)
-        sent.append([b for b in session.ready() if session.payload(b) is not None])
-    # hidden and bias are on their way, and hold up their buckets: bias travels with conv.
-    assert [len(bucket.layers) for bucket in session.buckets] == [1, 1, 1]
-    assert sent == [[0], [], [], []]
-    assert session.complete
-    assert session.unfinished() == [1, 2]
-    Slow.finished = True
-    assert session.ready() == [1, 2]
-    session.payload(2)
-    assert session.ready() == [1]
-    session.payload(1)
-    assert session.ready() == session.unfinished() == []
-
-
-def test_a_bad_gradient_that_goes_dense_is_told_of_later(monkeypatch):
-    place = Device(torch.device("cpu"))
-    sessions = make_sessions(TORCH, {"bias": place}, nonfinite="skip")
-    gradients = {n: np.ones(size, np.float32) for n, size in SIZES.items()}
-    bad = torch.full((32,), torch.nan)
-    payloads = []
-    for rank, session in enumerate(sessions):
-        for name, gradient in gradients.items():
-            if name == "bias":
-                session.note(name, finite_later(bad if rank else torch.ones(32)))
-            else:
-                session.compress(name, gradient.copy())
-        payloads.append({bucket: session.payload(bucket) for bucket in session.ready()})
-    for session in sessions:
-        for bucket in payloads[0]:
-            session.receive(bucket, np.concatenate([sent[bucket] for sent in payloads]))
-        assert session.accept("bias") is False
-        assert session.refused
