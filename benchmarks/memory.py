@@ -44,7 +44,8 @@ LOOPS = """
 import horovod.torch, psutil, numpy as np
 before = psutil.Process().memory_info().rss
 import hvd_dls.torch
-from hvd_dls.core import elias_fano, passes
+from hvd_dls.core.wire import elias_fano
+from hvd_dls.core.selection import passes
 residual, gradient = np.zeros(1000, np.float32), np.arange(1000, dtype=np.float32)
 found = passes.find(residual, gradient, 10)
 passes.settle(residual, gradient, found.indices, None, [found[:2]], 1.0, gradient)

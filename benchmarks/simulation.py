@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.layers import layer_spec
-from hvd_dls.core.session import Session
+from hvd_dls.core.balancing.layers import layer_spec
+from hvd_dls.core.session.session import Session
 
 Gradients = dict[str, np.ndarray]  # (n,) of each parameter, by name
 

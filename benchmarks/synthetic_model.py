@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from benchmarks.shapes import Shapes
-from hvd_dls.core.controller import Controller
-from hvd_dls.core.session import Session
+from hvd_dls.core.balancing.controller import Controller
+from hvd_dls.core.session.session import Session
 from hvd_dls.torch import DLSCompressor, exchange
 
 TAILS = ("normal", "laplace", "student")

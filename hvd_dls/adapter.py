@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core import threads
-from hvd_dls.core.agreement import check_agreement, digest
-from hvd_dls.core.layers import LayerSpec
-from hvd_dls.core.places import Place
-from hvd_dls.core.session import Session
-from hvd_dls.core.telemetry import StepRecord
+from hvd_dls.core.selection import threads
+from hvd_dls.core.wire.agreement import check_agreement, digest
+from hvd_dls.core.balancing.layers import LayerSpec
+from hvd_dls.core.selection.backend import Place
+from hvd_dls.core.session.session import Session
+from hvd_dls.core.session.telemetry import StepRecord
 from hvd_dls.errors import DLSError, StateMismatchError
 
 STATE_VERSION = 1

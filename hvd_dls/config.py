@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hvd_dls.core.prior import MEASURED, PRIORS
-from hvd_dls.core.tails import TAILS
+from hvd_dls.core.balancing.prior import MEASURED, PRIORS
+from hvd_dls.core.balancing.tails import TAILS
 from hvd_dls.errors import DLSError
 
 STRATEGIES = ("dls", "layerwise", "global", "norm", "hard")
@@ -66,7 +66,7 @@ class DLSConfig:
     # Source of the first step's ratios: "paper" (Eq. 8 and 9), "weight_norm", "uniform", or
     # "measured": from the whole gradients of a first step that is sent dense.
     prior: str = "paper"
-    # Assumed shape of a layer's gradient, to turn variances into ratios: see core/tails.py.
+    # Assumed shape of a layer's gradient, to turn variances into ratios: see core/balancing/tails.py.
     tail: str = "gaussian"
     # Pair exchanges per adjustment, the s of DLS(s); None = all the way to one threshold.
     pair_steps: int | None = None

@@ -161,7 +161,7 @@ def test_a_configuration_cannot_be_changed():
     assert hash(DLSConfig()) == hash(DLSConfig())
 
 
-@pytest.mark.parametrize("module", ["hvd_dls", "hvd_dls.core.session"])
+@pytest.mark.parametrize("module", ["hvd_dls", "hvd_dls.core.session.session"])
 def test_the_package_imports_no_framework(module):
     code = f"import {module}, sys; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ pytestmark = needs("torch", "tensorflow")
 COMMON = """
 import json, sys, zlib
 import numpy as np
-from hvd_dls.core.session import Session
+from hvd_dls.core.session.session import Session
 
 OPTIONS = dict(
     density=0.05, cost_rule=False, dense_below=0, prior="uniform", strategy={strategy!r},

@@ -14,10 +14,10 @@ import tensorflow as tf
 
 from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.layers import layer_spec
-from hvd_dls.core.own_choice import OWN_CHOICE
-from hvd_dls.core.places import Place
-from hvd_dls.core.session import Session
+from hvd_dls.core.balancing.layers import layer_spec
+from hvd_dls.core.session.baselines import OWN_CHOICE
+from hvd_dls.core.selection.backend import Place
+from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.tensorflow.calls import handle_of, identity, on_host
 from hvd_dls.tensorflow.contexts import Dense, InFlight, Step, as_horovod_accepts, send_dense

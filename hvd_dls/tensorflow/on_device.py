@@ -22,11 +22,11 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.passes import Found, found_on_device
-from hvd_dls.core.passes_numpy import sample_stride
-from hvd_dls.core.places import Later
-from hvd_dls.core.plan import histogram
-from hvd_dls.core.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
+from hvd_dls.core.selection.passes import Found, found_on_device
+from hvd_dls.core.selection.passes_numpy import sample_stride
+from hvd_dls.core.selection.backend import Later
+from hvd_dls.core.balancing.plan import histogram
+from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
 
 TOO_LARGE = 2**31  # entries of a layer: TensorFlow's top_k tells indices in int32
 N_PARTS = 3  # of what ``find`` leaves on the device

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from hvd_dls.core.passes_numpy import widened
-from hvd_dls.core.places import Array
+from hvd_dls.core.selection.passes_numpy import widened
+from hvd_dls.core.selection.backend import Array
 from hvd_dls.tensorflow.on_device import Device
 
 

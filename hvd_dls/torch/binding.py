@@ -18,10 +18,10 @@ from torch.utils.weak import TensorWeakRef
 
 from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.layers import layer_spec
-from hvd_dls.core.own_choice import OWN_CHOICE
-from hvd_dls.core.places import Array, Later, Place
-from hvd_dls.core.session import Session
+from hvd_dls.core.balancing.layers import layer_spec
+from hvd_dls.core.session.baselines import OWN_CHOICE
+from hvd_dls.core.selection.backend import Array, Later, Place
+from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.torch import exchange
 from hvd_dls.torch.on_device import Device, finite_later

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.passes import Found, found_on_device
-from hvd_dls.core.passes_numpy import sample_stride
-from hvd_dls.core.places import Later
-from hvd_dls.core.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
+from hvd_dls.core.selection.passes import Found, found_on_device
+from hvd_dls.core.selection.passes_numpy import sample_stride
+from hvd_dls.core.selection.backend import Later
+from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
 
 T = TypeVar("T")
 

@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from hvd_dls.core.jit import HAVE_NUMBA
-from hvd_dls.core.layers import LayerSpec, layer_spec
-from hvd_dls.core.layout import Bucket
-from hvd_dls.core.payload import ABSENT, NOT_FINITE, SENT, pack
-from hvd_dls.core.sketch import LAST_BASE, WINDOW, Sketch
-from hvd_dls.core.values import decode_counts, encode_counts
+from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
+from hvd_dls.core.wire.layout import Bucket
+from hvd_dls.core.wire.payload import ABSENT, NOT_FINITE, SENT, pack
+from hvd_dls.core.balancing.sketch import LAST_BASE, WINDOW, Sketch
+from hvd_dls.core.wire.values import decode_counts, encode_counts
 from tests.core.strategies import seeds
 
 KINDS = ["float32", "float64", "float16", "bfloat16"]

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.layers import LayerSpec, layer_spec
-from hvd_dls.core.passes_numpy import widened
-from hvd_dls.core.session import Session
+from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
+from hvd_dls.core.selection.passes_numpy import widened
+from hvd_dls.core.session.session import Session
 from hvd_dls.errors import NonFiniteGradientError
 
 Gradients = dict[str, np.ndarray]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from hvd_dls.core.ratios import apportion
+from hvd_dls.core.balancing.ratios import apportion
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 

@@ -11,14 +11,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("horovod.torch")
 
 from hvd_dls.config import DLSConfig  # noqa: E402
-from hvd_dls.core import momentum, passes  # noqa: E402
-from hvd_dls.core.plan import histogram  # noqa: E402
-from hvd_dls.core.sketch import SAMPLE, WINDOW  # noqa: E402
+from hvd_dls.core.selection import momentum, passes  # noqa: E402
+from hvd_dls.core.balancing.plan import histogram  # noqa: E402
+from hvd_dls.core.balancing.sketch import SAMPLE, WINDOW  # noqa: E402
 from hvd_dls.torch import on_device  # noqa: E402
 from hvd_dls.torch.on_device import Device, finite_later  # noqa: E402
 from tests.core.strategies import KINDS  # noqa: E402
 from tests.core.taking import sketch  # noqa: E402
-from tests.core.test_passes import DTYPES, cases, entries, load, plus, store  # noqa: E402
+from tests.core.selection.test_passes import DTYPES, cases, entries, load, plus, store  # noqa: E402
 from tests.torch.devices import array_of, no_gpu, on_each_device, tensor  # noqa: E402
 
 some = settings(

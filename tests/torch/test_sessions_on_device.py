@@ -6,10 +6,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("horovod.torch")
 
-from hvd_dls.core.places import Later  # noqa: E402
+from hvd_dls.core.selection.backend import Later  # noqa: E402
 from hvd_dls.torch import on_device  # noqa: E402
 from hvd_dls.torch.on_device import Device, finite_later  # noqa: E402
-from tests.core.places import (  # noqa: E402
+from tests.core.backends import (  # noqa: E402
     SHAPES,
     Framework,
     check_sessions,

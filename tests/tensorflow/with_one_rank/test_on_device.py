@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core import momentum, passes
-from hvd_dls.core.plan import histogram
-from hvd_dls.core.sketch import SAMPLE, WINDOW
+from hvd_dls.core.selection import momentum, passes
+from hvd_dls.core.balancing.plan import histogram
+from hvd_dls.core.balancing.sketch import SAMPLE, WINDOW
 from hvd_dls.tensorflow.on_device import Device
-from tests.core.places import SHAPES, Framework, check_sessions, each_dtype, each_option
+from tests.core.backends import SHAPES, Framework, check_sessions, each_dtype, each_option
 from tests.core.strategies import KINDS
-from tests.core.test_passes import DTYPES, cases, entries, load, store
+from tests.core.selection.test_passes import DTYPES, cases, entries, load, store
 
 no_gpu = pytest.mark.skipif(
     not tf.config.list_physical_devices("GPU"), reason="no GPU: TensorFlow lists none"

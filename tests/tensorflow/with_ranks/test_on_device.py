@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_dls.core.own_choice import OWN_CHOICE
+from hvd_dls.core.session.baselines import OWN_CHOICE
 from hvd_dls.tensorflow import DLSCompressor, binding
 from hvd_dls.tensorflow.on_device import Device
 from tests.tensorflow.with_ranks.training import (

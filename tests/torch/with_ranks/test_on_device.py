@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hvd_dls import NonFiniteGradientError
-from hvd_dls.core.own_choice import OWN_CHOICE
-from hvd_dls.core.places import Later
+from hvd_dls.core.session.baselines import OWN_CHOICE
+from hvd_dls.core.selection.backend import Later
 from hvd_dls.torch import DLSCompressor, binding, on_device
 from hvd_dls.torch.on_device import Device
 from tests.torch.with_ranks.training import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_dls.core import threads
+from hvd_dls.core.selection import threads
 from hvd_dls.errors import DLSError
 from hvd_dls.torch import DLSCompressor
 from tests.torch.with_ranks.training import (

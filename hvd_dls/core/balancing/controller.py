@@ -1,0 +1,131 @@
+"""The ratios: all ranks' sketches in, entries per layer out, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.balancing.balance import balance_at_once, optimal_adjustment
+from hvd_dls.core.balancing.budgets import Budgets
+from hvd_dls.core.balancing.curves import SketchedCurves
+from hvd_dls.core.balancing.plan import Plan, shared_out
+from hvd_dls.core.balancing.prior import MEASURED
+from hvd_dls.core.balancing.schedule import density_at
+
+
+class Controller:
+    """Holds k of each layer and moves it after each step (Algorithm 2).
+
+    Its state changes only through what all ranks received alike, so it is the same on all ranks.
+
+    Args:
+        plan: the layers and their budget.
+        config: the options.
+        k: (L,) entries per sparse layer in the first step.
+        buckets: rows of the layers of each bucket; None: all are in one.
+
+    Attributes:
+        step: number of the last step that ended.
+        wanted: (L,) what Algorithm 2 would send.
+        k: (L,) what is sent: the same, but for the buckets' budgets.
+        budgets: of the buckets: what those of their layers send that share the model's.
+        dense_steps: steps at first that send whole gradients.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: DLSConfig,
+        k: np.ndarray,
+        buckets: Sequence[np.ndarray] | None = None,
+    ) -> None:
+        self.step = 0
+        self.wanted = self.k = np.array(k, dtype=np.int64)
+        if buckets is None:
+            buckets = [np.arange(len(self.k))]
+        least = np.minimum(config.min_k, plan.sizes)
+        sharing = [rows[np.isin(rows, plan.sharing)] for rows in buckets]
+        self.budgets = Budgets(sharing, plan.sizes, least, self.k)
+        self._measures = config.strategy == "dls" and config.prior == MEASURED
+        self.dense_steps = max(config.dense_steps, int(self._measures))
+        self._plan = plan
+        self._config = config
+        self._row = {layer.name: row for row, layer in enumerate(plan.sparse)}
+
+    def state(self) -> np.ndarray:
+        """All of it in whole numbers: int64; the step comes first."""
+        mean = self.budgets.mean.view(np.int64)
+        counts = [self.step, self.budgets.steps]
+        return np.concatenate([counts, self.k, self.wanted, self.budgets.budgets, mean])
+
+    def restore(self, state: np.ndarray) -> None:
+        """Goes on from a ``state()``; from its k alone if it comes from other buckets."""
+        state, layers, buckets = np.array(state, np.int64), len(self.k), len(self.budgets.budgets)
+        self.step = int(state[0])
+        self.k = state[2 : 2 + layers]
+        self.wanted = state[2 + layers : 2 + 2 * layers]
+        self.budgets.restart(self.k)
+        if len(state) == 2 * (1 + layers + buckets):
+            self.budgets.steps = int(state[1])
+            self.budgets.budgets = state[-2 * buckets : len(state) - buckets]
+            self.budgets.mean = state[len(state) - buckets :].view(np.float64)
+
+    def k_of(self, name: str) -> int:
+        """Entries the layer sends in the current step."""
+        return int(self.k[self._row[name]])
+
+    @property
+    def dense(self) -> bool:
+        """Whether the current step sends whole gradients."""
+        return self.step < self.dense_steps
+
+    @property
+    def measures_now(self) -> bool:
+        """Whether the current step's whole gradients say what the next one sends."""
+        return self._measures and self.step == self.dense_steps - 1
+
+    @property
+    def density(self) -> float:
+        """Density of the current step, or of the first sparse one."""
+        return density_at(self._config, max(self.step - self.dense_steps, 0))
+
+    def start_from(self, k: np.ndarray) -> None:
+        """Takes (L,) entries for the step to come."""
+        self.wanted = self.k = k
+        self.budgets.restart(k)
+
+    def advance(
+        self, rows: np.ndarray | None = None, bases: Any = None, counts: Any = None
+    ) -> None:
+        """Ends a step.
+
+        Args:
+            rows: (L',) ascending positions among the plan's sparse layers of those that were
+                exchanged in it.  The others' wanted k stays.  None: nothing is to be learnt.
+            bases: (L', P) first bin of each layer's sketch on each rank.
+            counts: (L', P, WINDOW) counts of these sketches.
+        """
+        density = self.density
+        self.step += 1
+        changed = self.density != density
+        if changed:
+            wanted = self.wanted[self._plan.sharing]
+            self.start_from(shared_out(self._plan, self._config, self.density, wanted))
+        if rows is not None and self._config.strategy == "dls":
+            sharing = np.isin(rows, self._plan.sharing)
+            due = changed or not self.step % self._config.adjust_every
+            if due and np.count_nonzero(sharing) > 1:
+                self._balance(rows[sharing], bases[sharing], counts[sharing])
+
+    def _balance(self, rows: np.ndarray, bases: np.ndarray, counts: np.ndarray) -> None:
+        curves = SketchedCurves(bases, counts, self._plan.sizes[rows])
+        before, min_k, steps = self.wanted[rows], self._config.min_k, self._config.pair_steps
+        self.wanted = self.wanted.copy()
+        if steps is None:
+            self.wanted[rows] = balance_at_once(curves, before, min_k)
+        else:
+            self.wanted[rows] = optimal_adjustment(curves, before, min_k, steps)
+        self.k = self.budgets.fit(self.wanted)

@@ -1,0 +1,127 @@
+"""Where a layer's residual and velocity live, and what a session asks of that place.
+
+On the host they are NumPy arrays.  A framework's binding may keep those of some layers on another
+device: then their gradients never come to the host, only what is sent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.selection import passes
+from hvd_dls.core.selection.momentum import correct
+from hvd_dls.core.selection.passes import Found
+from hvd_dls.core.balancing.plan import histogram
+
+# (n,) of a layer: gradient, residual or velocity, as its place has them.
+Array = Any
+T = TypeVar("T")
+
+
+class Later(ABC, Generic[T]):
+    """A result that a device is still working on."""
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether ``result`` would return at once."""
+
+    @abstractmethod
+    def result(self) -> T:
+        """The result, on the host; waits for it."""
+
+
+class Place(Protocol):
+    """The passes over a layer, where its arrays are: see the functions that ``Host`` names."""
+
+    def zeros(self, size: int, dtype: np.dtype) -> Array:
+        """A new residual or velocity."""
+
+    def load(self, array: Array, saved: Any) -> None:
+        """Overwrites a residual or velocity with what was saved."""
+
+    def scale(self, array: Array, factor: float) -> None:
+        """Multiplies a residual or velocity."""
+
+    def copy(self, array: Array) -> Array:
+        """The same values in memory of their own."""
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """A residual, to be looked at."""
+
+    def correct(
+        self,
+        gradient: Array,
+        velocity: Array | None,
+        into: Array,
+        config: DLSConfig,
+        loss_scale: float,
+    ) -> Array:
+        """``momentum.correct``."""
+
+    def clear(self, array: Array, indices: np.ndarray) -> None:
+        """Writes zeros at (k,) uint32 indices, unique."""
+
+    def find(
+        self, residual: Array, gradient: Array, k: int, last_threshold: float
+    ) -> Found | Later[Found | None] | None:
+        """``passes.find``; or its result later, without waiting for a device."""
+
+    def settle(
+        self,
+        residual: Array,
+        gradient: Array,
+        indices: np.ndarray,
+        kept: np.ndarray | None,
+        received: Sequence[tuple[np.ndarray, np.ndarray]],
+        scale: float,
+        out: Array,
+    ) -> None:
+        """``passes.settle``; indices are known to be good."""
+
+    def fill_infinite(self, out: Array) -> None:
+        """``passes.fill_infinite``."""
+
+    def finite(self, array: Array) -> bool:
+        """Whether a float array is free of NaN and Inf."""
+
+    def histogram(self, array: Array) -> np.ndarray:
+        """``plan.histogram``."""
+
+
+class Host:
+    """The host: NumPy arrays."""
+
+    correct = staticmethod(correct)
+    find = staticmethod(passes.find)
+    settle = staticmethod(passes.settle)
+    fill_infinite = staticmethod(passes.fill_infinite)
+    histogram = staticmethod(histogram)
+
+    def zeros(self, size: int, dtype: np.dtype) -> np.ndarray:
+        return np.zeros(size, dtype)
+
+    def load(self, array: np.ndarray, saved: Any) -> None:
+        array[:] = np.asarray(saved)
+
+    def scale(self, array: np.ndarray, factor: float) -> None:
+        array *= factor
+
+    def copy(self, array: np.ndarray) -> np.ndarray:
+        return array.copy()
+
+    def to_host(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def clear(self, array: np.ndarray, indices: np.ndarray) -> None:
+        array[indices] = 0
+
+    def finite(self, array: np.ndarray) -> bool:
+        return bool(np.isfinite(array).all())
+
+
+HOST: Place = Host()

@@ -1,0 +1,87 @@
+"""What becomes of a gradient before it enters the residual: clipping, and momentum (DGC 3.2, 3.3).
+
+With momentum in the optimizer, an entry that waits in the residual for T steps arrives without the
+momentum it would have gathered.  So each rank keeps a velocity of its own gradients and accumulates
+that, and the optimizer adds plain sums: a change of order, exact while everything is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.balancing.layers import LayerSpec
+from hvd_dls.core.selection.backend import HOST, Array, Place
+
+
+class Correction:
+    """Clipping and momentum of one model's layers, on one rank.
+
+    As a step is a transaction, velocities change when it ends: ``apply`` proposes, ``commit`` does.
+
+    Args:
+        layers: all, compressed or not: momentum must be the same for all parameters.
+        config: the options.
+        places: where arrays of layers are that are not on the host, by name.
+
+    Attributes:
+        active: whether gradients change at all.
+        velocities: (n,) of each layer, by name, in its work dtype; empty without momentum.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        config: DLSConfig,
+        places: Mapping[str, Place] | None = None,
+    ) -> None:
+        self.active = bool(config.momentum or config.clip_norm or config.clip_value)
+        self._config = config
+        self._layers = {layer.name: layer for layer in layers}
+        self._places = dict.fromkeys(self._layers, HOST) | dict(places or {})
+        with_velocity = layers if config.momentum else []
+        self.velocities: dict[str, Array] = {
+            x.name: self._places[x.name].zeros(x.size, x.work_dtype) for x in with_velocity
+        }
+        self._proposed: dict[str, Array] = {}
+        self._spare: dict[str, Array] = {}  # memory of the velocities of the step before
+
+    def apply(self, name: str, gradient: Array, loss_scale: float = 1.0) -> Array:
+        """What enters the residual instead of a gradient.
+
+        Args:
+            name: of the layer.
+            gradient: (n,) of any dtype that ``passes.find`` takes, where the layer's place has it.
+            loss_scale: that the gradient is multiplied by; limits are for what it would be without.
+
+        Returns:
+            (n,) of the work dtype; not to be changed, and gone with the next step.
+        """
+        layer, place = self._layers[name], self._places[name]
+        into = self._spare.pop(name, None)
+        if into is None:
+            into = place.zeros(layer.size, layer.work_dtype)
+        self._proposed[name] = into
+        return place.correct(gradient, self.velocities.get(name), into, self._config, loss_scale)
+
+    def commit(self, sent: dict[str, np.ndarray]) -> None:
+        """Takes the proposed velocities over.
+
+        Args:
+            sent: indices of the entries that this rank sent of each compressed layer, by name.
+        """
+        for name, proposed in self._proposed.items():
+            if name not in self.velocities:
+                self._spare[name] = proposed
+                continue
+            self._spare[name], self.velocities[name] = self.velocities[name], proposed
+            if self._config.momentum_masking and name in sent:
+                self._places[name].clear(proposed, sent[name])
+        self._proposed = {}
+
+    def forget(self) -> None:
+        """Leaves the velocities as they were before the step."""
+        self._spare |= self._proposed
+        self._proposed = {}

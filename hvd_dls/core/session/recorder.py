@@ -1,0 +1,68 @@
+"""The record of each step that has ended."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.session.memory import Memory
+from hvd_dls.core.balancing.plan import Plan
+from hvd_dls.core.session.step import Step
+from hvd_dls.core.session.telemetry import Quality, StepRecord, measure_quality
+
+
+class Recorder:
+    """Tells what happened in a step, once the ratios have moved.
+
+    Args:
+        plan: the layers and their budget.
+        config: the options.
+        memory: of the rank.
+    """
+
+    def __init__(self, plan: Plan, config: DLSConfig, memory: Memory) -> None:
+        self._plan, self._memory = plan, memory
+        self._names = tuple(layer.name for layer in plan.sparse)
+        self._measure_every = config.measure_every
+
+    def record(self, step: Step, k: np.ndarray) -> StepRecord:
+        """Of a step in which each layer sent k entries, (L,)."""
+        every = self._measure_every
+        measures = every and self._memory.controller.step % every == 0
+        return StepRecord(
+            step=self._memory.controller.step,
+            time=time.time(),
+            names=self._names,
+            sizes=self._plan.sizes,
+            k=k,
+            thresholds=np.array(list(self._memory.thresholds.values())),
+            sparse_bytes=sum(step.sent.values()),
+            dense_bytes=self._plan.dense_bytes,
+            quality=self._quality(step) if measures else None,
+        )
+
+    def record_whole(self, step: Step) -> StepRecord:
+        """Of a step that sent whole gradients."""
+        layers = self._plan.layers
+        return StepRecord(
+            step=self._memory.controller.step,
+            time=time.time(),
+            names=self._names,
+            sizes=self._plan.sizes,
+            k=self._plan.sizes,
+            thresholds=np.zeros(len(self._names)),
+            sparse_bytes=0,
+            dense_bytes=sum(x.size * x.itemsize for x in layers if x.name in step.arrived),
+        )
+
+    def _quality(self, step: Step) -> Quality:
+        """Of all layers, those that took no part counting for nothing."""
+        sent, left, nothing = [], [], np.empty(0, np.float32)
+        for name in self._names:
+            found = step.found.get(name)
+            place, residual = self._memory.places[name], self._memory.residuals[name]
+            sent.append(found.values if found else nothing)
+            left.append(place.to_host(residual) if found else nothing)
+        return measure_quality(sent, left)

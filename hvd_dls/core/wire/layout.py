@@ -1,0 +1,198 @@
+"""Where things stand in the payload of a bucket, little-endian; parts begin at multiples of 8.
+
+    header   HEADER, 32 bytes
+    records  RECORD, 104 bytes for each layer
+    values   room for C
+    indices  Elias–Fano: lower part, upper part (elias_fano.py), counted through the whole bucket;
+             or plain: room for C uint32, counted in each layer
+
+C is the payload's capacity: the entries of all its layers, also those that take no part in a step.
+The length follows from bucket and capacity alone.  Where ranks agree on the entries of each layer,
+their payloads are equally long, and so are those of different steps while the sum stays.  Whatever
+is not used is zero.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from hvd_dls.core.wire import elias_fano
+from hvd_dls.core.balancing.layers import LayerSpec
+from hvd_dls.core.balancing.sketch import WINDOW
+from hvd_dls.core.wire.values import WIRE_DTYPES
+from hvd_dls.errors import DLSError
+
+VERSION = 3
+MAX_ENTRIES = (1 << 32) - 1  # of one bucket
+
+VALUE_CODES = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
+INDEX_CODES = {"elias-fano": 1, "plain": 2}
+
+HEADER = np.dtype(
+    [
+        ("magic", "S3"),  # b"DLS"
+        ("version", "u1"),
+        ("bucket", "<u4"),  # CRC-32 of its layers' names and sizes
+        ("size", "<u4"),  # entries of the bucket
+        ("entries", "<u4"),  # entries in this payload
+        ("capacity", "<u4"),  # entries there is room for
+        ("values", "u1"),  # one of VALUE_CODES
+        ("indices", "u1"),  # one of INDEX_CODES
+        ("low_bits", "u1"),  # of Elias–Fano; 0 if plain
+        ("reserved", "u1"),
+        ("layers", "<u4"),
+        ("not_finite", "<u4"),  # 1 + number of the first of ``watched`` that was not finite, or 0
+    ]
+)
+RECORD = np.dtype(
+    [
+        ("entries", "<u4"),  # in this payload
+        ("sketch_base", "<u2"),  # first bin of the sketch
+        ("exponent", "i1"),  # of the values' scale; 0 but for float16
+        ("status", "u1"),  # SENT, NOT_FINITE or ABSENT
+        ("counts", "<u2", WINDOW),  # of the sketch: see ``encode_counts``
+    ]
+)
+
+
+class Status(IntEnum):
+    """What a rank says of a layer."""
+
+    SENT = 1
+    NOT_FINITE = 2
+    ABSENT = 3
+
+
+SENT: Literal[Status.SENT] = Status.SENT
+NOT_FINITE: Literal[Status.NOT_FINITE] = Status.NOT_FINITE
+ABSENT: Literal[Status.ABSENT] = Status.ABSENT
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Layers that travel together.
+
+    Attributes:
+        layers: at least one, all of one work dtype, together fewer than 2**32 entries.
+        values: how they travel: "float64" for float64 layers; else "float32", "float16" or
+            "bfloat16".
+        code: of the indices: "elias-fano", or "plain" for networks so fast that coding costs more
+            than it saves.
+        watched: names of layers that go dense; the payload tells whether their gradients were
+            finite.
+
+    Raises:
+        DLSError: something else.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    values: str = "float32"
+    code: str = "elias-fano"
+    watched: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        dtypes = {layer.work_dtype.name for layer in self.layers}
+        if len(dtypes) != 1:
+            raise DLSError(f"a bucket needs layers of one work dtype, found {sorted(dtypes)}")
+        accepted = ["float64"] if "float64" in dtypes else ["float32", "float16", "bfloat16"]
+        if self.values not in accepted:
+            raise DLSError(
+                f"bucket {self.name!r} of {dtypes.pop()} layers: values={self.values!r}, "
+                f"accepted are {accepted}"
+            )
+        if self.code not in INDEX_CODES:
+            raise DLSError(
+                f"bucket {self.name!r}: code={self.code!r}, accepted are {list(INDEX_CODES)}"
+            )
+        if self.size > MAX_ENTRIES:
+            raise DLSError(
+                f"bucket {self.name!r} has {self.size} entries; at most {MAX_ENTRIES} are supported"
+            )
+
+    @property
+    def name(self) -> str:
+        """Its layer, or its first and its last one."""
+        first, last = self.layers[0].name, self.layers[-1].name
+        return first if len(self.layers) == 1 else f"{first}..{last}"
+
+    @cached_property
+    def id(self) -> int:
+        """CRC-32 of its layers' names and sizes."""
+        return zlib.crc32("".join(f"{x.name}\0{x.size}\0" for x in self.layers).encode())
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """(L + 1,) int64: where each layer begins in the bucket; the last one is its size."""
+        return np.cumsum([0, *(layer.size for layer in self.layers)], dtype=np.int64)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of entries."""
+        return sum(layer.size for layer in self.layers)
+
+
+class Parts(NamedTuple):
+    """Views of one payload or, with a leading dimension, of all ranks'."""
+
+    header: np.ndarray  # (1,)
+    records: np.ndarray  # (L,)
+    values: np.ndarray  # (C,), a few more where a word is not full
+    lower: np.ndarray  # uint64; all of the indices, uint32, if plain
+    upper: np.ndarray  # uint64; empty if plain
+
+
+def payload_bytes(bucket: Bucket, capacity: int) -> int:
+    """Length of a payload in bytes, a multiple of 8."""
+    return _ends(bucket, capacity)[-1]
+
+
+def _ends(bucket: Bucket, capacity: int) -> list[int]:
+    """Where each part of a payload ends, in bytes."""
+    values = -(-capacity * WIRE_DTYPES[bucket.values].itemsize // 8) * 8
+    lower, upper = elias_fano.lengths(bucket.size, capacity)
+    if bucket.code == "plain":
+        lower, upper = -(-capacity * 4 // 8) * 8, 0
+    ends = [HEADER.itemsize]
+    for length in (RECORD.itemsize * len(bucket.layers), values, lower, upper):
+        ends.append(ends[-1] + length)
+    return ends
+
+
+def parts_of(bucket: Bucket, capacity: int, payload: np.ndarray) -> Parts:
+    """The parts of a payload: (..., payload_bytes) uint8, aligned to 8 bytes."""
+    ends = _ends(bucket, capacity)
+    words = np.dtype("<u8")
+    return Parts(
+        payload[..., : ends[0]].view(HEADER),
+        payload[..., ends[0] : ends[1]].view(RECORD),
+        payload[..., ends[1] : ends[2]].view(WIRE_DTYPES[bucket.values]),
+        payload[..., ends[2] : ends[3]].view("<u4" if bucket.code == "plain" else words),
+        payload[..., ends[3] : ends[4]].view(words),
+    )
+
+
+def header_of(bucket: Bucket, capacity: int, entries: int = 0, not_finite: int = 0) -> np.ndarray:
+    """The header of a payload with so many entries: () HEADER."""
+    header = np.zeros((), HEADER)
+    header["magic"] = b"DLS"
+    header["version"] = VERSION
+    header["bucket"] = bucket.id
+    header["size"] = bucket.size
+    header["entries"] = entries
+    header["capacity"] = capacity
+    header["values"] = VALUE_CODES[bucket.values]
+    header["indices"] = INDEX_CODES[bucket.code]
+    header["low_bits"] = _low_bits(bucket, capacity)
+    header["layers"] = len(bucket.layers)
+    header["not_finite"] = not_finite
+    return header
+
+
+def _low_bits(bucket: Bucket, capacity: int) -> int:
+    return 0 if bucket.code == "plain" else elias_fano.low_bits(bucket.size, capacity)
