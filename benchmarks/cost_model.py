@@ -39,10 +39,10 @@ from benchmarks.jobs import title_of
 from benchmarks.shapes import MODELS, entries
 from benchmarks.tables import markdown
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.wire.buckets import make_buckets
 from hvd_dls.core.balancing.layers import layer_spec
+from hvd_dls.core.session.planning import make_plan
+from hvd_dls.core.wire.buckets import make_buckets
 from hvd_dls.core.wire.layout import payload_bytes
-from hvd_dls.core.balancing.plan import make_plan
 
 TERMS = ("start", "hop", "copy", "convert", "pass", "entry", "wire")
 UNITS = {

@@ -29,8 +29,8 @@ import torch
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from hvd_dls.core.selection import threads
 from hvd_dls.core.jit import HAVE_NUMBA
+from hvd_dls.core.selection import threads
 from hvd_dls.core.selection.passes import Found, find, settle
 
 SIZES = [1_000, 10_000, 100_000, 1_000_000, 10_000_000, 25_000_000, 100_000_000]

@@ -29,11 +29,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.tables import markdown
-from hvd_dls.core.wire import elias_fano
-from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
-from hvd_dls.core.wire.payload import Bucket, pack, payload_bytes, unpack
 from hvd_dls.core.balancing.sketch import WINDOW, Sketch
+from hvd_dls.core.jit import HAVE_NUMBA
+from hvd_dls.core.wire import elias_fano
+from hvd_dls.core.wire.payload import Bucket, pack, payload_bytes, unpack
 
 DENSITIES = [1e-4, 1e-3, 1e-2, 1e-1]
 VALUE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}

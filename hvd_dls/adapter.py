@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.selection import threads
-from hvd_dls.core.wire.agreement import check_agreement, digest
 from hvd_dls.core.balancing.layers import LayerSpec
-from hvd_dls.core.selection.backend import Place
+from hvd_dls.core.selection import threads
+from hvd_dls.core.selection.backend import Backend
 from hvd_dls.core.session.session import Session
 from hvd_dls.core.session.telemetry import StepRecord
+from hvd_dls.core.wire.agreement import check_agreement, digest
 from hvd_dls.errors import DLSError, StateMismatchError
 
 STATE_VERSION = 1
@@ -72,7 +72,7 @@ class BaseBinding(ABC):
     def _norms(self) -> dict[str, float]:
         """Frobenius norm of each layer's weights, by name."""
 
-    def _places(self) -> Mapping[str, Place]:
+    def _backends(self) -> Mapping[str, Backend]:
         """Where arrays of layers are that are not on the host, by name."""
         return {}
 
@@ -92,7 +92,7 @@ class BaseBinding(ABC):
         check_agreement(digests, world_size)
         threads.use(self._config.threads or threads.to_spare(local_size))
         norms = self._norms() if self._config.prior == "weight_norm" else None
-        session = Session(self._layers, self._config, world_size, norms, self._places())
+        session = Session(self._layers, self._config, world_size, norms, self._backends())
         if self._loaded is not None:
             session.load_state_dict(self._loaded)
             self._loaded = None

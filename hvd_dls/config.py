@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hvd_dls.core.balancing.prior import MEASURED, PRIORS
-from hvd_dls.core.balancing.tails import TAILS
 from hvd_dls.errors import DLSError
 
 STRATEGIES = ("dls", "layerwise", "global", "norm", "hard")
 VALUES = ("float32", "float16", "bfloat16")
+PRIORS = ("paper", "weight_norm", "uniform")  # laws: core/balancing/prior.py
+MEASURED = "measured"  # no law, but what a dense first step shows
+TAILS = ("gaussian", "laplace", "weibull", "pareto")  # shapes: core/balancing/tails.py
 INDEX_CODES = ("elias-fano", "plain")
 NONFINITE = ("raise", "skip")
 DENSE = "dense"  # what ``layer_density`` accepts beside a density
@@ -66,7 +67,8 @@ class DLSConfig:
     # Source of the first step's ratios: "paper" (Eq. 8 and 9), "weight_norm", "uniform", or
     # "measured": from the whole gradients of a first step that is sent dense.
     prior: str = "paper"
-    # Assumed shape of a layer's gradient, to turn variances into ratios: see core/balancing/tails.py.
+    # Assumed shape of a layer's gradient, to turn variances into ratios: see
+    # core/balancing/tails.py.
     tail: str = "gaussian"
     # Pair exchanges per adjustment, the s of DLS(s); None = all the way to one threshold.
     pair_steps: int | None = None
@@ -113,7 +115,7 @@ class DLSConfig:
                 "needs a threshold, and no other takes one"
             )
         self._require_choice("prior", (*PRIORS, MEASURED))
-        self._require_choice("tail", tuple(TAILS))
+        self._require_choice("tail", TAILS)
         if self.pair_steps is not None:
             self._require_integer("pair_steps", 1, or_else=" or None")
         self._require_integer("adjust_every", 1)

@@ -15,13 +15,13 @@ import tensorflow as tf
 from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.session.baselines import OWN_CHOICE
-from hvd_dls.core.selection.backend import Place
+from hvd_dls.core.selection.backend import Backend
+from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.tensorflow.calls import handle_of, identity, on_host
 from hvd_dls.tensorflow.contexts import Dense, InFlight, Step, as_horovod_accepts, send_dense
-from hvd_dls.tensorflow.on_device import N_PARTS, TOO_LARGE, Device, OnItsWay
+from hvd_dls.tensorflow.on_device import N_PARTS, TOO_LARGE, Device, DeviceFuture
 from hvd_dls.tensorflow.sides import HOST, OnDevice, Side
 from hvd_dls.tensorflow.turns import Turns
 from hvd_dls.tensorflow.variables import checked_variables, names_of, stays_on_device
@@ -100,9 +100,9 @@ class Binding(BaseBinding):
 
     # Layers on a device --------------------------------------------------------------------------
 
-    def _places(self) -> Mapping[str, Place]:
+    def _backends(self) -> Mapping[str, Backend]:
         # These strategies look at whole residuals, on the host.
-        if self._config.strategy not in OWN_CHOICE:
+        if self._config.strategy not in BASELINES:
             for layer, reference in zip(self._layers, self._references, strict=True):
                 variable = reference()
                 if variable is None or layer.size >= TOO_LARGE:
@@ -113,8 +113,8 @@ class Binding(BaseBinding):
 
     def _side(self, name: str | None) -> Side:
         """Where a layer's passes are; the host for what is no layer."""
-        place = self._on_device.get(name or "")
-        return HOST if place is None else OnDevice(place)
+        backend = self._on_device.get(name or "")
+        return HOST if backend is None else OnDevice(backend)
 
     def state_dict(self) -> dict[str, Any]:
         """The session's state, all of it NumPy arrays and plain values."""
@@ -208,7 +208,7 @@ class Binding(BaseBinding):
                     return np.zeros(1, np.uint8)
                 brought = iter(arrays[len(here) :])
                 for name in there:
-                    _later(session, name).parts = list(islice(brought, N_PARTS))
+                    _future(session, name).parts = list(islice(brought, N_PARTS))
                 return session.payload(bucket)
 
         taken = [self._taken(name, gradients[name]) for name in here]
@@ -241,8 +241,8 @@ class Binding(BaseBinding):
         TensorFlow copies it there behind the device's work and calls that function when it has
         arrived, so nothing waits for the device but the payload itself.
         """
-        place = self._on_device[name]
-        dtypes = place.parts(self._layers[self._position[name]].work_dtype)
+        backend = self._on_device[name]
+        dtypes = backend.parts(self._layers[self._position[name]].work_dtype)
 
         def come_in(checked: tf.Tensor, array: tf.Tensor) -> Sequence[tf.Tensor]:
             with self._lock:
@@ -250,9 +250,9 @@ class Binding(BaseBinding):
                     session.note(name, finite=True)  # its sum is looked at
                     return [tf.zeros(0, dtype) for dtype in dtypes]
                 session.compress(name, tf.reshape(array, [-1]))
-                return _later(session, name).parts
+                return _future(session, name).parts
 
-        with tf.device(place.name):
+        with tf.device(backend.name):
             parts: list[tf.Tensor] = tf.py_function(
                 come_in, [checked, self._taken(name, gradient)], dtypes
             )
@@ -423,7 +423,7 @@ def _graph_of(gradients: Sequence[tf.Tensor]) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _later(session: Session, name: str) -> OnItsWay[Any]:
-    later = session.on_its_way(name)
-    assert isinstance(later, OnItsWay)
-    return later
+def _future(session: Session, name: str) -> DeviceFuture[Any]:
+    future = session.future_of(name)
+    assert isinstance(future, DeviceFuture)
+    return future

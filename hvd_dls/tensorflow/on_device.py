@@ -22,18 +22,24 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_dls.config import DLSConfig
+from hvd_dls.core.balancing.sketch import (
+    BELOW,
+    LAST_BASE,
+    MANTISSA_SHIFT,
+    N_BINS,
+    WINDOW,
+    histogram,
+)
+from hvd_dls.core.selection.backend import Future
 from hvd_dls.core.selection.passes import Found, found_on_device
 from hvd_dls.core.selection.passes_numpy import sample_stride
-from hvd_dls.core.selection.backend import Later
-from hvd_dls.core.balancing.plan import histogram
-from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
 
 TOO_LARGE = 2**31  # entries of a layer: TensorFlow's top_k tells indices in int32
 N_PARTS = 3  # of what ``find`` leaves on the device
 T = TypeVar("T")
 
 
-class OnItsWay(Later[T]):
+class DeviceFuture(Future[T]):
     """What a device works out.
 
     Args:
@@ -49,11 +55,11 @@ class OnItsWay(Later[T]):
         self._read = read
 
     def ready(self) -> bool:
-        """See ``Later``."""
+        """See ``Future``."""
         return all(isinstance(part, np.ndarray) for part in self.parts)
 
     def result(self) -> T:
-        """See ``Later``."""
+        """See ``Future``."""
         return self._read(*map(np.asarray, self.parts))
 
 
@@ -69,7 +75,7 @@ def _there(method: Callable[..., T]) -> Callable[..., T]:
 
 
 class Device:
-    """A ``Place``: residuals, velocities and sums are flat variables on this device.
+    """A ``Backend``: residuals, velocities and sums are flat variables on this device.
 
     Args:
         name: as TensorFlow names it.
@@ -135,7 +141,7 @@ class Device:
         gradient: tf.Tensor,
         k: int,
         last_threshold: float = 0.0,
-    ) -> OnItsWay[Found | None]:
+    ) -> DeviceFuture[Found | None]:
         """See ``core.passes.find``; the parts are values, indices and counts."""
         total = residual + tf.cast(gradient, residual.dtype)
         # What is not finite counts as the largest: so it is among what the host gets to see.
@@ -151,7 +157,7 @@ class Device:
         unsent = _bins(left[::stride]) == window[:, tf.newaxis]
         counts = tf.reduce_sum(tf.cast(unsent, tf.float32), 1)  # whole numbers < 2**24
         read = functools.partial(_found, stride)
-        return OnItsWay((tf.gather(total, chosen), chosen, counts), read)
+        return DeviceFuture((tf.gather(total, chosen), chosen, counts), read)
 
     # Settle -------------------------------------------------------------------------------------
 

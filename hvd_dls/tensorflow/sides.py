@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from hvd_dls.core.selection.passes_numpy import widened
 from hvd_dls.core.selection.backend import Array
+from hvd_dls.core.selection.passes_numpy import widened
 from hvd_dls.tensorflow.on_device import Device
 
 
@@ -90,11 +90,11 @@ class Host:
 
 
 class OnDevice:
-    """Tensors and variables of a place."""
+    """Tensors and variables of a backend."""
 
-    def __init__(self, place: Device) -> None:
-        self.device = place.name
-        self._place = place
+    def __init__(self, backend: Device) -> None:
+        self.device = backend.name
+        self._backend = backend
 
     def call(
         self, function: Callable[..., Any], inputs: Sequence[tf.Tensor], dtype: tf.DType
@@ -111,7 +111,7 @@ class OnDevice:
         return tf.cast(array[0], tf.float64)  # on the device: to know it would be to wait for it
 
     def new(self, size: int, dtype: tf.DType) -> tf.Variable:
-        return self._place.new(size, dtype.as_numpy_dtype)
+        return self._backend.new(size, dtype.as_numpy_dtype)
 
     def writable(self, array: tf.Variable) -> tf.Variable:
         return array

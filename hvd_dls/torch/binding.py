@@ -19,12 +19,12 @@ from torch.utils.weak import TensorWeakRef
 from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.session.baselines import OWN_CHOICE
-from hvd_dls.core.selection.backend import Array, Later, Place
+from hvd_dls.core.selection.backend import Array, Backend, Future
+from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.torch import exchange
-from hvd_dls.torch.on_device import Device, finite_later
+from hvd_dls.torch.on_device import Device, finite_future
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -194,9 +194,9 @@ class Binding(BaseBinding):
 
     # Layers on a device --------------------------------------------------------------------------
 
-    def _places(self) -> dict[str, Place]:
+    def _backends(self) -> dict[str, Backend]:
         # These strategies look at whole residuals, on the host.
-        if self._config.strategy not in OWN_CHOICE:
+        if self._config.strategy not in BASELINES:
             for name, reference in self._references.items():
                 parameter = reference()
                 if parameter is not None and stays_on_device(parameter):
@@ -212,10 +212,10 @@ class Binding(BaseBinding):
         """The same memory as the session takes it."""
         return flat if name in self._on_device else _as_numpy(flat)
 
-    def _finite(self, session: Session, name: str, gradient: torch.Tensor) -> bool | Later[bool]:
+    def _finite(self, session: Session, name: str, gradient: torch.Tensor) -> bool | Future[bool]:
         if session.bucket_of(name) is None:
             return True  # nobody asks
-        return finite_later(gradient) if name in self._on_device else _finite(gradient)
+        return finite_future(gradient) if name in self._on_device else _finite(gradient)
 
     # State ---------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ The same passes as the core's, in torch's own operations, which run on any devic
 the core's on a CPU, but for the choice among entries that tie at the threshold.  To the host comes
 what is sent, and from there what all ranks sent.
 
-``find`` and ``finite_later`` run in hooks of backward and never wait: shapes are known beforehand,
+``find`` and ``finite_future`` run in hooks of backward and never wait: shapes are known beforehand,
 and what the host needs is copied behind the device's work, with an event that tells when it is
 there.
 """
@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from hvd_dls.config import DLSConfig
+from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
+from hvd_dls.core.selection.backend import Future
 from hvd_dls.core.selection.passes import Found, found_on_device
 from hvd_dls.core.selection.passes_numpy import sample_stride
-from hvd_dls.core.selection.backend import Later
-from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
 
 T = TypeVar("T")
 
 
-class OnItsWay(Later[T]):
+class DeviceFuture(Future[T]):
     """What a device will have copied to the host.
 
     Args:
@@ -46,18 +46,18 @@ class OnItsWay(Later[T]):
             self._event.record(torch.cuda.current_stream(copied.device))
 
     def ready(self) -> bool:
-        """See ``Later``."""
+        """See ``Future``."""
         return self._event is None or self._event.query()
 
     def result(self) -> T:
-        """See ``Later``."""
+        """See ``Future``."""
         if self._event is not None:
             self._event.synchronize()
         return self._read(self._array.numpy())
 
 
 class Device:
-    """A ``Place``: arrays are flat tensors on this device."""
+    """A ``Backend``: arrays are flat tensors on this device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -86,7 +86,7 @@ class Device:
         out.fill_(math.inf)
 
     def finite(self, array: Tensor) -> bool:
-        return finite_later(array).result()
+        return finite_future(array).result()
 
     def histogram(self, array: Tensor) -> np.ndarray:
         counts = torch.bincount(_bins(array.abs()), minlength=N_BINS)
@@ -96,7 +96,7 @@ class Device:
 
     def find(
         self, residual: Tensor, gradient: Tensor, k: int, last_threshold: float = 0.0
-    ) -> OnItsWay[Found | None]:
+    ) -> DeviceFuture[Found | None]:
         """See ``core.passes.find``; of entries that tie at the threshold, any may be chosen."""
         # Types are promoted within one operation: float16 and bfloat16 are not copied before.
         magnitudes = (residual + gradient).abs_()
@@ -109,7 +109,7 @@ class Device:
         window = base + torch.arange(WINDOW, dtype=base.dtype, device=base.device)
         counts = (unsent == window[:, None]).sum(1)
         sent = torch.cat([values.view(torch.int32), chosen.int(), counts.int()])
-        return OnItsWay(sent, partial(_found, k, np.dtype(_name(values.dtype)), stride))
+        return DeviceFuture(sent, partial(_found, k, np.dtype(_name(values.dtype)), stride))
 
     # Settle -------------------------------------------------------------------------------------
 
@@ -178,11 +178,11 @@ class Device:
         return (into * config.momentum).add_(own) if config.nesterov else into
 
 
-def finite_later(gradient: Tensor) -> OnItsWay[bool]:
+def finite_future(gradient: Tensor) -> DeviceFuture[bool]:
     """Whether a gradient is free of NaN and Inf."""
     values = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
     ends = torch.stack(values.aminmax()) if values.numel() else values.new_zeros(2)
-    return OnItsWay(ends, lambda array: bool(np.isfinite(array).all()))
+    return DeviceFuture(ends, lambda array: bool(np.isfinite(array).all()))
 
 
 def _clipped(own: Tensor, config: DLSConfig, loss_scale: float) -> Tensor:

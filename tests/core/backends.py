@@ -52,14 +52,14 @@ class Framework(NamedTuple):
         return (values if isinstance(values, np.ndarray) else self.array(values)).tobytes()
 
 
-def make_sessions(framework, places, itemsize=4, **options):
+def make_sessions(framework, backends, itemsize=4, **options):
     shapes = SHAPES[framework.name]
     layers = [layer_spec(name, s, framework.name, itemsize) for name, s in shapes.items()]
     config = DLSConfig(density=0.05, cost_rule=False, bucket_bytes=40_000, **options)
-    return [Session(layers, config, RANKS, places=places) for _ in range(RANKS)]
+    return [Session(layers, config, RANKS, backends=backends) for _ in range(RANKS)]
 
 
-def check_sessions(framework, device, place, names, dtype, options):
+def check_sessions(framework, device, backend, names, dtype, options):
     """With steps that are skipped, changes of the loss scale, and a restart from the other's state.
 
     Residuals are not zero at first, so that sums with 16-bit gradients do not tie.
@@ -67,7 +67,7 @@ def check_sessions(framework, device, place, names, dtype, options):
     Args:
         framework: the one that is tested.
         device: as its ``tensor`` takes it.
-        place: of the layers on the device.
+        backend: of the layers on the device.
         names: of these layers.
         dtype: of the gradients.
         options: of the compressor.
@@ -77,8 +77,8 @@ def check_sessions(framework, device, place, names, dtype, options):
 
     def both():
         return [
-            make_sessions(framework, places, itemsize, **options)
-            for places in ({}, dict.fromkeys(names, place))
+            make_sessions(framework, backends, itemsize, **options)
+            for backends in ({}, dict.fromkeys(names, backend))
         ]
 
     host, other = both()
@@ -86,7 +86,7 @@ def check_sessions(framework, device, place, names, dtype, options):
     for one, two in zip(host, other, strict=True):
         for name, residual in one.residuals.items():
             residual[:] = rng.standard_normal(len(residual))
-            two._places[name].load(two.residuals[name], residual)
+            two._backends[name].load(two.residuals[name], residual)
     for step in range(8):
         gradients = []
         for _ in range(RANKS):
@@ -134,7 +134,7 @@ def _step(framework, sessions, gradients):
             if session.is_sparse(name):
                 complete = session.compress(name, gradient)
             else:
-                finite = session._places[name].finite(_floats(framework, gradient))
+                finite = session._backends[name].finite(_floats(framework, gradient))
                 complete = session.note(name, session.dense_step or finite)
                 corrected = session.correct(name, gradient) if session.corrects else gradient
                 waiting.append(corrected)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hvd_dls.core.selection.passes import Found, find
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, SAMPLE, WINDOW, Sketch, bin_of
+from hvd_dls.core.selection.passes import Found, find
 
 
 def take(values: np.ndarray, k: int) -> tuple[Found, np.ndarray]:

@@ -11,14 +11,17 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("horovod.torch")
 
 from hvd_dls.config import DLSConfig  # noqa: E402
+from hvd_dls.core.balancing.sketch import (  # noqa: E402
+    SAMPLE,
+    WINDOW,
+    histogram,
+)
 from hvd_dls.core.selection import momentum, passes  # noqa: E402
-from hvd_dls.core.balancing.plan import histogram  # noqa: E402
-from hvd_dls.core.balancing.sketch import SAMPLE, WINDOW  # noqa: E402
 from hvd_dls.torch import on_device  # noqa: E402
-from hvd_dls.torch.on_device import Device, finite_later  # noqa: E402
+from hvd_dls.torch.on_device import Device, finite_future  # noqa: E402
+from tests.core.selection.test_passes import DTYPES, cases, entries, load, plus, store  # noqa: E402
 from tests.core.strategies import KINDS  # noqa: E402
 from tests.core.taking import sketch  # noqa: E402
-from tests.core.selection.test_passes import DTYPES, cases, entries, load, plus, store  # noqa: E402
 from tests.torch.devices import array_of, no_gpu, on_each_device, tensor  # noqa: E402
 
 some = settings(
@@ -110,7 +113,7 @@ def test_the_ends_of_the_range(device, dtype):
 )
 def test_settling_gives_the_core_s_bits(device, case, data, ranks, scale):
     residual, gradient, _ = case
-    work, place = residual.dtype, Device(torch.device(device))
+    work, backend = residual.dtype, Device(torch.device(device))
     received = [data.draw(entries(len(residual), work)) for _ in range(ranks)]
     indices, kept = data.draw(entries(len(residual), work))
     kept = data.draw(st.sampled_from([None, kept]))
@@ -120,7 +123,7 @@ def test_settling_gives_the_core_s_bits(device, case, data, ranks, scale):
         passes.settle(core_residual, gradient, indices, kept, received, scale, core_out)
         own, new = tensor(residual, device), tensor(gradient, device)
         out = new if dtype == gradient.dtype else tensor(core_out, device).fill_(77)
-        place.settle(own, new, indices, kept, received, scale, out)
+        backend.settle(own, new, indices, kept, received, scale, out)
         assert bits(own) == bits(core_residual)
         assert bits(out) == bits(core_out)
 
@@ -152,7 +155,7 @@ CLIPPING = [{"clip_value": 0.5}, {"clip_norm": 2.0}, {"clip_norm": 2.0, "clip_va
 @pytest.mark.parametrize("options", [{}, *CLIPPING, {"clip_norm": 1e9}], ids=str)
 @pytest.mark.parametrize("mass", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
 def test_clipping_and_momentum_are_the_core_s(device, work, dtype, options, mass):
-    config, place = DLSConfig(**options, **mass), Device(torch.device(device))
+    config, backend = DLSConfig(**options, **mass), Device(torch.device(device))
     rng = np.random.default_rng(0)
     velocity = rng.standard_normal(3000).astype(work) if mass else None
     for factor in (1, 0, 1e-3, 1e3):
@@ -162,7 +165,7 @@ def test_clipping_and_momentum_are_the_core_s(device, work, dtype, options, mass
         there = tensor(into, device)
         of = None if velocity is None else tensor(velocity, device)
         given_gradient = tensor(gradient, device)
-        result = place.correct(given_gradient, of, there, config, 2.0)
+        result = backend.correct(given_gradient, of, there, config, 2.0)
         assert bits(given_gradient) == bits(gradient)
         for own, core in ((result, expected), (there, into)):
             if options.get("clip_norm") == 2.0:
@@ -178,10 +181,10 @@ def test_clipping_leaves_nan_and_inf_to_be_found(device, options, bad):
     gradient = torch.ones(1000, device=device)
     gradient[77] = bad
     velocity, into = torch.ones_like(gradient), torch.empty_like(gradient)
-    place, config = Device(torch.device(device)), DLSConfig(**options)
-    corrected = place.correct(gradient, velocity if config.momentum else None, into, config, 1.0)
-    assert not place.finite(corrected)
-    assert place.find(torch.zeros_like(gradient), corrected, 3).result() is None
+    backend, config = Device(torch.device(device)), DLSConfig(**options)
+    corrected = backend.correct(gradient, velocity if config.momentum else None, into, config, 1.0)
+    assert not backend.finite(corrected)
+    assert backend.find(torch.zeros_like(gradient), corrected, 3).result() is None
 
 
 @on_each_device
@@ -189,26 +192,26 @@ def test_clipping_leaves_nan_and_inf_to_be_found(device, options, bad):
 def test_whether_a_gradient_is_finite(device, dtype):
     for shape in ((), (0,), (1,), (30, 20)):
         gradient = torch.full(shape, torch.finfo(dtype).max, dtype=dtype, device=device)
-        assert finite_later(gradient).result() is True
+        assert finite_future(gradient).result() is True
         for bad in (float("nan"), float("inf"), -float("inf")) if gradient.numel() else ():
             gradient.view(-1)[-1] = bad
-            assert finite_later(gradient).result() is False
+            assert finite_future(gradient).result() is False
 
 
 @on_each_device
 def test_histograms_zeros_and_what_was_saved(device):
-    place, rng = Device(torch.device(device)), np.random.default_rng(0)
+    backend, rng = Device(torch.device(device)), np.random.default_rng(0)
     values = (rng.standard_normal(5000) ** 9).astype(np.float32)
     values[:10] = -0.0
-    assert np.array_equal(place.histogram(tensor(values, device)), histogram(values))
-    own = place.zeros(5000, np.dtype(np.float32))
+    assert np.array_equal(backend.histogram(tensor(values, device)), histogram(values))
+    own = backend.zeros(5000, np.dtype(np.float32))
     assert (own.device.type, own.dtype) == (device, torch.float32)
     for saved in (values, torch.from_numpy(values)):
-        place.load(own.zero_(), saved)
-        assert bits(place.to_host(own)) == bits(values)
-    place.clear(own, np.array([3, 4999], np.uint32))
-    assert np.flatnonzero(place.to_host(own) != values).tolist() == [4999]
-    place.fill_infinite(own)
+        backend.load(own.zero_(), saved)
+        assert bits(backend.to_host(own)) == bits(values)
+    backend.clear(own, np.array([3, 4999], np.uint32))
+    assert np.flatnonzero(backend.to_host(own) != values).tolist() == [4999]
+    backend.fill_infinite(own)
     assert torch.isposinf(own).all()
 
 
@@ -219,15 +222,15 @@ def test_histograms_zeros_and_what_was_saved(device):
 def test_shapes_never_depend_on_data(dtype, monkeypatch):
     """Tensors of the device "meta" have none: to look at some is an error."""
     copied = []
-    monkeypatch.setattr(on_device, "OnItsWay", lambda tensor, read: copied.append(tensor))
+    monkeypatch.setattr(on_device, "DeviceFuture", lambda tensor, read: copied.append(tensor))
     config = DLSConfig(momentum=0.5, nesterov=True, clip_norm=1.0, clip_value=0.1)
-    place = Device(torch.device("meta"))
+    backend = Device(torch.device("meta"))
     work = np.dtype("float64" if dtype == torch.float64 else "float32")
-    residual = place.zeros(100_000, work)
+    residual = backend.zeros(100_000, work)
     gradient = torch.empty(100_000, dtype=dtype, device="meta")
-    place.find(residual, gradient, 1000)
-    finite_later(gradient)
-    place.find(residual, place.correct(gradient, residual, residual.clone(), config), 1000)
+    backend.find(residual, gradient, 1000)
+    finite_future(gradient)
+    backend.find(residual, backend.correct(gradient, residual, residual.clone(), config), 1000)
     found = ((work.itemsize // 4 + 1) * 1000 + WINDOW,)
     assert [tuple(x.shape) for x in copied] == [found, (2,), found]
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -262,7 +265,7 @@ def test_copies_are_asynchronous_and_looked_at_when_their_event_is_done(monkeypa
     log = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", str)
-    later = on_device.OnItsWay(OnGPU(), np.sum)
+    later = on_device.DeviceFuture(OnGPU(), np.sum)
     assert not later.ready()
     assert log == ["copied", "event on stream of cuda:1"]
     assert later.result() == 3
@@ -284,18 +287,23 @@ def no_waiting():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_gpu_is_not_waited_for(dtype):
     config = DLSConfig(momentum=0.5, nesterov=True, clip_norm=1.0, clip_value=0.1)
-    place = Device(torch.device("cuda"))
-    residual = place.zeros(3_000_000, np.dtype("float64" if dtype == torch.float64 else "float32"))
+    backend = Device(torch.device("cuda"))
+    residual = backend.zeros(
+        3_000_000, np.dtype("float64" if dtype == torch.float64 else "float32")
+    )
     gradient = torch.randn(3_000_000, device="cuda").to(dtype)
     busy = torch.randn(4000, 4000, device="cuda")
-    place.find(residual, gradient, 30_000).result()  # what is slow once is behind us
+    backend.find(residual, gradient, 30_000).result()  # what is slow once is behind us
     torch.cuda.synchronize()
     with no_waiting():
         for _ in range(20):
             busy = busy @ busy
-        corrected = place.correct(gradient, residual, torch.empty_like(residual), config)
-        results = [place.find(residual, gradient, 30_000), place.find(residual, corrected, 30_000)]
-        finite = finite_later(gradient)
+        corrected = backend.correct(gradient, residual, torch.empty_like(residual), config)
+        results = [
+            backend.find(residual, gradient, 30_000),
+            backend.find(residual, corrected, 30_000),
+        ]
+        finite = finite_future(gradient)
     assert not results[0].ready()
     found = [result.result() for result in results]
     assert all(result.ready() for result in results)

@@ -6,9 +6,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("horovod.torch")
 
-from hvd_dls.core.selection.backend import Later  # noqa: E402
 from hvd_dls.torch import on_device  # noqa: E402
-from hvd_dls.torch.on_device import Device, finite_later  # noqa: E402
+from hvd_dls.torch.on_device import Device, finite_future  # noqa: E402
 from tests.core.backends import (  # noqa: E402
     SHAPES,
     Framework,
@@ -38,7 +37,7 @@ def test_a_session_on_a_device_is_one_on_the_host_to_the_bit(device, options, dt
     check_sessions(TORCH, device, Device(torch.device(device)), names, dtype, options)
 
 
-class Slow(Later):
+class Slow(Future):
     """A device that is ready when told to be."""
 
     finished = False
@@ -54,17 +53,17 @@ class Slow(Later):
 
 
 def test_what_a_device_works_on_is_sent_later(monkeypatch):
-    monkeypatch.setattr(on_device, "OnItsWay", Slow)
+    monkeypatch.setattr(on_device, "DeviceFuture", Slow)
     monkeypatch.setattr(Slow, "finished", False)
-    place = Device(torch.device("cpu"))
-    (session, *_) = make_sessions(TORCH, dict.fromkeys(["hidden", "bias"], place))
+    backend = Device(torch.device("cpu"))
+    (session, *_) = make_sessions(TORCH, dict.fromkeys(["hidden", "bias"], backend))
     gradients = {n: np.random.default_rng(0).standard_normal(size) for n, size in SIZES.items()}
     sent = []
     for name in reversed(SIZES):
         assert not session.complete
         gradient = gradients[name].astype(np.float32)
         if name == "bias":
-            session.note(name, finite_later(torch.from_numpy(gradient)))
+            session.note(name, finite_future(torch.from_numpy(gradient)))
         else:
             session.compress(name, torch.from_numpy(gradient) if name == "hidden" else gradient)
         sent.append([b for b in session.ready() if session.payload(b) is not None])
@@ -82,15 +81,15 @@ def test_what_a_device_works_on_is_sent_later(monkeypatch):
 
 
 def test_a_bad_gradient_that_goes_dense_is_told_of_later(monkeypatch):
-    place = Device(torch.device("cpu"))
-    sessions = make_sessions(TORCH, {"bias": place}, nonfinite="skip")
+    backend = Device(torch.device("cpu"))
+    sessions = make_sessions(TORCH, {"bias": backend}, nonfinite="skip")
     gradients = {n: np.ones(size, np.float32) for n, size in SIZES.items()}
     bad = torch.full((32,), torch.nan)
     payloads = []
     for rank, session in enumerate(sessions):
         for name, gradient in gradients.items():
             if name == "bias":
-                session.note(name, finite_later(bad if rank else torch.ones(32)))
+                session.note(name, finite_future(bad if rank else torch.ones(32)))
             else:
                 session.compress(name, gradient.copy())
         payloads.append({bucket: session.payload(bucket) for bucket in session.ready()})

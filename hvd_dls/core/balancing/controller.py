@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from hvd_dls.config import DLSConfig
+from hvd_dls.config import MEASURED, DLSConfig
 from hvd_dls.core.balancing.balance import balance_at_once, optimal_adjustment
 from hvd_dls.core.balancing.budgets import Budgets
 from hvd_dls.core.balancing.curves import SketchedCurves
 from hvd_dls.core.balancing.plan import Plan, shared_out
-from hvd_dls.core.balancing.prior import MEASURED
 from hvd_dls.core.balancing.schedule import density_at
 
 

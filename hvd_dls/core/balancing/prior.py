@@ -79,7 +79,6 @@ def uniform(layers: Sequence[LayerSpec], norms: np.ndarray | None = None) -> np.
     return np.ones(len(layers))
 
 
-MEASURED = "measured"  # no law, but what a dense first step shows: see plan.measured_k
 PRIORS: dict[str, Callable[[Sequence[LayerSpec], np.ndarray | None], np.ndarray]] = {
     "paper": paper,
     "weight_norm": weight_norm,

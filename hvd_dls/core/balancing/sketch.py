@@ -36,6 +36,11 @@ def bin_of(magnitudes: np.ndarray) -> np.ndarray:
     return bins
 
 
+def histogram(gradient: np.ndarray) -> np.ndarray:
+    """(N_BINS,) int64: how many magnitudes of a whole gradient lie in each bin."""
+    return np.bincount(bin_of(np.abs(gradient)), minlength=N_BINS)
+
+
 def edges(first: int, last: int) -> np.ndarray:
     """Lower edges of bins first..last-1 and the upper edge of the last: float64, exact."""
     octave, eighth = np.divmod(np.arange(first, last + 1), BINS_PER_OCTAVE)

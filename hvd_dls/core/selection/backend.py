@@ -1,4 +1,4 @@
-"""Where a layer's residual and velocity live, and what a session asks of that place.
+"""Where a layer's residual and velocity live, and what a session asks of that backend.
 
 On the host they are NumPy arrays.  A framework's binding may keep those of some layers on another
 device: then their gradients never come to the host, only what is sent.
@@ -13,17 +13,17 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from hvd_dls.config import DLSConfig
+from hvd_dls.core.balancing.sketch import histogram
 from hvd_dls.core.selection import passes
 from hvd_dls.core.selection.momentum import correct
 from hvd_dls.core.selection.passes import Found
-from hvd_dls.core.balancing.plan import histogram
 
-# (n,) of a layer: gradient, residual or velocity, as its place has them.
+# (n,) of a layer: gradient, residual or velocity, as its backend has them.
 Array = Any
 T = TypeVar("T")
 
 
-class Later(ABC, Generic[T]):
+class Future(ABC, Generic[T]):
     """A result that a device is still working on."""
 
     @abstractmethod
@@ -35,7 +35,7 @@ class Later(ABC, Generic[T]):
         """The result, on the host; waits for it."""
 
 
-class Place(Protocol):
+class Backend(Protocol):
     """The passes over a layer, where its arrays are: see the functions that ``Host`` names."""
 
     def zeros(self, size: int, dtype: np.dtype) -> Array:
@@ -68,7 +68,7 @@ class Place(Protocol):
 
     def find(
         self, residual: Array, gradient: Array, k: int, last_threshold: float
-    ) -> Found | Later[Found | None] | None:
+    ) -> Found | Future[Found | None] | None:
         """``passes.find``; or its result later, without waiting for a device."""
 
     def settle(
@@ -124,4 +124,4 @@ class Host:
         return bool(np.isfinite(array).all())
 
 
-HOST: Place = Host()
+HOST: Backend = Host()

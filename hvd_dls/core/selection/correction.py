@@ -13,7 +13,7 @@ import numpy as np
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
-from hvd_dls.core.selection.backend import HOST, Array, Place
+from hvd_dls.core.selection.backend import HOST, Array, Backend
 
 
 class Correction:
@@ -24,7 +24,7 @@ class Correction:
     Args:
         layers: all, compressed or not: momentum must be the same for all parameters.
         config: the options.
-        places: where arrays of layers are that are not on the host, by name.
+        backends: where arrays of layers are that are not on the host, by name.
 
     Attributes:
         active: whether gradients change at all.
@@ -35,15 +35,15 @@ class Correction:
         self,
         layers: Sequence[LayerSpec],
         config: DLSConfig,
-        places: Mapping[str, Place] | None = None,
+        backends: Mapping[str, Backend] | None = None,
     ) -> None:
         self.active = bool(config.momentum or config.clip_norm or config.clip_value)
         self._config = config
         self._layers = {layer.name: layer for layer in layers}
-        self._places = dict.fromkeys(self._layers, HOST) | dict(places or {})
+        self._backends = dict.fromkeys(self._layers, HOST) | dict(backends or {})
         with_velocity = layers if config.momentum else []
         self.velocities: dict[str, Array] = {
-            x.name: self._places[x.name].zeros(x.size, x.work_dtype) for x in with_velocity
+            x.name: self._backends[x.name].zeros(x.size, x.work_dtype) for x in with_velocity
         }
         self._proposed: dict[str, Array] = {}
         self._spare: dict[str, Array] = {}  # memory of the velocities of the step before
@@ -53,18 +53,18 @@ class Correction:
 
         Args:
             name: of the layer.
-            gradient: (n,) of any dtype that ``passes.find`` takes, where the layer's place has it.
+            gradient: (n,) of any dtype that ``passes.find`` takes, where its backend has it.
             loss_scale: that the gradient is multiplied by; limits are for what it would be without.
 
         Returns:
             (n,) of the work dtype; not to be changed, and gone with the next step.
         """
-        layer, place = self._layers[name], self._places[name]
+        layer, backend = self._layers[name], self._backends[name]
         into = self._spare.pop(name, None)
         if into is None:
-            into = place.zeros(layer.size, layer.work_dtype)
+            into = backend.zeros(layer.size, layer.work_dtype)
         self._proposed[name] = into
-        return place.correct(gradient, self.velocities.get(name), into, self._config, loss_scale)
+        return backend.correct(gradient, self.velocities.get(name), into, self._config, loss_scale)
 
     def commit(self, sent: dict[str, np.ndarray]) -> None:
         """Takes the proposed velocities over.
@@ -78,7 +78,7 @@ class Correction:
                 continue
             self._spare[name], self.velocities[name] = self.velocities[name], proposed
             if self._config.momentum_masking and name in sent:
-                self._places[name].clear(proposed, sent[name])
+                self._backends[name].clear(proposed, sent[name])
         self._proposed = {}
 
     def forget(self) -> None:

@@ -14,9 +14,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from hvd_dls.core.selection.bits import LANES, lowest_one, magnitude, number, reaching, sums_reaching, widened
-from hvd_dls.core.jit import jit
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, WINDOW, edges
+from hvd_dls.core.jit import jit
+from hvd_dls.core.selection.bits import (
+    LANES,
+    lowest_one,
+    magnitude,
+    number,
+    reaching,
+    sums_reaching,
+    widened,
+)
 
 CHUNK = 2048  # entries between two looks at the room left: a chunk stays in the first-level cache
 BINS = LAST_BASE + WINDOW

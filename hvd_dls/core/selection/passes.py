@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, WINDOW, Sketch, bin_of
+from hvd_dls.core.jit import HAVE_NUMBA
 
 if HAVE_NUMBA:
     from hvd_dls.core.selection import passes_numba as _backend

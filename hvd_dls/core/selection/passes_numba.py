@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from hvd_dls.core.balancing.sketch import WINDOW, Sketch
 from hvd_dls.core.selection import find_loops, settle_loops, threads
 from hvd_dls.core.selection.bits import LANES
 from hvd_dls.core.selection.passes_numpy import sample_stride
-from hvd_dls.core.balancing.sketch import WINDOW, Sketch
 
 _MARGIN = 0.7  # part of the last threshold above which candidates are looked for
 _nothing: dict[str, np.ndarray] = {"f": np.empty(0, np.float32), "d": np.empty(0, np.float64)}

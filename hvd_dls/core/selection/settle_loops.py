@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hvd_dls.core.selection.bits import element, rounded, widened
 from hvd_dls.core.jit import jit
+from hvd_dls.core.selection.bits import element, rounded, widened
 
 BLOCK = 8192  # entries settled at once
 END = 1 << 32  # beyond all indices

@@ -11,23 +11,23 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.selection.norms import l2_norm
-from hvd_dls.core.selection.passes_numpy import widened
 from hvd_dls.core.balancing.plan import Plan, shared_out
 from hvd_dls.core.balancing.schedule import density_at
+from hvd_dls.core.selection.norms import l2_norm
+from hvd_dls.core.selection.passes_numpy import widened
 
-OWN_CHOICE = ("global", "norm", "hard")
+BASELINES = ("global", "norm", "hard")
 _BLOCK = 1 << 16  # entries worked on at once
 
 
-class OwnChoice:
+class BaselineStrategy:
     """How many entries each layer sends, by this rank alone.
 
     Layers with a density of their own send what that says.
 
     Args:
         plan: the layers and their budget.
-        config: the options; the strategy is one of OWN_CHOICE.
+        config: the options; the strategy is one of BASELINES.
 
     Attributes:
         needs_all: whether all layers must be there before any is chosen from.

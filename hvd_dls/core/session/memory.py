@@ -11,10 +11,10 @@ import numpy as np
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.controller import Controller
-from hvd_dls.core.selection.correction import Correction
-from hvd_dls.core.session.baselines import OWN_CHOICE, OwnChoice
-from hvd_dls.core.selection.backend import HOST, Array, Place
 from hvd_dls.core.balancing.plan import Plan, initial_k
+from hvd_dls.core.selection.backend import HOST, Array, Backend
+from hvd_dls.core.selection.correction import Correction
+from hvd_dls.core.session.baselines import BASELINES, BaselineStrategy
 from hvd_dls.core.session.state import STATE_VERSION, check_state
 from hvd_dls.errors import DLSError
 
@@ -28,16 +28,16 @@ class Memory:
         world_size: number of ranks, P.
         rows: of the sparse layers of each bucket.
         norms: Frobenius norm of each layer's weights, for prior="weight_norm".
-        places: where arrays of layers are that are not on the host, by name.
+        backends: where arrays of layers are that are not on the host, by name.
 
     Attributes:
         controller: what all ranks agree on.
-        own_choice: what this rank chooses itself, by strategies that do; or None.
+        baseline: what this rank chooses itself, by strategies that do; or None.
         correction: clipping and momentum.
         residuals: (n,) of each compressed layer, by name.
         thresholds: of the last step, by name; 0 before.
         loss_scale: what residuals and velocities are multiplied by.
-        places: of all layers, by name.
+        backends: of all layers, by name.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class Memory:
         world_size: int,
         rows: Sequence[np.ndarray],
         norms: Mapping[str, float] | None,
-        places: Mapping[str, Place] | None,
+        backends: Mapping[str, Backend] | None,
     ) -> None:
         self._plan, self._config, self._world_size = plan, config, world_size
-        self.places = dict.fromkeys((x.name for x in plan.layers), HOST) | dict(places or {})
+        self.backends = dict.fromkeys((x.name for x in plan.layers), HOST) | dict(backends or {})
         self.controller = Controller(plan, config, initial_k(plan, config, norms), rows)
-        self.own_choice = OwnChoice(plan, config) if config.strategy in OWN_CHOICE else None
-        self.correction = Correction(plan.layers, config, self.places)
+        self.baseline = BaselineStrategy(plan, config) if config.strategy in BASELINES else None
+        self.correction = Correction(plan.layers, config, self.backends)
         self.residuals: dict[str, Array] = {
-            x.name: self.places[x.name].zeros(x.size, x.work_dtype) for x in plan.sparse
+            x.name: self.backends[x.name].zeros(x.size, x.work_dtype) for x in plan.sparse
         }
         self.thresholds = dict.fromkeys(self.residuals, 0.0)
         self.loss_scale = 1.0
@@ -71,15 +71,15 @@ class Memory:
         factor = loss_scale / self.loss_scale
         for arrays in (self.residuals, self.correction.velocities):
             for name, array in arrays.items():
-                self.places[name].scale(array, factor)
+                self.backends[name].scale(array, factor)
         self.thresholds = {name: factor * value for name, value in self.thresholds.items()}
         self.loss_scale = loss_scale
 
     def agree(self, agreed: np.ndarray) -> None:
         """Takes over another rank's ``controller.state()``."""
         self.controller.restore(agreed)
-        if self.own_choice is not None:
-            self.own_choice.start_step(self.controller.density)
+        if self.baseline is not None:
+            self.baseline.start_step(self.controller.density)
 
     def state(self) -> dict[str, Any]:
         """Plain values and arrays; the large ones are not copied."""
@@ -95,7 +95,7 @@ class Memory:
             "loss_scale": self.loss_scale,
             "ratios": self.controller.state(),
             "thresholds": np.array(list(self.thresholds.values())),
-            "norms": [] if self.own_choice is None else list(self.own_choice.norms.values()),
+            "norms": [] if self.baseline is None else list(self.baseline.norms.values()),
             "residuals": dict(self.residuals),
             "velocities": dict(self.correction.velocities),
         }
@@ -113,10 +113,10 @@ class Memory:
         """Goes on from a saved state that fits, copying it."""
         self.controller.restore(np.asarray(state["ratios"], np.int64))
         self.thresholds = dict(zip(self.residuals, map(float, state["thresholds"]), strict=True))
-        if self.own_choice is not None:
-            self.own_choice.restore(state["norms"], self.controller.density)
+        if self.baseline is not None:
+            self.baseline.restore(state["norms"], self.controller.density)
         self.loss_scale = float(state["loss_scale"])
         velocities = self.correction.velocities
         for part, own in (("residuals", self.residuals), ("velocities", velocities)):
             for name, array in own.items():
-                self.places[name].load(array, state[part][name])
+                self.backends[name].load(array, state[part][name])

@@ -7,8 +7,8 @@ import time
 import numpy as np
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.session.memory import Memory
 from hvd_dls.core.balancing.plan import Plan
+from hvd_dls.core.session.memory import Memory
 from hvd_dls.core.session.step import Step
 from hvd_dls.core.session.telemetry import Quality, StepRecord, measure_quality
 
@@ -62,7 +62,7 @@ class Recorder:
         sent, left, nothing = [], [], np.empty(0, np.float32)
         for name in self._names:
             found = step.found.get(name)
-            place, residual = self._memory.places[name], self._memory.residuals[name]
+            backend, residual = self._memory.backends[name], self._memory.residuals[name]
             sent.append(found.values if found else nothing)
-            left.append(place.to_host(residual) if found else nothing)
+            left.append(backend.to_host(residual) if found else nothing)
         return measure_quality(sent, left)

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.wire.buckets import make_buckets
 from hvd_dls.core.balancing.layers import LayerSpec
-from hvd_dls.core.session.memory import Memory
+from hvd_dls.core.balancing.plan import measured_k
+from hvd_dls.core.selection.backend import Array, Backend, Future
 from hvd_dls.core.selection.passes import Found, nothing_found
-from hvd_dls.core.wire.payload import ABSENT, pack, unpack, unpack_own
-from hvd_dls.core.selection.backend import Array, Later, Place
-from hvd_dls.core.balancing.plan import make_plan, measured_k
+from hvd_dls.core.session.memory import Memory
+from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.session.recorder import Recorder
 from hvd_dls.core.session.step import Step
 from hvd_dls.core.session.telemetry import StepRecord
+from hvd_dls.core.wire.buckets import make_buckets
+from hvd_dls.core.wire.payload import ABSENT, pack, unpack, unpack_varying
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
@@ -40,7 +41,7 @@ class Session:
         config: the options.
         world_size: number of ranks, P.
         norms: Frobenius norm of each layer's weights, for prior="weight_norm".
-        places: where arrays of layers are that are not on the host, by name.
+        backends: where arrays of layers are that are not on the host, by name.
 
     Attributes:
         residuals: (n,) of each compressed layer, by name.
@@ -57,7 +58,7 @@ class Session:
         config: DLSConfig,
         world_size: int,
         norms: Mapping[str, float] | None = None,
-        places: Mapping[str, Place] | None = None,
+        backends: Mapping[str, Backend] | None = None,
     ) -> None:
         self.config = config
         self.world_size = world_size
@@ -74,11 +75,11 @@ class Session:
         self._bucket_of = {n: number for number, names in enumerate(self._members) for n in names}
         self._row = {layer.name: row for row, layer in enumerate(self.plan.sparse)}
         self._rows = [np.array([self._row[x.name] for x in b.layers]) for b in self.buckets]
-        self._memory = Memory(self.plan, config, world_size, self._rows, norms, places)
+        self._memory = Memory(self.plan, config, world_size, self._rows, norms, backends)
         self._controller = self._memory.controller
         self._correction = self._memory.correction
-        self._own = self._memory.own_choice
-        self._places = self._memory.places
+        self._own = self._memory.baseline
+        self._backends = self._memory.backends
         self.residuals = self._memory.residuals
         self._recorder = Recorder(self.plan, config, self._memory)
         self._step = Step()
@@ -133,7 +134,7 @@ class Session:
         Args:
             name: of a layer that ``is_sparse``.
             gradient: (n,) contiguous, of the layer's work dtype, float16, or uint16 (the bits of
-                bfloat16), or what the layer's place takes; it must not change before
+                bfloat16), or what the layer's backend takes; it must not change before
                 ``decompress``.
 
         Returns:
@@ -165,9 +166,9 @@ class Session:
             (n,) of the work dtype, the caller's to change.
         """
         corrected = self._correction.apply(name, gradient, self.loss_scale)
-        return corrected if self.config.nesterov else self._places[name].copy(corrected)
+        return corrected if self.config.nesterov else self._backends[name].copy(corrected)
 
-    def note(self, name: str, finite: bool | Later[bool]) -> int | None:
+    def note(self, name: str, finite: bool | Future[bool]) -> int | None:
         """Takes note of a layer that goes dense.
 
         Args:
@@ -181,8 +182,8 @@ class Session:
             DLSError: the layer has been in this step already.
         """
         self._arrive(name)
-        if isinstance(finite, Later):
-            self._step.later[name] = finite
+        if isinstance(finite, Future):
+            self._step.futures[name] = finite
         elif not finite:
             self._step.not_finite.append(name)
         return self._complete(name)
@@ -219,16 +220,16 @@ class Session:
             bucket
             for bucket, missing in step.missing.items()
             if not missing and bucket not in step.sent
-            if all(step.later[name].ready() for name in self._working_on(bucket))
+            if all(step.futures[name].ready() for name in self._working_on(bucket))
         ]
 
     def _working_on(self, bucket: int) -> set[str]:
         """Layers of a bucket of which a device has not been heard."""
-        return self._members[bucket] & self._step.later.keys()
+        return self._members[bucket] & self._step.futures.keys()
 
-    def on_its_way(self, name: str) -> Later[Any]:
+    def future_of(self, name: str) -> Future[Any]:
         """What a device is still working on, of a layer that has come in and was not sent yet."""
-        return self._step.later[name]
+        return self._step.futures[name]
 
     def unfinished(self) -> list[int]:
         """Buckets with some layers in this step that have not been sent: send them now."""
@@ -241,7 +242,7 @@ class Session:
         """
         step, layers = self._step, self.buckets[bucket].layers
         for name in self._working_on(bucket):
-            result = step.later.pop(name).result()
+            result = step.futures.pop(name).result()
             if name in self._layers:
                 step.found[name] = result
             elif not result:
@@ -274,7 +275,7 @@ class Session:
         """
         of = self.buckets[bucket]
         if self._own is not None:
-            self._step.received[bucket] = unpack_own(of, gathered, self.world_size)
+            self._step.received[bucket] = unpack_varying(of, gathered, self.world_size)
         else:
             k = self._k_of(bucket)
             self._step.received[bucket] = unpack(of, k, gathered, self.world_size)
@@ -287,7 +288,7 @@ class Session:
             out: (n,) overwritten with the sum over ranks, added rank by rank and so the same bits
                 on every rank; may be the gradient itself.  Its dtype is one that ``compress``
                 takes, and it is where the gradient is.  Inf everywhere, if the step is skipped.
-            scale: factor on the sum; or what the layer's place takes for a number.
+            scale: factor on the sum; or what the layer's backend takes for a number.
 
         Raises:
             DLSError: the layer, or a bucket of this step, has not arrived.
@@ -295,18 +296,18 @@ class Session:
                 every rank alike, in the first call of the step.  All residuals are as they were
                 before the step.
         """
-        step, (bucket, position), place = self._step, self._position[name], self._places[name]
+        step, (bucket, position), backend = self._step, self._position[name], self._backends[name]
         if name not in step.gradients or name in step.settled:
             raise DLSError(f"layer {name!r}: decompressed, but not on its way")
         self._check_arrived()
         if step.refused:
-            place.fill_infinite(out)
+            backend.fill_infinite(out)
             self._settled(name)
             return
         found = step.found[name]
         assert found is not None  # or the step would have been refused
         residual = self.residuals[name]
-        place.settle(
+        backend.settle(
             residual,
             step.gradients[name],
             found.indices,
@@ -338,12 +339,12 @@ class Session:
         if not self.dense_step:
             self._check_arrived()
         elif reduced is not None:
-            place = self._places[name]
-            if not place.finite(reduced):
+            backend = self._backends[name]
+            if not backend.finite(reduced):
                 before = step.refused.where if step.refused else []
                 step.refused = NonFiniteGradientError([*before, (name, None)])
             elif self._controller.measures_now and name in self._layers:
-                step.whole[name] = place.histogram(reduced)
+                step.whole[name] = backend.histogram(reduced)
         counts = step.refused is None
         self._settled(name)
         return counts
@@ -418,15 +419,15 @@ class Session:
         return k
 
     def _find(self, name: str, k: int) -> None:
-        found = self._places[name].find(
+        found = self._backends[name].find(
             self.residuals[name],
             self._step.gradients[name],
             max(k, 1),
             self._memory.thresholds[name],
         )
-        if isinstance(found, Later):
+        if isinstance(found, Future):
             assert self._own is None  # whose strategies look at residuals, on the host
-            self._step.later[name] = found
+            self._step.futures[name] = found
         else:
             self._step.found[name] = found if k or found is None else nothing_found(found)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from hvd_dls.core.wire.buckets import Bucket
-from hvd_dls.core.selection.passes import Found
-from hvd_dls.core.wire.payload import NOT_FINITE, Payload
-from hvd_dls.core.selection.backend import Array, Later
 from hvd_dls.core.balancing.sketch import WINDOW
+from hvd_dls.core.selection.backend import Array, Future
+from hvd_dls.core.selection.passes import Found
+from hvd_dls.core.wire.buckets import Bucket
+from hvd_dls.core.wire.payload import NOT_FINITE, Payload
 from hvd_dls.errors import NonFiniteGradientError
 
 
@@ -23,7 +23,7 @@ class Step:
     Attributes:
         gradients: (n,) of the compressed layers that have come in, by name.
         found: what each of them sends; None where the gradient was not finite.
-        later: the same of layers on a device that is still at work; or, of layers that go dense,
+        futures: the same of layers on a device that is still at work; or, of layers that go dense,
             whether they are finite.
         arrived: all layers that have come in, compressed or not.
         not_finite: those that go dense whose gradient was not.
@@ -38,7 +38,7 @@ class Step:
 
     gradients: dict[str, Array] = field(default_factory=dict)
     found: dict[str, Found | None] = field(default_factory=dict)
-    later: dict[str, Later[Any]] = field(default_factory=dict)
+    futures: dict[str, Future[Any]] = field(default_factory=dict)
     arrived: set[str] = field(default_factory=set)
     not_finite: list[str] = field(default_factory=list)
     missing: dict[int, int] = field(default_factory=dict)

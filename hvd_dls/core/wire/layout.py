@@ -22,9 +22,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.balancing.sketch import WINDOW
+from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.values import WIRE_DTYPES
 from hvd_dls.errors import DLSError
 

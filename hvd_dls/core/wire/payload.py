@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
+from hvd_dls.core.balancing.sketch import LAST_BASE, WINDOW, Sketch
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import (
     ABSENT,
@@ -22,7 +23,6 @@ from hvd_dls.core.wire.layout import (
     parts_of,
     payload_bytes,
 )
-from hvd_dls.core.balancing.sketch import LAST_BASE, WINDOW, Sketch
 from hvd_dls.core.wire.values import decode_counts, decode_values, encode_counts, round_values
 from hvd_dls.errors import DLSError, PayloadError
 
@@ -40,7 +40,7 @@ __all__ = [
     "pack",
     "payload_bytes",
     "unpack",
-    "unpack_own",
+    "unpack_varying",
 ]
 
 
@@ -184,7 +184,7 @@ def unpack(
     ]
 
 
-def unpack_own(bucket: Bucket, gathered: np.ndarray, world_size: int) -> list[Payload]:
+def unpack_varying(bucket: Bucket, gathered: np.ndarray, world_size: int) -> list[Payload]:
     """Like ``unpack``, where each rank chose the entries of its layers, and so the length, itself.
 
     Raises:

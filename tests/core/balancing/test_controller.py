@@ -6,7 +6,7 @@ import pytest
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.controller import Controller
 from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.balancing.plan import make_plan
+from hvd_dls.core.session.planning import make_plan
 from tests.core.taking import stacked, take
 
 NAMES = ["a", "b", "c", "d"]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.selection.correction import Correction
 from hvd_dls.core.balancing.layers import layer_spec
+from hvd_dls.core.selection.correction import Correction
 from hvd_dls.core.selection.norms import l2_norm
 from hvd_dls.core.selection.passes_numpy import narrow, widened
 from tests.core.strategies import seeds

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_dls.core.selection import passes, passes_numpy, threads
 from hvd_dls.core.balancing.sketch import SAMPLE
+from hvd_dls.core.selection import passes, passes_numpy, threads
 from tests.core.strategies import KINDS, seeds
 from tests.core.taking import sketch
 

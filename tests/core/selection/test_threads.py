@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from hvd_dls.core.selection import passes, threads
 from hvd_dls.core.jit import HAVE_NUMBA
+from hvd_dls.core.selection import passes, threads
 
 needs_numba = pytest.mark.skipif(not HAVE_NUMBA, reason="without numba there are no threads")
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.session.baselines import count_reaching, global_k
 from hvd_dls.core.selection.passes_numpy import narrow, widened
+from hvd_dls.core.session.baselines import count_reaching, global_k
 from hvd_dls.errors import DLSError
 from tests.core.ranks import (
     LAYERS,

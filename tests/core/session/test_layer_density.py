@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.session.baselines import OWN_CHOICE
-from hvd_dls.core.balancing.plan import initial_k, make_plan
+from hvd_dls.core.balancing.plan import initial_k
 from hvd_dls.core.balancing.schedule import density_at
+from hvd_dls.core.session.baselines import BASELINES
+from hvd_dls.core.session.planning import make_plan
 from hvd_dls.errors import DLSError
 from tests.core.ranks import LAYERS, SPARSE, draw_gradients, make_sessions, run, step
 from tests.core.strategies import seeds
@@ -153,7 +154,7 @@ def test_they_stay_fixed_while_the_others_share(
                     assert k[row] == max(round(lifted * plan.sizes[row]), 1)
             if strategy != "hard":
                 assert k[plan.sharing].sum() == plan.budget(density)
-            if strategy not in OWN_CHOICE:
+            if strategy not in BASELINES:
                 assert np.array_equal(session.agreed(), sessions[0].agreed())
 
 

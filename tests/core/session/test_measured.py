@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.balancing.plan import histogram, make_plan, measured_k
-from hvd_dls.core.balancing.sketch import N_BINS, bin_of
+from hvd_dls.core.balancing.plan import measured_k
+from hvd_dls.core.balancing.sketch import N_BINS, bin_of, histogram
+from hvd_dls.core.session.planning import make_plan
 from tests.core.ranks import LAYERS, draw_gradients, k_of, make_sessions, run, step
 from tests.core.strategies import KINDS, seeds
 

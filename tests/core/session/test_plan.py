@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_dls.config import STRATEGIES, DLSConfig
-from hvd_dls.core.wire.buckets import make_bucket
 from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.wire.payload import payload_bytes
-from hvd_dls.core.balancing.plan import initial_k, make_plan
+from hvd_dls.core.balancing.plan import initial_k
 from hvd_dls.core.balancing.prior import PRIORS
 from hvd_dls.core.balancing.tails import TAILS
+from hvd_dls.core.session.planning import make_plan
+from hvd_dls.core.wire.buckets import make_bucket
+from hvd_dls.core.wire.payload import payload_bytes
 from hvd_dls.errors import DLSError
 from tests.core.strategies import seeds
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.session.baselines import OWN_CHOICE
 from hvd_dls.core.balancing.schedule import density_at
+from hvd_dls.core.session.baselines import BASELINES
 from tests.core.options import each_option
 from tests.core.ranks import (
     LAYERS,
@@ -95,7 +95,7 @@ def test_ranks_send_what_the_density_says(options):
         run(sessions, rng, 1)
         for session in sessions:
             assert session.last_step.k.sum() == wanted[-1]
-            if config.strategy not in OWN_CHOICE:
+            if config.strategy not in BASELINES:
                 assert np.array_equal(session.last_step.k, sessions[0].last_step.k)
     assert wanted[-1] == plan.budget(config.density) + plan.fixed_k(config, config.density).sum()
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.wire.agreement import check_agreement, digest
 from hvd_dls.core.balancing.layers import layer_spec
+from hvd_dls.core.wire.agreement import check_agreement, digest
 from hvd_dls.errors import DLSError
 
 CONFIG = DLSConfig()

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.elias_fano import GOOD, TOO_FEW, TOO_MANY, decode, encode, lengths, low_bits
-from hvd_dls.core.jit import HAVE_NUMBA
 from tests.core.strategies import densities, seeds
 
 CODERS = [

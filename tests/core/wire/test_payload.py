@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_dls.core.wire import elias_fano
-from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.balancing.layers import layer_spec
+from hvd_dls.core.balancing.sketch import WINDOW, Sketch
+from hvd_dls.core.jit import HAVE_NUMBA
+from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import HEADER, RECORD, Bucket
 from hvd_dls.core.wire.payload import (
     ABSENT,
@@ -23,7 +24,6 @@ from hvd_dls.core.wire.payload import (
     payload_bytes,
     unpack,
 )
-from hvd_dls.core.balancing.sketch import WINDOW, Sketch
 from hvd_dls.errors import DLSError
 from tests.core.payloads import (
     CODES,

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvd_dls.core.balancing.sketch import LAST_BASE, WINDOW, edges
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import parts_of
 from hvd_dls.core.wire.payload import ABSENT, NOT_FINITE, SENT, payload_bytes, unpack
-from hvd_dls.core.balancing.sketch import LAST_BASE, WINDOW, edges
 from hvd_dls.errors import PayloadError
 from tests.core.payloads import BOTH, CODES, KINDS, bucket_of, found_by_ranks, gather
 from tests.core.strategies import seeds

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import parts_of
-from hvd_dls.core.wire.payload import ABSENT, SENT, pack, payload_bytes, unpack, unpack_own
+from hvd_dls.core.wire.payload import ABSENT, SENT, pack, payload_bytes, unpack, unpack_varying
 from hvd_dls.errors import PayloadError
 from tests.core.payloads import BOTH, CODES, KINDS, bucket_of, buckets, check, found_by_ranks
 from tests.core.strategies import seeds
@@ -50,7 +50,7 @@ def test_payloads_of_any_length_come_back_as_they_were_packed(made, world_size, 
     packed = packed_by(bucket, ranks, names)
     for found, (payload, _) in zip(ranks, packed, strict=True):
         assert len(payload) == payload_bytes(bucket, int(entries(found).sum()))
-    payloads = unpack_own(bucket, joined(packed), world_size)
+    payloads = unpack_varying(bucket, joined(packed), world_size)
     assert [payload.not_finite for payload in payloads] == names
     for found, (_, kept), payload in zip(ranks, packed, payloads, strict=True):
         check(bucket, found, kept, payload)
@@ -61,7 +61,7 @@ def test_payloads_of_any_length_come_back_as_they_were_packed(made, world_size, 
 def test_ranks_that_agree_are_read_like_those_that_have_to(kind, code):
     bucket, k = bucket_of([300, 5, 70_000], kind, code), [7, 5, 0]
     gathered = joined(packed_by(bucket, found_by_ranks(bucket, k, 3)))
-    pairs = zip(unpack_own(bucket, gathered, 3), unpack(bucket, k, gathered, 3), strict=True)
+    pairs = zip(unpack_varying(bucket, gathered, 3), unpack(bucket, k, gathered, 3), strict=True)
     for own, agreed in pairs:
         assert own.not_finite is agreed.not_finite is None
         assert all(np.array_equal(x, y) for x, y in zip(own[1:], agreed[1:], strict=True))
@@ -78,7 +78,7 @@ def test_buffers_that_are_read_only_or_not_aligned_are_read_too(code):
     frozen = np.frombuffer(gathered.tobytes(), np.uint8)
     strided = np.repeat(gathered, 2)[::2]
     for buffer in (shifted, frozen, strided):
-        payloads = unpack_own(bucket, buffer, 3)
+        payloads = unpack_varying(bucket, buffer, 3)
         for found, (_, kept), payload in zip(ranks, packed, payloads, strict=True):
             check(bucket, found, kept, payload)
 
@@ -116,7 +116,7 @@ def test_a_wrong_header_is_refused_by_bucket_rank_and_field(field, value, messag
     bucket, gathered, starts = three_payloads()
     parts_of(bucket, 9, gathered[starts[1] : starts[2]]).header[field] = value
     with pytest.raises(PayloadError, match=f"'layer0..layer1', payload of rank 1: {message}"):
-        unpack_own(bucket, gathered, 3)
+        unpack_varying(bucket, gathered, 3)
 
 
 @pytest.mark.parametrize("entries", [1, 8, 10, 70_000, 70_001, 2**32 - 1])
@@ -125,10 +125,10 @@ def test_another_number_of_entries_is_refused(entries):
     parts = parts_of(bucket, 9, gathered[starts[1] : starts[2]])
     parts.records["entries"][0] = entries
     with pytest.raises(PayloadError, match=f"rank 1: capacity is 9, expected {entries}"):
-        unpack_own(bucket, gathered, 3)
+        unpack_varying(bucket, gathered, 3)
     parts.header["capacity"] = parts.header["entries"] = entries
     with pytest.raises(PayloadError, match=r"payload of rank 1|bytes|items"):
-        unpack_own(bucket, gathered, 3)
+        unpack_varying(bucket, gathered, 3)
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -137,31 +137,31 @@ def test_the_last_rank_s_contents_are_refused_by_layer_and_rank(code):
     last = parts_of(bucket, 300, gathered[starts[2] :])
     last.values[7] = np.nan
     with pytest.raises(PayloadError, match="'layer1', payload of rank 2: value 7 is nan"):
-        unpack_own(bucket, gathered, 3)
+        unpack_varying(bucket, gathered, 3)
 
 
 def test_every_truncation_is_refused():
     bucket, gathered, _ = three_payloads()
     for length in range(len(gathered)):
         with pytest.raises(PayloadError):
-            unpack_own(bucket, gathered[:length], 3)
+            unpack_varying(bucket, gathered[:length], 3)
 
 
 def test_another_number_of_payloads_than_ranks_is_refused():
     bucket, gathered, starts = three_payloads()
     with pytest.raises(PayloadError, match=f"gathered {starts[3]} bytes, expected {starts[2]} fr"):
-        unpack_own(bucket, gathered, 2)
+        unpack_varying(bucket, gathered, 2)
     with pytest.raises(PayloadError, match="payload of rank 3: 0 items of uint8, expected 240 byt"):
-        unpack_own(bucket, gathered, 4)
+        unpack_varying(bucket, gathered, 4)
     with pytest.raises(PayloadError, match="gathered 1 bytes, expected 0 from 0 ranks"):
-        unpack_own(bucket, gathered[:1], 0)
+        unpack_varying(bucket, gathered[:1], 0)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int8, np.uint16])
 def test_a_buffer_of_another_type_is_refused(dtype):
     bucket, gathered, _ = three_payloads()
     with pytest.raises(PayloadError, match=np.dtype(dtype).name):
-        unpack_own(bucket, gathered.astype(dtype), 3)
+        unpack_varying(bucket, gathered.astype(dtype), 3)
 
 
 def refused_or_well_formed(bucket, gathered, world_size=3):
@@ -171,7 +171,7 @@ def refused_or_well_formed(bucket, gathered, world_size=3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(elias_fano, "HAVE_NUMBA", compiled)
             try:
-                answers.append(unpack_own(bucket, gathered, world_size))
+                answers.append(unpack_varying(bucket, gathered, world_size))
             except PayloadError:
                 answers.append(None)
     assert len({answer is None for answer in answers}) == 1

@@ -10,13 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hvd_dls.config import DLSConfig
+from hvd_dls.core.balancing.sketch import SAMPLE, WINDOW, histogram
 from hvd_dls.core.selection import momentum, passes
-from hvd_dls.core.balancing.plan import histogram
-from hvd_dls.core.balancing.sketch import SAMPLE, WINDOW
 from hvd_dls.tensorflow.on_device import Device
 from tests.core.backends import SHAPES, Framework, check_sessions, each_dtype, each_option
-from tests.core.strategies import KINDS
 from tests.core.selection.test_passes import DTYPES, cases, entries, load, store
+from tests.core.strategies import KINDS
 
 no_gpu = pytest.mark.skipif(
     not tf.config.list_physical_devices("GPU"), reason="no GPU: TensorFlow lists none"
@@ -138,13 +137,13 @@ def test_the_ends_of_the_range(name, dtype):
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
 def test_shapes_never_depend_on_data(dtype):
     """While a function is traced, tensors have no values: to look at some is an error."""
-    place = Device("CPU:0")
+    backend = Device("CPU:0")
     work = tf.float64 if dtype == tf.float64 else tf.float32
     residual, gradient = (tf.TensorSpec([100_000], kind) for kind in (work, dtype))
-    traced = tf.function(lambda r, g: place.find(r, g, 1000).parts, autograph=False)
+    traced = tf.function(lambda r, g: backend.find(r, g, 1000).parts, autograph=False)
     parts = traced.get_concrete_function(residual, gradient).structured_outputs
     assert [tuple(part.shape) for part in parts] == [(1000,), (1000,), (WINDOW,)]
-    assert [part.dtype for part in parts] == place.parts(work.as_numpy_dtype)
+    assert [part.dtype for part in parts] == backend.parts(work.as_numpy_dtype)
 
 
 def test_what_is_on_its_way_is_ready_when_it_has_been_brought():
@@ -169,7 +168,7 @@ def test_what_is_on_its_way_is_ready_when_it_has_been_brought():
 )
 def test_settling_gives_the_core_s_bits(name, case, data, ranks, scale):
     residual, gradient = map(normal, case[:2])
-    work, place = residual.dtype, Device(name)
+    work, backend = residual.dtype, Device(name)
 
     def drawn():
         indices, values = data.draw(entries(len(residual), work))
@@ -184,7 +183,7 @@ def test_settling_gives_the_core_s_bits(name, case, data, ranks, scale):
         own, new, out = (variable(x, name) for x in (residual, gradient, core_out))
         passes.settle(core_residual, gradient, indices, kept, received, scale, core_out)
         there = tf.constant(np.array(scale))  # not a bare -0.0: for that TensorFlow makes 0.0
-        place.settle(own, new, indices, kept, received, there, out)
+        backend.settle(own, new, indices, kept, received, there, out)
         assert_same(array_of(own), core_residual)
         assert_same(array_of(out), core_out)
         assert bits(new) == bits(gradient)
@@ -219,7 +218,7 @@ CLIPPING = [{"clip_value": 0.5}, {"clip_norm": 2.0}, {"clip_norm": 2.0, "clip_va
 @pytest.mark.parametrize("options", [{}, *CLIPPING, {"clip_norm": 1e9}], ids=str)
 @pytest.mark.parametrize("mass", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
 def test_clipping_and_momentum_are_the_core_s(name, work, dtype, options, mass):
-    config, place = DLSConfig(**options, **mass), Device(name)
+    config, backend = DLSConfig(**options, **mass), Device(name)
     rng = np.random.default_rng(0)
     velocity = rng.standard_normal(3000).astype(work) if mass else None
     for factor in (1, 0, 1e-3, 1e3):
@@ -229,7 +228,7 @@ def test_clipping_and_momentum_are_the_core_s(name, work, dtype, options, mass):
         expected = momentum.correct(gradient, velocity, into, config, 2.0)
         of = None if velocity is None else variable(velocity, name)
         given_gradient = tensor(gradient, name)
-        result = place.correct(given_gradient, of, there, config, 2.0)
+        result = backend.correct(given_gradient, of, there, config, 2.0)
         assert bits(given_gradient) == bits(gradient)
         for own, core in ((result, expected), (there, into)):
             if options.get("clip_norm") == 2.0:
@@ -245,11 +244,11 @@ def test_clipping_leaves_nan_and_inf_to_be_found(name, options, bad):
     gradient = np.ones(1000, np.float32)
     gradient[77] = bad
     velocity, into = variable(np.ones_like(gradient), name), variable(np.ones_like(gradient), name)
-    place, config = Device(name), DLSConfig(**options)
+    backend, config = Device(name), DLSConfig(**options)
     of = velocity if config.momentum else None
-    corrected = place.correct(tensor(gradient, name), of, into, config, 1.0)
-    assert not place.finite(corrected)
-    assert place.find(variable(np.zeros_like(gradient), name), corrected, 3).result() is None
+    corrected = backend.correct(tensor(gradient, name), of, into, config, 1.0)
+    assert not backend.finite(corrected)
+    assert backend.find(variable(np.zeros_like(gradient), name), corrected, 3).result() is None
 
 
 def test_a_layer_without_entries_can_be_clipped():
@@ -260,26 +259,26 @@ def test_a_layer_without_entries_can_be_clipped():
 
 @on_each_device
 def test_histograms_zeros_and_what_was_saved(name):
-    place, rng = Device(name), np.random.default_rng(0)
+    backend, rng = Device(name), np.random.default_rng(0)
     values = (rng.standard_normal(5000) ** 9).astype(np.float32)
     values[:10] = -0.0
-    assert np.array_equal(place.histogram(tensor(values, name)), histogram(values))
-    own = place.zeros(5000, np.dtype(np.float32))
+    assert np.array_equal(backend.histogram(tensor(values, name)), histogram(values))
+    own = backend.zeros(5000, np.dtype(np.float32))
     assert own.device.endswith(name)
     assert (own.shape, own.dtype) == ((5000,), tf.float32)
     saved = values.copy()
-    place.load(own, saved)
-    assert bits(place.to_host(own)) == bits(values)
-    place.clear(own, np.array([3, 4999], np.uint32))
-    assert np.flatnonzero(place.to_host(own) != values).tolist() == [4999]
+    backend.load(own, saved)
+    assert bits(backend.to_host(own)) == bits(values)
+    backend.clear(own, np.array([3, 4999], np.uint32))
+    assert np.flatnonzero(backend.to_host(own) != values).tolist() == [4999]
     assert bits(saved) == bits(values)  # memory of its own
-    before = place.copy(own)
-    place.scale(own, 2.0)
+    before = backend.copy(own)
+    backend.scale(own, 2.0)
     assert np.array_equal(own, 2 * before)
-    place.fill_infinite(own)
-    assert np.isposinf(place.to_host(own)).all()
-    assert place.finite(before)
-    assert not place.finite(own)
+    backend.fill_infinite(own)
+    assert np.isposinf(backend.to_host(own)).all()
+    assert backend.finite(before)
+    assert not backend.finite(own)
 
 
 # Sessions -----------------------------------------------------------------------------------------

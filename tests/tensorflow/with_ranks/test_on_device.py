@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_dls.core.session.baselines import OWN_CHOICE
+from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.tensorflow import DLSCompressor, binding
 from hvd_dls.tensorflow.on_device import Device
 from tests.tensorflow.with_ranks.training import (
@@ -34,14 +34,14 @@ def none_of_them(variable):
 
 
 @pytest.fixture
-def place(monkeypatch):
+def backend(monkeypatch):
     """Chooses which variables' passes stay on the device."""
     return lambda chosen: monkeypatch.setattr(binding, "stays_on_device", chosen)
 
 
 def places_of(compression):
     (bound,) = compression._bindings
-    return bound.session._places
+    return bound.session._backends
 
 
 OPTIONS = [
@@ -56,17 +56,17 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_training_is_the_same_to_the_bit_wherever_the_passes_are(mode, options, place):
+def test_training_is_the_same_to_the_bit_wherever_the_passes_are(mode, options, backend):
     trained = []
     for chosen in (none_of_them, all_of_them, some_of_them):
-        place(chosen)
+        backend(chosen)
         model, compression = Net(), DLSCompressor(**{"density": 0.05} | SPARSE | options)
         trainer = Trainer(model, compression, mode)
         trainer.train(range(8))
         trained.append(flat(model))
         assert_same_on_all_ranks(trained[-1])
         kinds = {type(p) for p in places_of(compression).values()}
-        on_host = options.get("strategy") in OWN_CHOICE or chosen is none_of_them
+        on_host = options.get("strategy") in BASELINES or chosen is none_of_them
         assert (Device in kinds) == (not on_host)
         assert len(kinds) == 1 + (chosen is some_of_them and not on_host)
         assert np.isfinite(compression.last_step().thresholds).all()
@@ -80,10 +80,10 @@ def test_training_is_the_same_to_the_bit_wherever_the_passes_are(mode, options, 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "dense_steps": 2}], ids=str)
-def test_other_types_and_groups(mode, dtype, options, place):
+def test_other_types_and_groups(mode, dtype, options, backend):
     trained = []
     for chosen in (none_of_them, all_of_them):
-        place(chosen)
+        backend(chosen)
         model, compression = Net(dtype), DLSCompressor(density=0.05, **SPARSE, **options)
         Trainer(model, compression, mode, groups=2).train(range(4))
         trained.append(flat(model))
@@ -93,8 +93,8 @@ def test_other_types_and_groups(mode, dtype, options, place):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("values", ["float32", "float16"])
-def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(mode, dtype, values, place):
-    place(all_of_them)
+def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(mode, dtype, values, backend):
+    backend(all_of_them)
     shapes = [(30, 40), (3, 3, 4, 8), (7, 11)]
     variables = [tf.Variable(tf.zeros(shape, dtype)) for shape in shapes]
     compression = DLSCompressor(variables, density=0.1, values=values, **SPARSE)
@@ -119,14 +119,14 @@ def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(mode, dtyp
 
 
 @pytest.mark.parametrize(("of", "to"), [(all_of_them, none_of_them), (none_of_them, all_of_them)])
-def test_a_restart_goes_on_bit_for_bit_on_the_device_or_off_it(mode, of, to, place):
+def test_a_restart_goes_on_bit_for_bit_on_the_device_or_off_it(mode, of, to, backend):
     """A saved state is of NumPy arrays, wherever residuals and velocities were."""
 
     def start():
         model, compression = Net(), DLSCompressor(density=0.05, momentum=0.5, **SPARSE)
         return model, compression, Trainer(model, compression, mode)
 
-    place(of)
+    backend(of)
     model, compression, trainer = start()
     trainer.train(range(4))
     weights = [p.numpy() for p in model.parameters]
@@ -137,7 +137,7 @@ def test_a_restart_goes_on_bit_for_bit_on_the_device_or_off_it(mode, of, to, pla
         state[part] = {name: array.copy() for name, array in state[part].items()}
     trainer.train(range(4, 8))
 
-    place(to)
+    backend(to)
     again, compression, trainer = start()
     for variable, value in zip(again.parameters, weights, strict=True):
         variable.assign(value)
@@ -152,8 +152,8 @@ NAN_SHAPES = {"first": (30, 20), "vector": (7,), "second": (20, 30)}
 @pytest.mark.parametrize("where", NAN_SHAPES)
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 @pytest.mark.parametrize("dense_steps", [0, 3])
-def test_nan_on_one_rank(mode, where, nonfinite, dense_steps, place):
-    place(all_of_them)
+def test_nan_on_one_rank(mode, where, nonfinite, dense_steps, backend):
+    backend(all_of_them)
     variables = [tf.Variable(tf.zeros(shape), name=name) for name, shape in NAN_SHAPES.items()]
     compression = DLSCompressor(
         density=0.1, momentum=0.5, nonfinite=nonfinite, dense_steps=dense_steps, **SPARSE
@@ -186,14 +186,14 @@ def test_nan_on_one_rank(mode, where, nonfinite, dense_steps, place):
     assert compression.last_step().step == 2
 
 
-def test_residuals_follow_the_loss_scale(mode, place):
+def test_residuals_follow_the_loss_scale(mode, backend):
     """Sums are what they are without scaling and on the host, to the bit."""
     variables = [tf.Variable(tf.zeros((30, 20)), name="layer")]
     scale = [1024.0]
-    place(none_of_them)
+    backend(none_of_them)
     plain = DLSCompressor(variables, density=0.1, momentum=0.5, **SPARSE)
     reduced(variables, [whole_numbers((30, 20), 0)], plain, mode)
-    place(all_of_them)
+    backend(all_of_them)
     followed = DLSCompressor(
         variables, density=0.1, momentum=0.5, loss_scale=lambda: scale[0], **SPARSE
     )
@@ -210,9 +210,9 @@ def test_residuals_follow_the_loss_scale(mode, place):
 
 
 @pytest.mark.parametrize("chosen", [all_of_them, some_of_them, none_of_them])
-def test_a_model_on_several_devices(mode, chosen, place):
+def test_a_model_on_several_devices(mode, chosen, backend):
     """The first half on one, the rest on another; with passes there, or on the host."""
-    place(none_of_them)
+    backend(none_of_them)
     trained = []
     for second in ("CPU:0", "CPU:1"):
         model, compression = Net(), DLSCompressor(density=0.05, momentum=0.5, **SPARSE)
@@ -221,13 +221,13 @@ def test_a_model_on_several_devices(mode, chosen, place):
         model.parameters = [*model.parameters[:3], *moved]
         Trainer(model, compression, mode).train(range(4))
         trained.append(flat(model))
-        place(chosen)
+        backend(chosen)
     assert np.array_equal(*trained)
 
 
-def test_what_runs_where(place):
+def test_what_runs_where(backend):
     """What is as long as a gradient never leaves its device."""
-    place(some_of_them)
+    backend(some_of_them)
     with tf.device("CPU:1"):
         there = tf.Variable(tf.zeros((32, 20)), name="there")
     here = tf.Variable(tf.zeros((30, 20)), name="here")
@@ -252,8 +252,8 @@ def test_what_runs_where(place):
     assert {call for call in calls if call[2] == "here"} == {("PyFunc", "CPU:0", "here")}
 
 
-def test_variables_of_another_model_are_refused_wherever_they_are(place):
-    place(all_of_them)
+def test_variables_of_another_model_are_refused_wherever_they_are(backend):
+    backend(all_of_them)
     with tf.device("CPU:1"):
         models = [Net(), Net()]
     compression = DLSCompressor(density=0.05, **SPARSE)
@@ -291,7 +291,7 @@ def test_training_on_a_gpu(mode, options):
     before = flat(weights)
     for number in range(8):
         step(*batch(number))
-    on_host = options.get("strategy") in OWN_CHOICE
+    on_host = options.get("strategy") in BASELINES
     assert all((type(p) is Device) == (not on_host) for p in places_of(compression).values())
     assert compression.last_step().step == 8
     assert not np.array_equal(before, flat(weights))

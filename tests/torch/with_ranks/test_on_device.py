@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hvd_dls import NonFiniteGradientError
-from hvd_dls.core.session.baselines import OWN_CHOICE
-from hvd_dls.core.selection.backend import Later
+from hvd_dls.core.selection.backend import Future
+from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.torch import DLSCompressor, binding, on_device
 from hvd_dls.torch.on_device import Device
 from tests.torch.with_ranks.training import (
@@ -38,14 +38,14 @@ def none_of_them(parameter):
 
 
 @pytest.fixture
-def place(monkeypatch):
+def backend(monkeypatch):
     """Chooses which parameters' passes stay on the device."""
     return lambda chosen: monkeypatch.setattr(binding, "stays_on_device", chosen)
 
 
 def places_of(compression):
     (bound,) = compression._bindings
-    return bound.session._places
+    return bound.session._backends
 
 
 OPTIONS = [
@@ -60,10 +60,10 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_training_is_the_same_to_the_bit_wherever_the_passes_are(options, place):
+def test_training_is_the_same_to_the_bit_wherever_the_passes_are(options, backend):
     trained = []
     for chosen in (none_of_them, all_of_them, some_of_them):
-        place(chosen)
+        backend(chosen)
         torch.manual_seed(1)
         model = net_without_vectors()
         compression = DLSCompressor(
@@ -74,7 +74,7 @@ def test_training_is_the_same_to_the_bit_wherever_the_passes_are(options, place)
         trained.append(flat(model))
         assert_same_on_all_ranks(trained[-1])
         kinds = {type(p) for p in places_of(compression).values()}
-        on_host = options.get("strategy") in OWN_CHOICE or chosen is none_of_them
+        on_host = options.get("strategy") in BASELINES or chosen is none_of_them
         assert (Device in kinds) == (not on_host)
         assert np.isfinite(compression.last_step().thresholds).all()
     if "clip_norm" in options:  # norms are summed up in another order
@@ -86,8 +86,8 @@ def test_training_is_the_same_to_the_bit_wherever_the_passes_are(options, place)
 
 @pytest.mark.parametrize("chosen", [all_of_them, some_of_them])
 @pytest.mark.parametrize("momentum", [0, 0.9])
-def test_groups_and_layers_that_go_dense(chosen, momentum, place):
-    place(chosen)
+def test_groups_and_layers_that_go_dense(chosen, momentum, backend):
+    backend(chosen)
     model = net()
     compression = DLSCompressor(density=0.05, momentum=momentum, **SPARSE)
     inner = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -99,8 +99,8 @@ def test_groups_and_layers_that_go_dense(chosen, momentum, place):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("values", ["float32", "float16"])
-def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(dtype, values, place):
-    place(all_of_them)
+def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(dtype, values, backend):
+    backend(all_of_them)
     shapes = [(40, 30), (7, 5, 3, 3), (300, 2)]
     largest = 3  # sums stay below 256, up to which bfloat16 holds every whole number
     model = nn.ParameterList([nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes])
@@ -128,7 +128,7 @@ def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(dtype, val
 
 
 @pytest.mark.parametrize("to", [none_of_them, all_of_them])
-def test_a_restart_goes_on_bit_for_bit_on_the_device_or_off_it(to, place):
+def test_a_restart_goes_on_bit_for_bit_on_the_device_or_off_it(to, backend):
     def start():
         torch.manual_seed(1)
         model = net_without_vectors()
@@ -136,7 +136,7 @@ def test_a_restart_goes_on_bit_for_bit_on_the_device_or_off_it(to, place):
         inner = torch.optim.SGD(model.parameters(), lr=0.05)
         return model, compression, wrap(model, compression, inner)
 
-    place(all_of_them)
+    backend(all_of_them)
     model, compression, optimizer = start()
     train(model, optimizer, range(6))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -148,7 +148,7 @@ def test_a_restart_goes_on_bit_for_bit_on_the_device_or_off_it(to, place):
     saved = {"version": 1, "models": [state | saved]}
     train(model, optimizer, range(6, 10))
 
-    place(to)
+    backend(to)
     again, compression, optimizer = start()
     again.load_state_dict(weights)
     compression.load_state_dict(saved)
@@ -158,8 +158,8 @@ def test_a_restart_goes_on_bit_for_bit_on_the_device_or_off_it(to, place):
 
 @pytest.mark.parametrize("where", ["0.weight", "0.bias", "6.weight"])
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
-def test_nan_on_one_rank(where, nonfinite, place):
-    place(all_of_them)
+def test_nan_on_one_rank(where, nonfinite, backend):
+    backend(all_of_them)
     model = net()
     compression = DLSCompressor(
         model.named_parameters(), density=0.1, nonfinite=nonfinite, momentum=0.9, **SPARSE
@@ -197,10 +197,10 @@ def test_nan_on_one_rank(where, nonfinite, place):
     assert_same_on_all_ranks(flat(model))
 
 
-def test_residuals_follow_the_loss_scale(place):
+def test_residuals_follow_the_loss_scale(backend):
     trained = []
     for chosen in (none_of_them, all_of_them):
-        place(chosen)
+        backend(chosen)
         torch.manual_seed(1)
         model, scale = net_without_vectors(), [1.0]
         compression = DLSCompressor(
@@ -217,7 +217,7 @@ def test_residuals_follow_the_loss_scale(place):
     assert torch.equal(*trained)
 
 
-class Slow(Later):
+class Slow(Future):
     """A device that a rank sees ready after some looks; on another rank, only when it waits."""
 
     looks = 0
@@ -233,12 +233,12 @@ class Slow(Later):
         return self._read(self._copied.numpy())
 
 
-def test_what_a_device_still_works_on_is_sent_in_a_later_hook_or_at_the_end(place, monkeypatch):
-    place(all_of_them)
+def test_what_a_device_still_works_on_is_sent_in_a_later_hook_or_at_the_end(backend, monkeypatch):
+    backend(all_of_them)
     trained = []
     for slow in (False, True):
         if slow:
-            monkeypatch.setattr(on_device, "OnItsWay", Slow)
+            monkeypatch.setattr(on_device, "DeviceFuture", Slow)
         torch.manual_seed(1)
         layers = [nn.Linear(30, 30, bias=False) for _ in range(8)]
         model = nn.Sequential(nn.Flatten(), nn.Linear(48, 30, bias=False), *layers)
