@@ -6,6 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("horovod.torch")
 
+from hvd_dls.core.selection.backend import Future  # noqa: E402
 from hvd_dls.torch import on_device  # noqa: E402
 from hvd_dls.torch.on_device import Device, finite_future  # noqa: E402
 from tests.core.backends import (  # noqa: E402
