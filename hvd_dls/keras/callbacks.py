@@ -12,7 +12,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_dls.tensorflow.calls import handle_of, identity
+from hvd_dls.tensorflow.handles import handle_of, identity
 
 __all__ = [
     "BroadcastGlobalVariablesCallback",

@@ -17,9 +17,9 @@ import tensorflow as tf
 from keras.src.trainers import trainer as keras_trainer
 
 from hvd_dls.errors import DLSError
-from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.compressor import DLSCompressor
-from hvd_dls.tensorflow.contexts import Dense, InFlight, Step
+from hvd_dls.tensorflow.exchange import Exchange
+from hvd_dls.tensorflow.reduction import Context, compress_gradient
 
 _made: Counter[str] = Counter()
 
@@ -263,8 +263,8 @@ class _Reduction:
         ]
         if not dense:
             return [hvd.Compression.none] * len(gradients)
-        step = binding.step([v for v, _ in dense], [g for _, g in dense])
-        return [_Layer(self._compression, binding, binding.name_of(v), step) for v in variables]
+        exchange = Exchange(binding, [v for v, _ in dense], [g for _, g in dense])
+        return [_Layer(self._compression, binding.name_of(v), exchange) for v in variables]
 
     def _loss_scale(self) -> float:
         optimizer = self._optimizer  # as its scale_loss: the variable comes with the first step
@@ -276,16 +276,13 @@ class _Reduction:
 class _Layer:
     """What Horovod takes for a compressor, of one variable's gradient."""
 
-    def __init__(
-        self, compressor: DLSCompressor, binding: Binding, name: str | None, step: Step
-    ) -> None:
-        self._binding = binding
+    def __init__(self, compressor: DLSCompressor, name: str | None, exchange: Exchange) -> None:
         self._name = name
-        self._step = step
+        self._exchange = exchange
         self.decompress = compressor.decompress
 
-    def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, InFlight | Dense]:
-        return self._binding.compress(self._name, tensor, self._step)
+    def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, Context]:
+        return compress_gradient(tensor, self._name, self._exchange)
 
 
 def _refuse_second_momentum(optimizer: Any, compression: Any) -> None:

@@ -12,17 +12,18 @@ import tensorflow as tf
 from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow.binding import Binding
-from hvd_dls.tensorflow.calls import (
-    Call,
+from hvd_dls.tensorflow.exchange import Exchange
+from hvd_dls.tensorflow.handles import handle_of
+from hvd_dls.tensorflow.horovod_frames import (
+    AllreduceCall,
+    current_call,
     direct_op,
-    handle_of,
-    innermost_call,
-    keras3_optimizer_being_wrapped,
+    wrapping_keras3_optimizer,
 )
-from hvd_dls.tensorflow.contexts import Dense, InFlight, Step, send_dense
+from hvd_dls.tensorflow.reduction import Context, compress_gradient, send_uncompressed
 
 _log = logging.getLogger("hvd_dls")
-_as_it_is = tf.autograph.experimental.do_not_convert
+_do_not_convert = tf.autograph.experimental.do_not_convert
 
 
 class _RefusesKeras3(type):
@@ -63,17 +64,17 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
     def __init__(self, variables: Iterable[Any] | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._given = None if variables is None else Binding(variables, self.config)
-        self._call: Call | None = None  # Horovod's call that is being traced
-        self._step: tuple[Binding, Step] | None = None  # what we make of it
-        self._told_of_strangers = False
+        self._call: AllreduceCall | None = None  # Horovod's call that is being traced
+        self._exchange: Exchange | None = None  # of that call
+        self._warned_of_unknown = False
         if self._given is not None:
             self._add(self._given)
 
     # What Horovod calls -------------------------------------------------------------------------
 
     @InstanceOrDefault
-    @_as_it_is
-    def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, InFlight | Dense]:
+    @_do_not_convert
+    def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, Context]:
         """Called by Horovod with a gradient; returns what it allreduces, and a context.
 
         Called while a function is traced: what runs in each step are the operations it adds.
@@ -82,43 +83,38 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
             DLSError: the ranks have different options or variables, the density is too low for
                 the model, or the operation is hvd.Adasum; on every rank alike.
         """
-        call = innermost_call(self._call)
+        call = current_call(self._call)
         if hvd.Adasum == (call.op if call else direct_op()):
             raise DLSError(
                 "op=hvd.Adasum: accepted are hvd.Average and hvd.Sum (Adasum combines whole "
                 "updates, which cannot be sent in part)"
             )
-        variable = call and call.take(tensor)
+        variable = call and call.take_variable(tensor)
         if call is None or variable is None:
-            self._warn_of_stranger(tensor)
-            return send_dense(tensor)
+            self._warn_of_unknown(tensor)
+            return send_uncompressed(tensor)
         if call is not self._call:
-            self._call, self._step = call, self._prepare(call)
-        step = self._step
-        if call.over:  # forgotten now, or its graph would be kept alive
-            self._call = self._step = None
-        if step is None:
-            return send_dense(tensor)
-        binding, traced = step
-        name = binding.name_of(variable)
+            self._call, self._exchange = call, self._prepare(call)
+        exchange = self._exchange
+        if call.finished:  # or a reference to it would keep its graph alive
+            self._call = self._exchange = None
+        if exchange is None:
+            return send_uncompressed(tensor)
+        name = exchange.binding.name_of(variable)
         if name is None:
-            self._warn_of_stranger(tensor)
-        return binding.compress(name, tensor, traced)
+            self._warn_of_unknown(tensor)
+        return compress_gradient(tensor, name, exchange)
 
     @InstanceOrDefault
-    @_as_it_is
-    def decompress(self, tensor: tf.Tensor, ctx: InFlight | Dense) -> tf.Tensor:
+    @_do_not_convert
+    def decompress(self, tensor: tf.Tensor, ctx: Context) -> tf.Tensor:
         """Called by Horovod with what came back and the context; returns the reduced gradient.
 
         When it runs, the last gradient of a step raises NonFiniteGradientError if some rank's held
         NaN or Inf; on every rank alike.  TensorFlow hands the error on as one of ``tf.errors``,
         with our message in it.
         """
-        if isinstance(ctx, InFlight):
-            return ctx.binding.decompress(tensor, ctx)
-        if ctx.binding is not None:
-            return ctx.binding.decompress_dense(tensor, ctx)
-        return tf.cast(tensor, ctx.dtype)
+        return ctx.decompress(tensor)
 
     def __hash__(self) -> int:  # Horovod keeps one function for each compressor
         _refuse_keras3()
@@ -126,8 +122,12 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
 
     # Finding the variables ----------------------------------------------------------------------
 
-    def _prepare(self, call: Call) -> tuple[Binding, Step] | None:
-        """Which model a call is about; None if of none, or if this rank has no part in it."""
+    def _prepare(self, call: AllreduceCall) -> Exchange | None:
+        """Adds a call's exchange to its graph.
+
+        Returns:
+            None if the call is of no variables, or if this rank has no part in it.
+        """
         if not call.process_set.included():  # Horovod traces its operations all the same
             return None
         variables = [v for v in call.dense_variables if handle_of(v) is not None]
@@ -135,10 +135,10 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
             return None
         binding = self.binding_of(variables)
         binding.start(call.process_set)
-        return binding, binding.step(call.dense_variables, call.dense_gradients, call.grouped)
+        return Exchange(binding, call.dense_variables, call.dense_gradients, call.grouped)
 
     def binding_of(self, variables: list[Any]) -> Binding:
-        """The model that these variables are, or are part of; a new one if there is none."""
+        """Returns the model that holds all of these variables; a new one if none does."""
         if self._given is not None:
             return self._given
         for binding in self._bindings:
@@ -148,9 +148,9 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
         self._add(binding)
         return binding
 
-    def _warn_of_stranger(self, gradient: tf.Tensor) -> None:
-        if not self._told_of_strangers:
-            self._told_of_strangers = True
+    def _warn_of_unknown(self, gradient: tf.Tensor) -> None:
+        if not self._warned_of_unknown:
+            self._warned_of_unknown = True
             _log.warning(
                 "a gradient of shape %s belongs to no known variable; it goes dense, as will "
                 "others like it (said once)",
@@ -159,7 +159,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
 
 
 def _refuse_keras3() -> None:
-    if keras3_optimizer_being_wrapped():
+    if wrapping_keras3_optimizer():
         raise DLSError(
             "Horovod's own DistributedOptimizer does not average gradients with Keras 3: the ranks "
             "would drift apart. Use hvd_dls.keras.DistributedOptimizer, or tf_keras with "

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_dls.errors import DLSError
-from hvd_dls.tensorflow.calls import handle_of
+from hvd_dls.tensorflow.handles import handle_of
 
 _FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 

@@ -1,0 +1,208 @@
+"""The operations that exchange payloads for one traced call of Horovod.
+
+``Exchange`` adds them to the graph once; they run in each step.  What becomes of the single
+gradients is in ``reduction.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+from hvd_dls.core.session.session import Session
+from hvd_dls.errors import DLSError
+from hvd_dls.tensorflow.binding import Binding
+from hvd_dls.tensorflow.executors import HOST
+from hvd_dls.tensorflow.handles import handle_of, handle_on_cpu, identity
+from hvd_dls.tensorflow.on_device import N_PARTS, DeviceFuture
+
+_OTHER_MODEL = (
+    "a traced function of Horovod that DLSCompressor took part in runs with other variables of the "
+    "same shapes, or the same in another order, and residuals would be mixed up. If two models "
+    "share the compressor, give each an instance of its own: compression=DLSCompressor()"
+)
+
+
+class Exchange:
+    """Exchanges the payloads of one model's gradients: built while a call of Horovod is traced.
+
+    A traced function that got its variables as arguments may run again with other variables of the
+    same shapes, without being traced anew.  So each step first compares the variables it got with
+    those it was traced for, before anything is sent.
+
+    Args:
+        binding: the model; its session has started.
+        variables: of all dense gradients of the call; some may not belong to the model.
+        gradients: of these variables.
+        grouped: whether what Horovod gets must be of its gradient's type, as in Horovod's groups.
+
+    Attributes:
+        binding: the model.
+        session: of the model.
+        layers: names of the model's layers that take part.
+        n_gradients: number of all dense gradients of the call, compressed or not.
+        checked: () int64 tensor, computed once the variables are known to be the model's.
+        received: () int64 tensor, computed once all ranks' payloads have arrived.
+        grouped: as given.
+        may_go_dense: whether some steps to come may send the gradients of compressed layers whole.
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        variables: Sequence[Any],
+        gradients: Sequence[tf.Tensor],
+        grouped: bool = False,
+    ) -> None:
+        assert binding.session is not None
+        self.binding = binding
+        self.session: Session = binding.session
+        named = zip(map(binding.name_of, variables), variables, gradients, strict=True)
+        members = {
+            name: (variable, gradient)
+            for name, variable, gradient in named
+            if name is not None and self.session.takes_part(name)
+        }
+        self.layers = frozenset(members)
+        self.n_gradients = len(variables)
+        self.grouped = grouped
+        self.may_go_dense = self.session.dense_step
+        with _graph_of(gradients), tf.device("CPU:0"):
+            in_graph = tf.is_symbolic_tensor(gradients[0])
+            self.checked = self._check({n: v for n, (v, _) in members.items()}, in_graph)
+            buckets: dict[int | None, dict[str, tf.Tensor]] = {}
+            for name, (_, gradient) in members.items():
+                buckets.setdefault(self.session.bucket_of(name), {})[name] = gradient
+            gathered = {
+                bucket: self._gather(bucket, of_bucket)
+                for bucket, of_bucket in sorted(buckets.items(), key=str)
+            }
+            self.received = self._receive(gathered) if gathered else self.checked
+
+    def _check(self, variables: dict[str, Any], in_graph: bool) -> tf.Tensor:
+        """Compares a step's variables with those traced, and begins the step."""
+        handles = [
+            handle_of(variable)
+            for name, variable in variables.items()
+            if self.session.may_be_sparse(name) or self.session.corrects
+        ]
+        traced = [identity(handle) for handle in handles]
+
+        def check(*current: tf.Tensor) -> np.int64:
+            if [identity(handle) for handle in current] != traced:
+                raise DLSError(_OTHER_MODEL)
+            self.binding.begin_step()
+            return np.int64(0)
+
+        if in_graph:
+            return tf.py_function(check, [handle_on_cpu(handle) for handle in handles], tf.int64)
+        return tf.constant(check(*handles))
+
+    def _gather(self, bucket: int | None, gradients: dict[str, tf.Tensor]) -> tf.Tensor:
+        """Gathers all ranks' payloads of a bucket, as soon as its gradients have been computed.
+
+        Args:
+            bucket: its number; None for layers without a payload, of which nothing is gathered.
+            gradients: of the bucket's layers.  Those of layers that go dense are only checked for
+                NaN and Inf.
+        """
+        session, binding = self.session, self.binding
+        compressed = [name for name in gradients if session.may_be_sparse(name)]
+        watched = [name for name in gradients if name not in compressed]
+        on_host = [name for name in compressed if name not in binding.devices]
+        on_device = [name for name in compressed if name in binding.devices]
+
+        def compress(checked: np.ndarray, finite: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
+            with binding.lock:
+                for name, is_finite in zip(watched, finite, strict=True):
+                    session.note(name, bool(is_finite))
+                for name, array in zip(on_host, arrays[: len(on_host)], strict=True):
+                    if session.dense_step:
+                        session.note(name, finite=True)  # its sum is checked later
+                    else:
+                        session.compress(name, HOST.flatten(array))
+                if bucket is None or session.dense_step:
+                    return np.zeros(1, np.uint8)
+                parts = iter(arrays[len(on_host) :])
+                for name in on_device:
+                    self._future(name).parts = list(islice(parts, N_PARTS))
+                return session.payload(bucket)
+
+        inputs = [self._as_exchanged(name, gradients[name]) for name in on_host]
+        for name in on_device:
+            inputs += self._find_on_device(name, gradients[name])
+        finite = tf.zeros([0], tf.bool)
+        if watched:
+            finite = tf.stack([self._all_finite(name, gradients[name]) for name in watched])
+        payload = tf.numpy_function(compress, [self.checked, finite, *inputs], tf.uint8)
+        payload = tf.ensure_shape(payload, [None])
+        if bucket is None:
+            return payload
+        return hvd.allgather(
+            payload,
+            name=binding.operation_name(bucket),  # Horovod matches operations of ranks by name
+            ignore_name_scope=True,
+            process_set=binding.process_set,
+        )
+
+    def _as_exchanged(self, name: str, gradient: tf.Tensor) -> tf.Tensor:
+        return tf.cast(gradient, self.binding.exchanged_dtype(name, gradient.dtype))
+
+    def _all_finite(self, name: str, gradient: tf.Tensor) -> tf.Tensor:
+        with tf.device(self.binding.executor_of(name).device):
+            return tf.reduce_all(tf.math.is_finite(gradient))
+
+    def _find_on_device(self, name: str, gradient: tf.Tensor) -> list[tf.Tensor]:
+        """Selects a layer's entries on its device, for the bucket's function on the host.
+
+        TensorFlow copies them to the host behind the device's work and calls the bucket's function
+        when they have arrived, so nothing but the payload waits for the device.
+        """
+        backend, session = self.binding.devices[name], self.session
+        dtypes = backend.parts(self.binding.layer(name).work_dtype)
+
+        def compress(checked: tf.Tensor, array: tf.Tensor) -> Sequence[tf.Tensor]:
+            with self.binding.lock:
+                if session.dense_step:
+                    session.note(name, finite=True)  # its sum is checked later
+                    return [tf.zeros(0, dtype) for dtype in dtypes]
+                session.compress(name, tf.reshape(array, [-1]))
+                return self._future(name).parts
+
+        with tf.device(backend.name):
+            inputs = [self.checked, self._as_exchanged(name, gradient)]
+            parts: list[tf.Tensor] = tf.py_function(compress, inputs, dtypes)
+        return parts
+
+    def _future(self, name: str) -> DeviceFuture[Any]:
+        future = self.session.future_of(name)
+        assert isinstance(future, DeviceFuture)
+        return future
+
+    def _receive(self, gathered: dict[int | None, tf.Tensor]) -> tf.Tensor:
+        """Waits for all buckets: a step changes nothing before all payloads have arrived."""
+        buckets, session = list(gathered), self.session
+
+        def receive(*arrays: np.ndarray) -> np.int64:
+            with self.binding.lock:
+                if not session.dense_step:
+                    for bucket, array in zip(buckets, arrays, strict=True):
+                        if bucket is not None:
+                            session.receive(bucket, array)
+            return np.int64(0)
+
+        return tf.numpy_function(receive, list(gathered.values()), tf.int64)
+
+
+def _graph_of(gradients: Sequence[tf.Tensor]) -> AbstractContextManager[Any]:
+    """Enters the gradients' graph: Horovod compresses each one in a graph nested in theirs."""
+    if tf.is_symbolic_tensor(gradients[0]):
+        graph: AbstractContextManager[Any] = gradients[0].graph.as_default()
+        return graph
+    return nullcontext()

@@ -1,0 +1,41 @@
+"""Resource handles of variables: tell variables apart, also inside a traced function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+
+def handle_of(variable: Any) -> Any:
+    """Returns the resource handle of a tf.Variable or a Keras variable; None for anything else."""
+    if not hasattr(variable, "handle"):  # Keras 3 keeps the TensorFlow variable as its value
+        variable = getattr(variable, "value", None)
+    return getattr(variable, "handle", None)
+
+
+def identity(handle: Any) -> str:
+    """Returns a key that no other variable of this process has: the text of its handle.
+
+    TensorFlow numbers variables in that text.  It reads the same while a function is traced and
+    when the function runs, where the handle is the one of the variable that was really passed.
+    """
+    return str(handle)
+
+
+def handle_on_cpu(handle: tf.Tensor) -> tf.Tensor:
+    """Returns the same handle as an input for an operation on the CPU.
+
+    TensorFlow places an operation that takes a handle on the variable's device.  A Python function
+    that compares handles cannot run on a GPU, so the handle travels inside an Optional, which may
+    move between devices.
+    """
+    device = tf.DeviceSpec.from_string(handle.device)
+    if device.device_type == "CPU" and device.device_index == 0:
+        return handle
+    with tf.device(handle.device):
+        packed = tf.raw_ops.OptionalFromValue(components=[handle])
+    (unpacked,) = tf.raw_ops.OptionalGetValue(
+        optional=packed, output_types=[tf.resource], output_shapes=[[]]
+    )
+    return unpacked
