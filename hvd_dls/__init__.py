@@ -9,16 +9,18 @@ from hvd_dls.errors import (
     DLSError,
     NonFiniteGradientError,
     PayloadError,
+    RanksDisagreeError,
     StateMismatchError,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DLSConfig",
     "DLSError",
     "NonFiniteGradientError",
     "PayloadError",
+    "RanksDisagreeError",
     "StateMismatchError",
     "__version__",
 ]

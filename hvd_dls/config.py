@@ -150,11 +150,14 @@ class DLSConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not ok(value):
             raise DLSError(f"{name}={value!r}: accepted is {accepted}")
+        # NumPy's numbers would travel into saved states, which torch then refuses to load.
+        object.__setattr__(self, name, float(value))
 
     def _require_integer(self, name: str, least: int, or_else: str = "") -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
             raise DLSError(f"{name}={value!r}: accepted is an integer >= {least}{or_else}")
+        object.__setattr__(self, name, int(value))
 
     def _require_choice(self, name: str, accepted: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -172,6 +175,7 @@ def _pairs(given: Any) -> tuple[tuple[str, float | str], ...]:
                 density == DENSE or (number and 0 < density <= 1)
             ):
                 raise TypeError
+        pairs = tuple((p, d if isinstance(d, str) else float(d)) for p, d in pairs)
     except (TypeError, ValueError):
         raise DLSError(
             f"layer_density={given!r}: accepted is {{pattern of layer names: density in (0, 1] or "

@@ -14,8 +14,15 @@ class PayloadError(DLSError):
     """A gathered payload is malformed or does not belong to this layer and configuration."""
 
 
+class RanksDisagreeError(DLSError):
+    """Ranks have other options, models or versions than each other, or are in different steps.
+
+    Raised on every rank that sees it; the message names the rank and the first difference.
+    """
+
+
 class StateMismatchError(DLSError):
-    """A saved state belongs to other layers or to another configuration."""
+    """A saved state belongs to other layers, another configuration or rank, or is damaged."""
 
 
 class NonFiniteGradientError(ArithmeticError):

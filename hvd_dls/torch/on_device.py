@@ -82,8 +82,11 @@ class Device:
         (where,) = self._indices([indices])
         array.index_fill_(0, where, 0)
 
-    def fill_infinite(self, out: Tensor) -> None:
-        out.fill_(math.inf)
+    def fill(self, out: Tensor, value: float) -> None:
+        out.fill_(value)
+
+    def add(self, array: Tensor, other: Tensor) -> None:
+        array.add_(other)
 
     def finite(self, array: Tensor) -> bool:
         return finite_future(array).result()

@@ -34,11 +34,15 @@ class Budgets:
     def __init__(
         self, buckets: Sequence[np.ndarray], sizes: np.ndarray, least: np.ndarray, k: np.ndarray
     ) -> None:
-        self._buckets, self._sizes, self._least = buckets, sizes, least
+        self._buckets = buckets
+        self._all_sizes, self._all_least = sizes, least
         self.restart(k)
 
-    def restart(self, k: np.ndarray) -> None:
-        """Starts from these entries of each layer."""
+    def restart(self, k: np.ndarray, live: np.ndarray | None = None) -> None:
+        """Starts from these entries of each layer; layers that are not ``live`` send nothing."""
+        live = np.ones(len(self._all_sizes), bool) if live is None else live
+        self._sizes = np.where(live, self._all_sizes, 0)
+        self._least = np.where(live, self._all_least, 0)
         self.budgets = self._summed(k)
         self.mean = self.budgets.astype(np.float64)
         self.steps = 0

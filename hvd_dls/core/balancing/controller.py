@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from hvd_dls.config import MEASURED, DLSConfig
+from hvd_dls.core.balancing.attendance import Attendance
 from hvd_dls.core.balancing.balance import balance_at_once, optimal_adjustment
 from hvd_dls.core.balancing.budgets import Budgets
 from hvd_dls.core.balancing.curves import SketchedCurves
@@ -31,6 +31,7 @@ class Controller:
         wanted: (L,) what Algorithm 2 would send.
         k: (L,) what is sent: the same, but for the buckets' budgets.
         budgets: of the buckets: what those of their layers send that share the model's.
+        attendance: which layers take part.
         dense_steps: steps at first that send whole gradients.
     """
 
@@ -48,6 +49,7 @@ class Controller:
         least = np.minimum(config.min_k, plan.sizes)
         sharing = [rows[np.isin(rows, plan.sharing)] for rows in buckets]
         self.budgets = Budgets(sharing, plan.sizes, least, self.k)
+        self.attendance = Attendance(len(self.k))
         self._measures = config.strategy == "dls" and config.prior == MEASURED
         self.dense_steps = max(config.dense_steps, int(self._measures))
         self._plan = plan
@@ -56,18 +58,23 @@ class Controller:
 
     def state(self) -> np.ndarray:
         """All of it in whole numbers: int64; the step comes first."""
-        mean = self.budgets.mean.view(np.int64)
-        counts = [self.step, self.budgets.steps]
-        return np.concatenate([counts, self.k, self.wanted, self.budgets.budgets, mean])
+        attendance, budgets = self.attendance, self.budgets
+        return np.concatenate(
+            [
+                [self.step, budgets.steps],
+                *(self.k, self.wanted, attendance.away, attendance.patience),
+                *(budgets.budgets, budgets.mean.view(np.int64)),
+            ]
+        )
 
     def restore(self, state: np.ndarray) -> None:
-        """Goes on from a ``state()``; from its k alone if it comes from other buckets."""
+        """Goes on from a ``state()``; from its k and attendance alone if it has other buckets."""
         state, layers, buckets = np.array(state, np.int64), len(self.k), len(self.budgets.budgets)
         self.step = int(state[0])
-        self.k = state[2 : 2 + layers]
-        self.wanted = state[2 + layers : 2 + 2 * layers]
-        self.budgets.restart(self.k)
-        if len(state) == 2 * (1 + layers + buckets):
+        self.k, self.wanted, away, patience = state[2 : 2 + 4 * layers].reshape(4, layers)
+        self.attendance.restore(away, patience)
+        self.budgets.restart(self.k, self.attendance.live)
+        if len(state) == 2 + 4 * layers + 2 * buckets:
             self.budgets.steps = int(state[1])
             self.budgets.budgets = state[-2 * buckets : len(state) - buckets]
             self.budgets.mean = state[len(state) - buckets :].view(np.float64)
@@ -94,30 +101,51 @@ class Controller:
     def start_from(self, k: np.ndarray) -> None:
         """Takes (L,) entries for the step to come."""
         self.wanted = self.k = k
-        self.budgets.restart(k)
+        self.budgets.restart(k, self.attendance.live)
 
     def advance(
-        self, rows: np.ndarray | None = None, bases: Any = None, counts: Any = None
+        self,
+        rows: np.ndarray | None = None,
+        bases: np.ndarray | None = None,
+        counts: np.ndarray | None = None,
     ) -> None:
         """Ends a step.
 
         Args:
-            rows: (L',) ascending positions among the plan's sparse layers of those that were
-                exchanged in it.  The others' wanted k stays.  None: nothing is to be learnt.
-            bases: (L', P) first bin of each layer's sketch on each rank.
+            rows: (L',) ascending positions among the plan's sparse layers of those that some rank
+                sent in it.  The others' wanted k stays.  None: nothing is to be learnt.
+            bases: (L', P) first bin of each layer's sketch on each rank; None: k is not balanced,
+                because each rank chooses its own.
             counts: (L', P, WINDOW) counts of these sketches.
         """
         density = self.density
         self.step += 1
         changed = self.density != density
+        if rows is not None and self._observe(rows):
+            changed = True
         if changed:
-            wanted = self.wanted[self._plan.sharing]
-            self.start_from(shared_out(self._plan, self._config, self.density, wanted))
-        if rows is not None and self._config.strategy == "dls":
-            sharing = np.isin(rows, self._plan.sharing)
-            due = changed or not self.step % self._config.adjust_every
-            if due and np.count_nonzero(sharing) > 1:
-                self._balance(rows[sharing], bases[sharing], counts[sharing])
+            live = self.attendance.live
+            wanted = self._basis()[self._plan.sharing]
+            k = shared_out(self._plan, self._config, self.density, wanted, live)
+            self.start_from(k)
+        if rows is None or bases is None or counts is None or self._config.strategy != "dls":
+            return
+        sharing = np.isin(rows, self._plan.sharing)
+        due = changed or not self.step % self._config.adjust_every
+        if due and np.count_nonzero(sharing) > 1:
+            self._balance(rows[sharing], bases[sharing], counts[sharing])
+
+    def _observe(self, rows: np.ndarray) -> bool:
+        """Whether the layers that have a share are others now."""
+        present = np.zeros(len(self.k), bool)
+        present[rows] = True
+        return self.attendance.observe(present)
+
+    def _basis(self) -> np.ndarray:
+        """(L,) what layers should send, in proportion; from the density, if they come back."""
+        if self._config.strategy != "dls":
+            return self._plan.sizes.astype(np.float64)
+        return np.where(self.wanted > 0, self.wanted, self.density * self._plan.sizes)
 
     def _balance(self, rows: np.ndarray, bases: np.ndarray, counts: np.ndarray) -> None:
         curves = SketchedCurves(bases, counts, self._plan.sizes[rows])

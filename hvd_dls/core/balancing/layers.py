@@ -25,6 +25,8 @@ class LayerSpec:
         fan_in: input channels c (per group for a grouped convolution), or inputs.
         fan_out: output channels d, or outputs.
         itemsize: bytes per gradient entry.
+        stable_name: what ranks compare and states are matched by: the name without what a framework
+            numbers by itself (``dense_3``), which depends on what else a process has made.
     """
 
     name: str
@@ -34,6 +36,10 @@ class LayerSpec:
     fan_in: int
     fan_out: int
     itemsize: int = 4
+    stable_name: str = ""  # the name itself, if none is given
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stable_name", self.stable_name or self.name)
 
     @property
     def size(self) -> int:
@@ -47,7 +53,11 @@ class LayerSpec:
 
 
 def layer_spec(
-    name: str, shape: tuple[int, ...], layout: str = "torch", itemsize: int = 4
+    name: str,
+    shape: tuple[int, ...],
+    layout: str = "torch",
+    itemsize: int = 4,
+    stable_name: str = "",
 ) -> LayerSpec:
     """Reads a parameter's shape.
 
@@ -57,6 +67,7 @@ def layer_spec(
             and (c, d).
         layout: "torch" or "tensorflow".
         itemsize: bytes per gradient entry: 2, 4 or 8.
+        stable_name: see ``LayerSpec``.
 
     Raises:
         DLSError: unknown layout.
@@ -65,10 +76,10 @@ def layer_spec(
         raise DLSError(f"layout={layout!r}: accepted are {', '.join(map(repr, LAYOUTS))}")
     shape = tuple(int(extent) for extent in shape)
     if len(shape) < 2:
-        return LayerSpec(name, shape, VECTOR, 1, 1, math.prod(shape), itemsize)
+        return LayerSpec(name, shape, VECTOR, 1, 1, math.prod(shape), itemsize, stable_name)
     if layout == "torch":
         fan_out, fan_in, kernel = shape[0], shape[1], shape[2:]
     else:
         fan_out, fan_in, kernel = shape[-1], shape[-2], shape[:-2]
     kind = {0: LINEAR, 1: CONV, 2: CONV, 3: CONV}.get(len(kernel), OTHER)
-    return LayerSpec(name, shape, kind, math.prod(kernel), fan_in, fan_out, itemsize)
+    return LayerSpec(name, shape, kind, math.prod(kernel), fan_in, fan_out, itemsize, stable_name)

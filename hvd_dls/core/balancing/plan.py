@@ -47,9 +47,19 @@ class Plan:
         """(L',) rows of the sparse layers that share the budget."""
         return np.flatnonzero(np.isnan(self.own_density))
 
-    def budget(self, density: float) -> int:
-        """K: entries that these layers send together, at this density."""
-        return round(density * int(self.sizes[self.sharing].sum()))
+    def budget(self, density: float, live: np.ndarray | None = None) -> int:
+        """K: entries that these layers send together, at this density.
+
+        Layers that take no part leave their share to the others: K goes down only if these have
+        fewer entries than that.
+
+        Args:
+            density: in (0, 1].
+            live: (L,) bool: of each sparse layer, whether it takes part; None: all do.
+        """
+        sizes = self.sizes[self.sharing]
+        total = round(density * int(sizes.sum()))
+        return total if live is None else min(total, int(sizes[live[self.sharing]].sum()))
 
     def fixed_k(self, config: DLSConfig, density: float) -> np.ndarray:
         """(L,) entries of the layers with a density of their own; 0 of the others.
@@ -125,22 +135,31 @@ def measured_k(
     return shared_out(plan, config, density, wanted)
 
 
-def shared_out(plan: Plan, config: DLSConfig, density: float, wanted: np.ndarray) -> np.ndarray:
+def shared_out(
+    plan: Plan,
+    config: DLSConfig,
+    density: float,
+    wanted: np.ndarray,
+    live: np.ndarray | None = None,
+) -> np.ndarray:
     """Entries of each layer at a density.
 
     Args:
-        plan: as made by ``make_plan``.
+        plan: the layers.
         config: the options.
         density: of the step.
         wanted: (L',) real numbers >= 0, proportional to which the layers that share the budget
             should send; the others send what they have to.
+        live: (L,) bool: of each sparse layer, whether it takes part, or it sends nothing; None: all
+            do.
 
     Returns:
         (L,) int64.
     """
-    k, rows = plan.fixed_k(config, density), plan.sharing
+    live = np.ones(len(plan.sparse), bool) if live is None else live
+    k, rows = np.where(live, plan.fixed_k(config, density), 0), plan.sharing
     if len(rows):
-        sizes = plan.sizes[rows]
+        sizes = np.where(live, plan.sizes, 0)[rows]
         least = np.minimum(config.min_k, sizes)
-        k[rows] = apportion(wanted, plan.budget(density), least, sizes)
+        k[rows] = apportion(wanted * live[rows], plan.budget(density, live), least, sizes)
     return k

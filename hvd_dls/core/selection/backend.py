@@ -83,8 +83,11 @@ class Backend(Protocol):
     ) -> None:
         """``passes.settle``; indices are known to be good."""
 
-    def fill_infinite(self, out: Array) -> None:
-        """``passes.fill_infinite``."""
+    def fill(self, out: Array, value: float) -> None:
+        """``passes.fill``."""
+
+    def add(self, array: Array, other: Array) -> None:
+        """Adds another array, in place."""
 
     def finite(self, array: Array) -> bool:
         """Whether a float array is free of NaN and Inf."""
@@ -99,7 +102,7 @@ class Host:
     correct = staticmethod(correct)
     find = staticmethod(passes.find)
     settle = staticmethod(passes.settle)
-    fill_infinite = staticmethod(passes.fill_infinite)
+    fill = staticmethod(passes.fill)
     histogram = staticmethod(histogram)
 
     def zeros(self, size: int, dtype: np.dtype) -> np.ndarray:
@@ -110,6 +113,9 @@ class Host:
 
     def scale(self, array: np.ndarray, factor: float) -> None:
         array *= factor
+
+    def add(self, array: np.ndarray, other: np.ndarray) -> None:
+        array += other
 
     def copy(self, array: np.ndarray) -> np.ndarray:
         return array.copy()

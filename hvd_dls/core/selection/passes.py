@@ -60,7 +60,7 @@ def find(
 
 def nothing_found(found: Found) -> Found:
     """The same with no entries: of a layer that sends none, but was finite."""
-    return Found(found.indices[:0], found.values[:0], 0.0, Sketch(0, np.zeros(WINDOW, np.uint32)))
+    return Found(found.indices[:0], found.values[:0], 0.0, found.sketch)
 
 
 def found_on_device(
@@ -125,9 +125,9 @@ def settle(
     _backend.settle(residual, gradient, indices, kept, received, float(scale), out)
 
 
-def fill_infinite(out: np.ndarray) -> None:
-    """Writes Inf everywhere, of a step that counts for nothing: whoever uses it will see."""
-    out[:] = 0x7F80 if out.dtype == np.uint16 else np.inf
+def fill(out: np.ndarray, value: float) -> None:
+    """Writes zero or Inf everywhere, of a step that counts for nothing."""
+    out[:] = (0x7F80 if value else 0) if out.dtype == np.uint16 else value
 
 
 def _check(residual: np.ndarray, gradient: np.ndarray) -> None:

@@ -43,12 +43,12 @@ class BaselineStrategy:
         self.norms = dict(zip(self._names, np.sqrt(plan.sizes).tolist(), strict=True))
         self.start_step(density_at(config, 0))
 
-    def start_step(self, density: float) -> None:
-        """Takes the density of the step to come."""
+    def start_step(self, density: float, live: np.ndarray | None = None) -> None:
+        """Takes the density of the step to come, and which layers take part: (L,) bool."""
         self._density = density
         # DEFT's rule (arXiv:2307.03500): in proportion to the norm that the last step left.
         norms = np.array([self.norms[self._names[row]] for row in self._plan.sharing])
-        k = shared_out(self._plan, self._config, density, norms)
+        k = shared_out(self._plan, self._config, density, norms, live)
         self._k: dict[str, int] = dict(zip(self._names, k.tolist(), strict=True))
 
     def restore(self, norms: Sequence[float], density: float) -> None:

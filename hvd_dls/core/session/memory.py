@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,7 @@ from hvd_dls.core.balancing.plan import Plan, initial_k
 from hvd_dls.core.selection.backend import HOST, Array, Backend
 from hvd_dls.core.selection.correction import Correction
 from hvd_dls.core.session.baselines import BASELINES, BaselineStrategy
+from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.session.state import STATE_VERSION, check_state
 from hvd_dls.errors import DLSError
 
@@ -26,15 +27,19 @@ class Memory:
         plan: the layers and their budget.
         config: the options.
         world_size: number of ranks, P.
-        rows: of the sparse layers of each bucket.
+        rank: this one's number among them.
+        routing: the buckets.
         norms: Frobenius norm of each layer's weights, for prior="weight_norm".
         backends: where arrays of layers are that are not on the host, by name.
 
     Attributes:
+        layers: that are compressed, in model order.
         controller: what all ranks agree on.
         baseline: what this rank chooses itself, by strategies that do; or None.
         correction: clipping and momentum.
         residuals: (n,) of each compressed layer, by name.
+        leftovers: (n,) residuals of layers that were compressed once and go dense now, by name:
+            each is added to its layer's next gradient.
         thresholds: of the last step, by name; 0 before.
         loss_scale: what residuals and velocities are multiplied by.
         backends: of all layers, by name.
@@ -45,18 +50,22 @@ class Memory:
         plan: Plan,
         config: DLSConfig,
         world_size: int,
-        rows: Sequence[np.ndarray],
+        rank: int,
+        routing: Routing,
         norms: Mapping[str, float] | None,
         backends: Mapping[str, Backend] | None,
     ) -> None:
-        self._plan, self._config, self._world_size = plan, config, world_size
+        self.plan, self.config, self.rank = plan, config, rank
+        self.layers = plan.sparse
+        self._world_size = world_size
         self.backends = dict.fromkeys((x.name for x in plan.layers), HOST) | dict(backends or {})
-        self.controller = Controller(plan, config, initial_k(plan, config, norms), rows)
+        self.controller = Controller(plan, config, initial_k(plan, config, norms), routing.rows)
         self.baseline = BaselineStrategy(plan, config) if config.strategy in BASELINES else None
         self.correction = Correction(plan.layers, config, self.backends)
         self.residuals: dict[str, Array] = {
             x.name: self.backends[x.name].zeros(x.size, x.work_dtype) for x in plan.sparse
         }
+        self.leftovers: dict[str, Array] = {}
         self.thresholds = dict.fromkeys(self.residuals, 0.0)
         self.loss_scale = 1.0
 
@@ -69,7 +78,7 @@ class Memory:
         if not (math.isfinite(loss_scale) and loss_scale > 0):
             raise DLSError(f"loss_scale={loss_scale!r}: accepted is a finite number > 0")
         factor = loss_scale / self.loss_scale
-        for arrays in (self.residuals, self.correction.velocities):
+        for arrays in (self.residuals, self.leftovers, self.correction.velocities):
             for name, array in arrays.items():
                 self.backends[name].scale(array, factor)
         self.thresholds = {name: factor * value for name, value in self.thresholds.items()}
@@ -79,44 +88,93 @@ class Memory:
         """Takes over another rank's ``controller.state()``."""
         self.controller.restore(agreed)
         if self.baseline is not None:
-            self.baseline.start_step(self.controller.density)
+            self.baseline.start_step(self.controller.density, self.controller.attendance.live)
+
+    def inherit(self, other: Memory, factor: float = 1.0) -> None:
+        """Takes over what was remembered of the same model: by other ranks, or in another type.
+
+        Args:
+            other: with the same names of layers.
+            factor: on residuals: number of ranks now over that before, where sums over ranks are
+                divided by it, so that what waits weighs as much as it did.
+        """
+        self.loss_scale = other.loss_scale
+        self.controller.step = other.controller.step
+        waiting = other.residuals | other.leftovers
+        for name, array in waiting.items():
+            backend = self.backends[name]
+            own = self.residuals.get(name)
+            if own is None:
+                layer = next(x for x in self.plan.layers if x.name == name)
+                own = self.leftovers[name] = backend.zeros(layer.size, layer.work_dtype)
+            backend.load(own, other.backends[name].to_host(array))
+            backend.scale(own, factor)
+        for name, own in self.correction.velocities.items():
+            array = other.correction.velocities.get(name)
+            if array is not None:
+                self.backends[name].load(own, other.backends[name].to_host(array))
+        for name in self.thresholds:
+            self.thresholds[name] = factor * other.thresholds.get(name, 0.0)
+        if [x.name for x in self.layers] == [x.name for x in other.layers]:
+            self.controller.restore(other.controller.state())
+            if self.baseline is not None and other.baseline is not None:
+                norms = list(other.baseline.norms.values())
+                self.baseline.restore(norms, self.controller.density)
+
+    def with_leftover(self, name: str, gradient: Array) -> Array:
+        """A dense gradient, and what once waited in its residual, added in place."""
+        if name in self.leftovers:
+            self.backends[name].add(gradient, self.leftovers[name])
+        return gradient
+
+    def forget_leftovers(self, names: Collection[str]) -> None:
+        """The gradients of these layers have been applied."""
+        for name in self.leftovers.keys() & set(names):
+            del self.leftovers[name]
 
     def state(self) -> dict[str, Any]:
         """Plain values and arrays; the large ones are not copied."""
-        config = asdict(self._config)
+        config = asdict(self.config)
+        stable = {layer.name: layer.stable_name for layer in self.plan.layers}
+        residuals, velocities = self.residuals, self.correction.velocities
         return {
             "version": STATE_VERSION,
-            "config": config | {"layer_density": [list(x) for x in self._config.layer_density]},
+            "rank": self.rank,
             "world_size": self._world_size,
-            "layers": [
-                [layer.name, [*layer.shape, layer.work_dtype.name]] for layer in self._plan.sparse
-            ],
+            "config": config | {"layer_density": [list(x) for x in self.config.layer_density]},
+            "parameters": [[x.stable_name, list(x.shape)] for x in self.plan.layers],
+            "layers": [[x.stable_name, [*x.shape, x.work_dtype.name]] for x in self.plan.sparse],
             "step": self.controller.step,
             "loss_scale": self.loss_scale,
             "ratios": self.controller.state(),
             "thresholds": np.array(list(self.thresholds.values())),
             "norms": [] if self.baseline is None else list(self.baseline.norms.values()),
-            "residuals": dict(self.residuals),
-            "velocities": dict(self.correction.velocities),
+            "residuals": {stable[name]: array for name, array in residuals.items()},
+            "velocities": {stable[name]: array for name, array in velocities.items()},
         }
 
-    def check(self, state: Mapping[str, Any]) -> None:
+    def check(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Whether a saved state fits.
 
+        Returns:
+            The state, in the present version.
+
         Raises:
-            StateMismatchError: it belongs to other layers, another configuration or another
-                number of ranks; the message names the first difference.
+            StateMismatchError: it belongs to other layers, another configuration, another rank or
+                another number of ranks, or is damaged; the message names the first difference.
         """
-        check_state(state, self.state(), ratios=2 + 2 * len(self.residuals))
+        return check_state(state, self.state(), self.plan.sizes)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved state that fits, copying it."""
+        """Goes on from a saved state that ``check`` returned, copying it."""
         self.controller.restore(np.asarray(state["ratios"], np.int64))
         self.thresholds = dict(zip(self.residuals, map(float, state["thresholds"]), strict=True))
         if self.baseline is not None:
             self.baseline.restore(state["norms"], self.controller.density)
         self.loss_scale = float(state["loss_scale"])
+        self.leftovers = {}
+        stable = {layer.name: layer.stable_name for layer in self.plan.layers}
         velocities = self.correction.velocities
         for part, own in (("residuals", self.residuals), ("velocities", velocities)):
             for name, array in own.items():
-                self.backends[name].load(array, state[part][name])
+                self.backends[name].load(array, state[part][stable[name]])

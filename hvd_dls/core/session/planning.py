@@ -14,7 +14,7 @@ from hvd_dls.config import DENSE, DLSConfig
 from hvd_dls.core.balancing.layers import VECTOR, LayerSpec
 from hvd_dls.core.balancing.plan import Plan
 from hvd_dls.core.wire.buckets import make_bucket
-from hvd_dls.core.wire.payload import payload_bytes
+from hvd_dls.core.wire.layout import payload_bytes
 from hvd_dls.errors import DLSError
 
 

@@ -1,29 +1,33 @@
 """One model's compression on one rank: a gradient in, a payload out; all payloads in, a sum out.
 
 A step is a transaction.  What comes in is only looked at; nothing changes until the payloads of all
-ranks are there and none of them tells of NaN or Inf.  ``Controller`` holds what all ranks agree on;
-a session holds what is this rank's own: residuals, velocities, thresholds, the step in progress.
+ranks are there and none of them tells of NaN or Inf.  Until then a step can be abandoned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
-from hvd_dls.core.balancing.plan import measured_k
 from hvd_dls.core.selection.backend import Array, Backend, Future
-from hvd_dls.core.selection.passes import Found, nothing_found
+from hvd_dls.core.selection.passes import nothing_found
+from hvd_dls.core.session import log
+from hvd_dls.core.session.clock import SessionClock
+from hvd_dls.core.session.ending import end_step
 from hvd_dls.core.session.memory import Memory
 from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.session.recorder import Recorder
+from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.session.step import Step
 from hvd_dls.core.session.telemetry import StepRecord
-from hvd_dls.core.wire.buckets import make_buckets
-from hvd_dls.core.wire.payload import ABSENT, pack, unpack, unpack_varying
+from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE
+from hvd_dls.core.wire.pack import pack
+from hvd_dls.core.wire.unpack import unpack, unpack_varying
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
@@ -31,22 +35,27 @@ class Session:
     """Compresses the gradients of one model.
 
     In a step, each layer that ``is_sparse`` goes through ``compress``, each other one through
-    ``note``; each bucket that is complete through ``payload``, the network, and ``receive``; then
-    each layer through ``decompress`` or ``accept``.  When all have, the step ends and the ratios
-    move.  A bucket of which only some layers take part in a step is among ``unfinished`` in the
-    end.
+    ``note``, or either through ``leave_out``; each bucket that is complete through ``payload``, the
+    network, and ``receive``; then each layer through ``decompress`` or ``accept``.  When all have,
+    the step ends and the ratios move.  A bucket of which only some layers take part in a step is
+    among ``unfinished`` in the end.
 
     Args:
         layers: all parameters, in model order.
         config: the options.
         world_size: number of ranks, P.
+        rank: this one's number among them.
         norms: Frobenius norm of each layer's weights, for prior="weight_norm".
         backends: where arrays of layers are that are not on the host, by name.
 
     Attributes:
         residuals: (n,) of each compressed layer, by name.
         skipped: steps that were skipped for NaN or Inf.
-        last_step: what happened in the last step that was not.
+        marks_skipped: whether the gradients of a skipped step become Inf, for who applies them to
+            see; otherwise zero.
+        untouched: layers that took no part on any rank in the step in progress, or in the last one.
+        missed: layers that did not come in at all in the last step.
+        last_step: what happened in the last step that was not skipped.
 
     Raises:
         DLSError: see ``make_plan`` and ``make_buckets``.
@@ -57,46 +66,44 @@ class Session:
         layers: Sequence[LayerSpec],
         config: DLSConfig,
         world_size: int,
+        rank: int = 0,
         norms: Mapping[str, float] | None = None,
         backends: Mapping[str, Backend] | None = None,
     ) -> None:
         self.config = config
         self.world_size = world_size
+        self.rank = rank
         self.plan = make_plan(layers, config, world_size)
-        self.buckets = make_buckets(self.plan.layers, self.plan.sparse, config)
+        self.routing = Routing(self.plan, config)
+        self.memory = Memory(self.plan, config, world_size, rank, self.routing, norms, backends)
         self._layers = {layer.name: layer for layer in self.plan.sparse}
-        # Of each compressed layer: its bucket, and its position therein.
-        self._position = {
-            layer.name: (number, position)
-            for number, bucket in enumerate(self.buckets)
-            for position, layer in enumerate(bucket.layers)
-        }
-        self._members = [{*(x.name for x in b.layers), *b.watched} for b in self.buckets]
-        self._bucket_of = {n: number for number, names in enumerate(self._members) for n in names}
         self._row = {layer.name: row for row, layer in enumerate(self.plan.sparse)}
-        self._rows = [np.array([self._row[x.name] for x in b.layers]) for b in self.buckets]
-        self._memory = Memory(self.plan, config, world_size, self._rows, norms, backends)
-        self._controller = self._memory.controller
-        self._correction = self._memory.correction
-        self._own = self._memory.baseline
-        self._backends = self._memory.backends
-        self.residuals = self._memory.residuals
-        self._recorder = Recorder(self.plan, config, self._memory)
-        self._step = Step()
+        self._backends = self.memory.backends
+        self._recorder = Recorder(self.plan, config, self.memory)
+        self._clock = SessionClock(self.memory.controller)
+        self._step = Step(self.routing)
         self._refused = False
         self.skipped = 0
+        self.marks_skipped = False
+        self.untouched: frozenset[str] = frozenset()
+        self.missed: frozenset[str] = frozenset()
         self.last_step: StepRecord | None = None
 
-    # The way of a gradient ----------------------------------------------------------------------
+    # What is known of a layer, and of the step --------------------------------------------------
 
     @property
     def k(self) -> np.ndarray:
         """(L,) entries each sparse layer sends in the current step, as far as ranks agree on it."""
-        return self._controller.k
+        return self.memory.controller.k
+
+    @property
+    def residuals(self) -> dict[str, Array]:
+        """(n,) of each compressed layer, by name."""
+        return self.memory.residuals
 
     def is_sparse(self, name: str) -> bool:
         """Whether a layer is compressed in the current step."""
-        return name in self._layers and not self._controller.dense
+        return name in self._layers and not self.memory.controller.dense
 
     def may_be_sparse(self, name: str) -> bool:
         """Whether a layer is compressed in some steps."""
@@ -104,29 +111,54 @@ class Session:
 
     def takes_part(self, name: str) -> bool:
         """Whether there is anything to do for a layer, compressed or not."""
-        return name in self._bucket_of or self._correction.active
+        return self.bucket_of(name) is not None or not self.routing.buckets or self.corrects
 
     def bucket_of(self, name: str) -> int | None:
         """Number of the bucket that a layer travels in, or that tells whether it is finite."""
-        return self._bucket_of.get(name)
+        return self.routing.bucket_of(name)
 
     @property
     def in_step(self) -> bool:
         """Whether a step has begun and not ended."""
         return bool(self._step.arrived)
 
+    def has(self, name: str) -> bool:
+        """Whether a layer has come in, in the step in progress."""
+        return name in self._step.arrived
+
     @property
     def dense_step(self) -> bool:
         """Whether the current step sends whole gradients, and their sums must be looked at.
 
-        With no payloads to tell of NaN and Inf, velocities are safe in no other way.
+        Without payloads nothing else tells of NaN and Inf.
         """
-        return self._controller.dense or (self.corrects and not self.buckets)
+        return self.memory.controller.dense or not self.routing.buckets
 
     @property
     def corrects(self) -> bool:
         """Whether gradients that go dense must go through ``correct`` first."""
-        return self._correction.active
+        return self.memory.correction.active or bool(self.memory.leftovers)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the step in progress, or the last one if none has begun since, is skipped."""
+        return self._refused
+
+    # The way of a gradient ----------------------------------------------------------------------
+
+    def begin(self, away: Collection[str] = ()) -> None:
+        """Begins a step; not needed if there is nothing to say.
+
+        Args:
+            away: names of layers whose buckets need not wait for them: frozen ones, for example.
+
+        Raises:
+            DLSError: a step is in progress.
+        """
+        if self.in_step:
+            raise DLSError("a step is in progress: end it or abandon it before another begins")
+        self._step = Step(self.routing, away)
+        self._refused = False
 
     def compress(self, name: str, gradient: Array) -> int | None:
         """Looks for the largest entries of a layer's residual plus its gradient.
@@ -144,19 +176,25 @@ class Session:
         Raises:
             DLSError: the layer has been in this step already, or the gradient has another size.
         """
-        self._arrive(name, gradient)
-        if self._correction.active:
-            gradient = self._correction.apply(name, gradient, self.loss_scale)
+        if gradient.shape != (self._layers[name].size,):
+            raise DLSError(
+                f"layer {name!r}: gradient of shape {gradient.shape}, expected "
+                f"({self._layers[name].size},)"
+            )
+        self._arrive(name)
+        correction, baseline = self.memory.correction, self.memory.baseline
+        if correction.active:
+            gradient = correction.apply(name, gradient, self.loss_scale)
         self._step.gradients[name] = gradient
-        if self._own is None:
-            self._find(name, self._controller.k_of(name))
-        elif not self._own.needs_all:
-            k = self._own.k_of(name, self.residuals[name], gradient, self.loss_scale)
+        if baseline is None:
+            self._find(name, self.memory.controller.k_of(name))
+        elif not baseline.needs_all:
+            k = baseline.k_of(name, self.residuals[name], gradient, self.loss_scale)
             self._find(name, k)
         return self._complete(name)
 
     def correct(self, name: str, gradient: Array) -> Array:
-        """What to send of a layer that goes dense, if gradients are clipped or get momentum.
+        """What to send of a layer that goes dense, if ``corrects``.
 
         Args:
             name: of a layer.
@@ -165,8 +203,10 @@ class Session:
         Returns:
             (n,) of the work dtype, the caller's to change.
         """
-        corrected = self._correction.apply(name, gradient, self.loss_scale)
-        return corrected if self.config.nesterov else self._backends[name].copy(corrected)
+        corrected = self.memory.correction.apply(name, gradient, self.loss_scale)
+        if not self.config.nesterov:
+            corrected = self._backends[name].copy(corrected)
+        return self.memory.with_leftover(name, corrected)
 
     def note(self, name: str, finite: bool | Future[bool]) -> int | None:
         """Takes note of a layer that goes dense.
@@ -185,47 +225,40 @@ class Session:
         if isinstance(finite, Future):
             self._step.futures[name] = finite
         elif not finite:
-            self._step.not_finite.append(name)
+            self._step.not_finite.add(name)
         return self._complete(name)
 
-    def _arrive(self, name: str, gradient: Array | None = None) -> None:
-        step = self._step
-        if name in step.arrived:
-            raise DLSError(f"layer {name!r}: compressed twice before it was decompressed")
-        if gradient is not None and gradient.shape != (self._layers[name].size,):
-            raise DLSError(
-                f"layer {name!r}: gradient of shape {gradient.shape}, expected "
-                f"({self._layers[name].size},)"
-            )
-        self._refused = False
-        step.arrived.add(name)
+    def leave_out(self, name: str) -> int | None:
+        """Takes note of a layer that takes no part on this rank: it is frozen, for example.
+
+        Nothing is sent of it, and its residual and velocity stay as they are.  In the end it goes
+        through ``decompress`` or ``accept`` like the others: other ranks may have sent something.
+
+        Returns:
+            As ``compress``.
+
+        Raises:
+            DLSError: the layer has been in this step already.
+        """
+        self._arrive(name, left_out=True)
+        return self._complete(name)
+
+    def _arrive(self, name: str, left_out: bool = False) -> None:
+        if not self.in_step:
+            self._refused = False
+        self._step.arrive(name, left_out)
 
     def _complete(self, name: str) -> int | None:
-        bucket = self._bucket_of.get(name)
-        if bucket is None or self._controller.dense:
-            return None
-        missing = self._step.missing
-        missing[bucket] = missing.get(bucket, len(self._members[bucket])) - 1
-        return None if missing[bucket] else bucket
+        return None if self.memory.controller.dense else self._step.complete_with(name)
 
     @property
     def complete(self) -> bool:
         """Whether all layers have come in, and so all buckets have been or can be sent."""
-        return sum(not missing for missing in self._step.missing.values()) == len(self.buckets)
+        return self._step.complete
 
     def ready(self) -> list[int]:
         """Buckets that are complete, have not been sent, and need not be waited for: send them."""
-        step = self._step
-        return [
-            bucket
-            for bucket, missing in step.missing.items()
-            if not missing and bucket not in step.sent
-            if all(step.futures[name].ready() for name in self._working_on(bucket))
-        ]
-
-    def _working_on(self, bucket: int) -> set[str]:
-        """Layers of a bucket of which a device has not been heard."""
-        return self._members[bucket] & self._step.futures.keys()
+        return self._step.ready()
 
     def future_of(self, name: str) -> Future[Any]:
         """What a device is still working on, of a layer that has come in and was not sent yet."""
@@ -233,61 +266,71 @@ class Session:
 
     def unfinished(self) -> list[int]:
         """Buckets with some layers in this step that have not been sent: send them now."""
-        return sorted(self._step.missing.keys() - self._step.sent.keys())
+        return [bucket for bucket in self._step.begun if bucket not in self._step.sent]
 
     def payload(self, bucket: int) -> np.ndarray:
         """What this rank sends of a bucket: uint8; as long as every other rank's if they agree.
 
         Waits for devices that are still working on it.
         """
-        step, layers = self._step, self.buckets[bucket].layers
-        for name in self._working_on(bucket):
-            result = step.futures.pop(name).result()
-            if name in self._layers:
-                step.found[name] = result
-            elif not result:
-                step.not_finite.append(name)
-        if self._own is not None and self._own.needs_all:
-            together = self._own.k_together(self.residuals, step.gradients)
-            for name, own in together.items():
-                self._find(name, own)
-        found = [step.found.get(x.name, ABSENT) for x in layers]
-        if self._own is not None:
-            k = np.array([len(f.indices) if isinstance(f, Found) else 0 for f in found])
-        else:
-            k = self._k_of(bucket)
-        watched = self.buckets[bucket].watched
-        not_finite = next((name for name in watched if name in step.not_finite), None)
-        packed = pack(self.buckets[bucket], k, found, not_finite)
+        step, of = self._step, self.routing.buckets[bucket]
+        for name in step.working_on(bucket):
+            self._heard_of(name, step.futures.pop(name).result())
+        if self.memory.baseline is not None and self.memory.baseline.needs_all:
+            together = self.memory.baseline.k_together(self.residuals, step.gradients)
+            for name, k in together.items():
+                self._find(name, k)
+        found = [step.found.get(layer.name, ABSENT) for layer in of.layers]
+        if self.memory.baseline is None:
+            k_of_layers = self._k_of(bucket)
+        else:  # this rank's own; of a layer that is not finite or absent, nothing
+            there = [f if f is not ABSENT and f is not None else None for f in found]
+            k_of_layers = np.array([0 if f is None else len(f.indices) for f in there])
+        watched = step.status_of_watched(bucket)
+        packed = pack(of, k_of_layers, found, watched, self._clock.now)
         step.sent[bucket] = len(packed.payload)
         step.kept[bucket] = packed.kept
         return packed.payload
 
-    def receive(self, bucket: int, gathered: np.ndarray) -> None:
+    def receive(self, bucket: int, gathered: np.ndarray) -> bool:
         """Takes what all ranks sent of a bucket.
 
         Args:
             bucket: its number.
             gathered: uint8, all payloads in rank order.
 
+        Returns:
+            Whether it was taken.  If not, some rank had sent its payload before it abandoned the
+            step and began it anew: gather this rank's payload once more.
+
         Raises:
             PayloadError: the payloads are not this bucket's.
+            RanksDisagreeError: some rank is in another step, or has abandoned this one: this one
+                is abandoned then, too.
         """
-        of = self.buckets[bucket]
-        if self._own is not None:
-            self._step.received[bucket] = unpack_varying(of, gathered, self.world_size)
+        of = self.routing.buckets[bucket]
+        if self.memory.baseline is not None:
+            payloads = unpack_varying(of, gathered, self.world_size)
         else:
-            k = self._k_of(bucket)
-            self._step.received[bucket] = unpack(of, k, gathered, self.world_size)
+            payloads = unpack(of, self._k_of(bucket), gathered, self.world_size)
+        try:
+            taken = self._clock.agrees_with([payload.clock for payload in payloads])
+        except DLSError:
+            self._forget_step()
+            raise
+        if taken:
+            self._step.received[bucket] = payloads
+        return taken
 
     def decompress(self, name: str, out: Array, scale: float = 1.0) -> None:
         """Adds up what all ranks sent of a layer; with the last layer, ends the step.
 
         Args:
-            name: of a layer that went through ``compress``.
+            name: of a layer that went through ``compress`` or ``leave_out``.
             out: (n,) overwritten with the sum over ranks, added rank by rank and so the same bits
                 on every rank; may be the gradient itself.  Its dtype is one that ``compress``
-                takes, and it is where the gradient is.  Inf everywhere, if the step is skipped.
+                takes, and it is where the gradient is.  Zeros, or Inf (see ``marks_skipped``), if
+                the step is skipped.
             scale: factor on the sum; or what the layer's backend takes for a number.
 
         Raises:
@@ -296,35 +339,21 @@ class Session:
                 every rank alike, in the first call of the step.  All residuals are as they were
                 before the step.
         """
-        step, (bucket, position), backend = self._step, self._position[name], self._backends[name]
-        if name not in step.gradients or name in step.settled:
+        step, backend = self._step, self._backends[name]
+        if name not in step.arrived or name in step.settled:
             raise DLSError(f"layer {name!r}: decompressed, but not on its way")
         self._check_arrived()
         if step.refused:
-            backend.fill_infinite(out)
-            self._settled(name)
-            return
-        found = step.found[name]
-        assert found is not None  # or the step would have been refused
-        residual = self.residuals[name]
-        backend.settle(
-            residual,
-            step.gradients[name],
-            found.indices,
-            step.kept[bucket][position],
-            [payload.entries(position) for payload in step.received[bucket]],
-            scale,
-            out,
-        )
-        if self._own is not None:
-            self._own.take_note(name, residual, found.values)
+            backend.fill(out, np.inf if self.marks_skipped else 0.0)
+        else:
+            self._settle(name, out, scale)
         self._settled(name)
 
     def accept(self, name: str, reduced: Array | None = None) -> bool:
         """Takes note that a layer that went dense has been reduced; with the last, ends the step.
 
         Args:
-            name: of a layer that went through ``note``.
+            name: of a layer that went through ``note`` or ``leave_out``.
             reduced: (n,) what came back, in a ``dense_step``, where the gradient was; else None.
 
         Returns:
@@ -343,27 +372,64 @@ class Session:
             if not backend.finite(reduced):
                 before = step.refused.where if step.refused else []
                 step.refused = NonFiniteGradientError([*before, (name, None)])
-            elif self._controller.measures_now and name in self._layers:
+            elif self.memory.controller.measures_now and name in self._layers:
                 step.whole[name] = backend.histogram(reduced)
         counts = step.refused is None
         self._settled(name)
         return counts
 
+    def _settle(self, name: str, out: Array, scale: float) -> None:
+        """Books what was sent of a layer and what came in; of one that is left out, the latter."""
+        step, (bucket, position) = self._step, self.routing.position(name)
+        backend, residual = self._backends[name], self.residuals[name]
+        received = [payload.entries(position) for payload in step.received[bucket]]
+        if name in step.left_out:
+            nothing, layer = np.empty(0, np.uint32), self._layers[name]
+            unused = backend.zeros(layer.size, layer.work_dtype)
+            backend.settle(unused, unused, nothing, None, received, scale, out)
+            return
+        found = step.found[name]
+        assert found is not None  # or the step would have been refused
+        kept = step.kept[bucket][position]
+        gradient = step.gradients[name]
+        backend.settle(residual, gradient, found.indices, kept, received, scale, out)
+        if self.memory.baseline is not None:
+            self.memory.baseline.take_note(name, residual, found.values)
+
     # The end of a step --------------------------------------------------------------------------
 
-    @property
-    def refused(self) -> bool:
-        """Whether the step in progress, or the last one if none has begun since, is skipped."""
-        return self._refused
+    def abandon(self) -> None:
+        """Gives the step in progress up: residuals and velocities are as they were before it.
+
+        If some layer has been settled already, other ranks count the step as one that was made; so
+        it is brought to its end, from what has come in.  If it is one that is skipped, it is
+        skipped.
+        """
+        step = self._step
+        if not step.arrived:
+            return
+        if step.refused is not None:
+            self._end_refused(step)
+        elif step.settled:
+            for name in sorted(step.arrived - step.settled):
+                if name in step.gradients:
+                    layer = self._layers[name]
+                    out = self._backends[name].zeros(layer.size, layer.work_dtype)
+                    self._settle(name, out, 1.0)
+                self._settled(name)
+        else:
+            self._clock.abandon()
+            self._forget_step()
 
     def _check_arrived(self) -> None:
         """Before the first change: is everything there, and good?"""
         step = self._step
         if step.settled:
             return
-        if missing := step.missing.keys() - step.received.keys():
+        if missing := set(step.begun) - step.received.keys():
             raise DLSError(f"decompressed before buckets {sorted(missing)} were received")
-        if not (where := step.found_not_finite(self.buckets)):
+        step.untouched = self.untouched = self._absent_everywhere()
+        if not (where := step.layers_that_say(NOT_FINITE)):
             return
         step.refused = NonFiniteGradientError(where)
         if self.config.nonfinite == "raise":
@@ -371,72 +437,71 @@ class Session:
             raise step.refused
         self._refused = True
 
+    def _absent_everywhere(self) -> frozenset[str]:
+        said = Counter(name for name, _ in self._step.layers_that_say(ABSENT))
+        return frozenset(name for name, ranks in said.items() if ranks == self.world_size)
+
     def _settled(self, name: str) -> None:
         step = self._step
         step.settled.add(name)
         if len(step.settled) < len(step.arrived):
             return
-        self._forget_step(step.refused is not None)
-        if step.refused is None:
-            self._end_step(step)
+        if step.refused is not None:
+            self._end_refused(step)
             return
+        everyone = frozenset(layer.name for layer in self.plan.layers)
+        self.missed = everyone - step.arrived
+        self._step = Step(self.routing)
+        self.last_step = end_step(self.memory, self._recorder, step)
+        self._clock.start_step()
+
+    def _end_refused(self, step: Step) -> None:
+        assert step.refused is not None
+        self._forget_step()
         if self.config.nonfinite == "raise":
             raise step.refused
         self._refused = True
         self.skipped += 1
+        if self.rank == 0:
+            log.skipped(self.skipped, step.refused.where)
 
-    def _forget_step(self, also_velocities: bool = True) -> None:
-        self._step = Step()
-        if also_velocities:
-            self._correction.forget()
-
-    def _end_step(self, step: Step) -> None:
-        found = {name: f for name, f in step.found.items() if f is not None}
-        self._correction.commit({name: f.indices for name, f in found.items()})
-        for name, f in found.items():
-            self._memory.thresholds[name] = f.threshold
-        if self._controller.dense:
-            self._controller.advance()
-            self.last_step = self._recorder.record_whole(step)
-            if step.whole:
-                density = self._controller.density
-                k = measured_k(self.plan, self.config, step.whole, density)
-                self._controller.start_from(k)
-            return
-        k = self._controller.k.copy()
-        if self._own is not None:
-            k[:] = 0
-            for name, f in found.items():
-                k[self._row[name]] = len(f.indices)
-            self._controller.advance()
-            self._own.start_step(self._controller.density)
-        else:
-            self._controller.advance(*step.sketches(self.buckets, self._rows, self.world_size))
-        self.last_step = self._recorder.record(step, k)
+    def _forget_step(self) -> None:
+        self._step = Step(self.routing)
+        self.memory.correction.forget()
 
     def _k_of(self, bucket: int) -> np.ndarray:
-        k: np.ndarray = self._controller.k[self._rows[bucket]]
+        k: np.ndarray = self.k[self.routing.rows[bucket]]
         return k
 
     def _find(self, name: str, k: int) -> None:
+        self._step.k[name] = k
         found = self._backends[name].find(
             self.residuals[name],
             self._step.gradients[name],
             max(k, 1),
-            self._memory.thresholds[name],
+            self.memory.thresholds[name],
         )
         if isinstance(found, Future):
-            assert self._own is None  # whose strategies look at residuals, on the host
+            assert self.memory.baseline is None  # these strategies look at residuals, on the host
             self._step.futures[name] = found
         else:
-            self._step.found[name] = found if k or found is None else nothing_found(found)
+            self._heard_of(name, found)
+
+    def _heard_of(self, name: str, result: Any) -> None:
+        """Takes the result of ``find``, or of whether a layer that goes dense is finite."""
+        step = self._step
+        if name in step.gradients:
+            found = result
+            step.found[name] = found if step.k[name] or found is None else nothing_found(found)
+        elif not result:
+            step.not_finite.add(name)
 
     # Between steps ------------------------------------------------------------------------------
 
     @property
     def loss_scale(self) -> float:
         """What residuals and velocities are multiplied by."""
-        return self._memory.loss_scale
+        return self.memory.loss_scale
 
     def scale_to(self, loss_scale: float) -> None:
         """Tells what the loss, and so each gradient to come, is multiplied by.
@@ -450,25 +515,46 @@ class Session:
             raise DLSError(
                 f"the loss scale changed from {self.loss_scale} to {loss_scale} within a step"
             )
-        self._memory.scale_to(loss_scale)
+        self.memory.scale_to(loss_scale)
 
     def agreed(self) -> np.ndarray:
         """Step and ratios, int64, which rank 0 hands to the others."""
-        return self._controller.state()
+        return self.memory.controller.state()
 
     def agree(self, agreed: np.ndarray) -> None:
-        """Takes over rank 0's ``agreed()``."""
-        self._memory.agree(agreed)
+        """Takes over rank 0's ``agreed()``, before the first step of all ranks together."""
+        self.memory.agree(agreed)
+        self._clock.start_step()
+
+    def announce(self) -> None:
+        """Logs what will happen, on rank 0."""
+        if self.rank == 0:
+            log.started(self.plan, self.routing, self.k.tolist(), self.world_size)
+
+    def inherit(self, other: Session, factor: float = 1.0) -> None:
+        """Takes over what another session of the same model remembers: see ``Memory.inherit``."""
+        self.memory.inherit(other.memory, factor)
+        self.skipped, self.last_step = other.skipped, other.last_step
+        self.marks_skipped = other.marks_skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's training state: plain values and arrays (the large ones are not copied)."""
-        if self.in_step:
-            raise DLSError("state_dict() in the middle of a step: call it after optimizer.step()")
-        return self._memory.state()
+        """This rank's training state: plain values and arrays (the large ones are not copied).
+
+        In a step that gathers, the state is that of before the step.
+
+        Raises:
+            DLSError: some layers of the step in progress have been settled and others not.
+        """
+        if self._step.settled and self._step.refused is None:
+            raise DLSError(
+                "state_dict() while gradients are being written: call it after optimizer.step(), "
+                "or after abandon_step()"
+            )
+        return self.memory.state()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Whether a saved state fits: see ``Memory.check``."""
-        self._memory.check(state)
+        self.memory.check(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state, copying it; a step in progress is forgotten.
@@ -476,6 +562,7 @@ class Session:
         Raises:
             StateMismatchError: see ``Memory.check``; nothing has changed then.
         """
-        self.check_state(state)
+        state = self.memory.check(state)
         self._forget_step()
-        self._memory.load(state)
+        self.memory.load(state)
+        self._clock.start_step()

@@ -1,15 +1,18 @@
-"""Whether a saved state belongs to a model, its options and its number of ranks."""
+"""Whether a saved state belongs to a model, its options and its rank, and is sound."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from hvd_dls.core.balancing.attendance import PATIENCE
 from hvd_dls.errors import StateMismatchError
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+_OLDEST = 2  # that is still read
 # Options that may differ between saving and loading.
 FREE_OPTIONS = (
     "measure_every",
@@ -23,21 +26,27 @@ FREE_OPTIONS = (
 )
 
 
-def check_state(state: Mapping[str, Any], own: Mapping[str, Any], ratios: int) -> None:
+def check_state(
+    state: Mapping[str, Any], own: Mapping[str, Any], sizes: np.ndarray
+) -> Mapping[str, Any]:
     """Compares a saved state with the one that the session would save now.
 
     Args:
-        state: as saved.
+        state: as saved, by this version or by 0.1 of hvd_dls.
         own: the session's.
-        ratios: the least length of the saved ratios.
+        sizes: (L,) entries of each compressed layer.
+
+    Returns:
+        The state, in the present version.
 
     Raises:
-        StateMismatchError: naming the first difference.
+        StateMismatchError: naming the first difference, or what is wrong.
     """
-    if state.get("version") != STATE_VERSION:
-        raise StateMismatchError(
-            f"saved state has version {state.get('version')}, expected {STATE_VERSION}"
-        )
+    if not isinstance(state, Mapping) or state.get("version") not in (_OLDEST, STATE_VERSION):
+        version = state.get("version") if isinstance(state, Mapping) else state
+        raise StateMismatchError(f"saved state has version {version}, expected {STATE_VERSION}")
+    if state["version"] == _OLDEST:
+        state = _upgraded(state, own)
     if missing := own.keys() - state.keys():
         raise StateMismatchError(f"the saved state lacks {', '.join(sorted(missing))}")
     for option, value in own["config"].items():
@@ -48,21 +57,30 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any], ratios: int) -
         raise StateMismatchError(
             f"saved by one of {state['world_size']} ranks, but there are {own['world_size']} now"
         )
+    if state["rank"] != own["rank"]:
+        raise StateMismatchError(
+            f"saved by rank {state['rank']}, but this is rank {own['rank']}: residuals are each "
+            "rank's own, so each rank loads the file that it saved"
+        )
     _check_layers(dict(state["layers"]), dict(own["layers"]))
-    if len(state["ratios"]) < ratios:
-        raise StateMismatchError(f"the saved ratios have only {len(state['ratios'])} numbers")
-    for part in ("thresholds", "norms", "residuals", "velocities"):
-        if len(state[part]) != len(own[part]):
-            raise StateMismatchError(
-                f"the saved state has {len(state[part])} {part}, expected {len(own[part])}"
-            )
-    for part in ("residuals", "velocities"):
-        for name, array in own[part].items():
-            saved_shape = np.shape(state[part].get(name, ()))
-            if saved_shape != array.shape:
-                raise StateMismatchError(
-                    f"layer {name!r}: {part} saved in shape {saved_shape}, expected {array.shape}"
-                )
+    _check_arrays(state, own)
+    _check_numbers(state, own, sizes)
+    return state
+
+
+def _upgraded(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of version 2, which knew neither its rank nor which layers had stayed away."""
+    layers = len(state.get("layers", []))
+    ratios = np.asarray(state.get("ratios", []), np.int64)
+    cut = 2 + 2 * layers
+    attendance = np.repeat([0, PATIENCE], layers)
+    return {
+        **state,
+        "version": STATE_VERSION,
+        "rank": own["rank"],
+        "parameters": own["parameters"],
+        "ratios": np.concatenate([ratios[:cut], attendance, ratios[cut:]]),
+    }
 
 
 def _check_layers(saved: Mapping[str, list[Any]], own: Mapping[str, list[Any]]) -> None:
@@ -78,3 +96,67 @@ def _check_layers(saved: Mapping[str, list[Any]], own: Mapping[str, list[Any]]) 
             )
     if list(saved) != list(own):
         raise StateMismatchError("the saved layers stand in another order")
+
+
+def _check_arrays(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Residuals and velocities: as many, as long, and finite."""
+    for part in ("residuals", "velocities"):
+        if len(state[part]) != len(own[part]):
+            raise StateMismatchError(
+                f"the saved state has {len(state[part])} {part}, expected {len(own[part])}"
+            )
+        for name, array in own[part].items():
+            saved = np.asarray(state[part].get(name, ()))
+            if saved.shape != tuple(array.shape):
+                raise StateMismatchError(
+                    f"layer {name!r}: {part} saved in shape {saved.shape}, expected "
+                    f"{tuple(array.shape)}"
+                )
+            if not np.issubdtype(saved.dtype, np.floating):
+                raise StateMismatchError(f"layer {name!r}: {part} saved as {saved.dtype}")
+            if not np.isfinite(saved).all():
+                where = int(np.argmin(np.isfinite(saved)))
+                raise StateMismatchError(
+                    f"layer {name!r}: {part} hold {saved[where]} at entry {where}, expected finite "
+                    "numbers"
+                )
+
+
+def _check_numbers(state: Mapping[str, Any], own: Mapping[str, Any], sizes: np.ndarray) -> None:
+    """Thresholds, norms, loss scale, step, and how many entries each layer sends."""
+    names = [name for name, _ in own["layers"]]
+    for part in ("thresholds", "norms"):
+        values = np.asarray(state[part], np.float64)
+        if values.shape != (len(own[part]),):
+            raise StateMismatchError(
+                f"the saved state has {values.size} {part}, expected {len(own[part])}"
+            )
+        good = np.isfinite(values) & (values >= 0)
+        if not good.all():
+            where = int(np.argmin(good))
+            raise StateMismatchError(
+                f"layer {names[where]!r}: {part} hold {values[where]}, expected a finite number "
+                ">= 0"
+            )
+    loss_scale = state["loss_scale"]
+    if not (isinstance(loss_scale, (int, float)) and 0 < loss_scale < math.inf):
+        raise StateMismatchError(f"the saved loss_scale is {loss_scale}, expected a number > 0")
+    layers, ratios = len(sizes), np.asarray(state["ratios"])
+    if ratios.dtype.kind not in "iu" or ratios.ndim != 1 or len(ratios) < 2 + 4 * layers:
+        raise StateMismatchError(
+            f"the saved ratios are {ratios.size} numbers of {ratios.dtype}, expected "
+            f"{2 + 4 * layers} whole numbers or more"
+        )
+    if ratios[0] < 0 or ratios[0] != state["step"]:
+        raise StateMismatchError(f"saved in step {state['step']}, with ratios of {ratios[0]}")
+    for row in range(2):  # what is sent, and what Algorithm 2 would send
+        k = ratios[2 + row * layers : 2 + (row + 1) * layers]
+        good = (k >= 0) & (k <= sizes)
+        if not good.all():
+            where = int(np.argmin(good))
+            raise StateMismatchError(
+                f"layer {names[where]!r}: sends {k[where]} entries in the saved state, but has "
+                f"{sizes[where]}"
+            )
+    if (ratios[2 + 2 * layers : 2 + 4 * layers] < 0).any():
+        raise StateMismatchError("the saved state has a layer that stayed away for < 0 steps")

@@ -2,88 +2,165 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
-from hvd_dls.core.balancing.sketch import WINDOW
 from hvd_dls.core.selection.backend import Array, Future
 from hvd_dls.core.selection.passes import Found
-from hvd_dls.core.wire.buckets import Bucket
-from hvd_dls.core.wire.payload import NOT_FINITE, Payload
-from hvd_dls.errors import NonFiniteGradientError
+from hvd_dls.core.session.routing import Routing
+from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Status
+from hvd_dls.core.wire.payload import Payload
+from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
-@dataclass
 class Step:
-    """A step in progress.
+    """A step in progress: it gathers gradients and payloads, then it is settled, layer by layer.
+
+    While it gathers, nothing that outlives the step has changed, so it can be forgotten.  Once the
+    first layer is settled, all others have to be: what came in is here.
+
+    Args:
+        routing: of the model.
+        away: names of layers whose buckets need not wait for them.
 
     Attributes:
         gradients: (n,) of the compressed layers that have come in, by name.
         found: what each of them sends; None where the gradient was not finite.
         futures: the same of layers on a device that is still at work; or, of layers that go dense,
             whether they are finite.
+        k: entries that each of them is to send.
         arrived: all layers that have come in, compressed or not.
+        left_out: those of them that take no part on this rank.
         not_finite: those that go dense whose gradient was not.
-        missing: how many layers of each bucket that was begun have not come in.
         kept: what rounding to 16 bits leaves of each layer's values, by bucket.
         sent: length of each payload that went out, by bucket.
         received: all ranks' payloads, by bucket.
         settled: layers whose residual and gradient are done.
         refused: why nothing of this step may enter residuals and weights.
+        untouched: layers that took no part on any rank.
         whole: histograms of gradients that were sent whole, if they are wanted.
     """
 
-    gradients: dict[str, Array] = field(default_factory=dict)
-    found: dict[str, Found | None] = field(default_factory=dict)
-    futures: dict[str, Future[Any]] = field(default_factory=dict)
-    arrived: set[str] = field(default_factory=set)
-    not_finite: list[str] = field(default_factory=list)
-    missing: dict[int, int] = field(default_factory=dict)
-    kept: dict[int, list[np.ndarray | None]] = field(default_factory=dict)
-    sent: dict[int, int] = field(default_factory=dict)
-    received: dict[int, list[Payload]] = field(default_factory=dict)
-    settled: set[str] = field(default_factory=set)
-    refused: NonFiniteGradientError | None = None
-    whole: dict[str, np.ndarray] = field(default_factory=dict)
+    def __init__(self, routing: Routing, away: Collection[str] = ()) -> None:
+        self._routing = routing
+        self._away = frozenset(away)
+        self._missing: dict[int, int] = {}  # layers that each bucket still waits for
+        self.gradients: dict[str, Array] = {}
+        self.found: dict[str, Found | None] = {}
+        self.futures: dict[str, Future[Any]] = {}
+        self.k: dict[str, int] = {}
+        self.arrived: set[str] = set()
+        self.left_out: set[str] = set()
+        self.not_finite: set[str] = set()
+        self.kept: dict[int, list[np.ndarray | None]] = {}
+        self.sent: dict[int, int] = {}
+        self.received: dict[int, list[Payload]] = {}
+        self.settled: set[str] = set()
+        self.refused: NonFiniteGradientError | None = None
+        self.untouched: frozenset[str] = frozenset()
+        self.whole: dict[str, np.ndarray] = {}
 
-    def found_not_finite(self, buckets: Sequence[Bucket]) -> list[tuple[str, int | None]]:
-        """Layers and ranks whose payloads tell of NaN or Inf: the same on every rank."""
-        payloads = [
-            (buckets[bucket], rank, payload)
-            for bucket, received in self.received.items()
-            for rank, payload in enumerate(received)
-        ]
-        sparse: list[tuple[str, int | None]] = [
-            (bucket.layers[position].name, rank)
-            for bucket, rank, payload in payloads
-            for position in np.flatnonzero(payload.status == NOT_FINITE)
-        ]
-        return sparse + [
-            (payload.not_finite, rank)
-            for _, rank, payload in payloads
-            if payload.not_finite is not None
-        ]
+    # Gathering ----------------------------------------------------------------------------------
 
-    def sketches(
-        self, buckets: Sequence[Bucket], rows: Sequence[np.ndarray], world_size: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What ``Controller.advance`` takes: all ranks' sketches of the layers that took part.
+    def arrive(self, name: str, left_out: bool = False) -> None:
+        """A layer comes in.
 
         Args:
-            buckets: of the model.
-            rows: of each bucket's layers among the model's sparse ones.
-            world_size: number of ranks, P.
+            name: of the layer.
+            left_out: whether it takes no part on this rank, and nothing will be sent of it.
+
+        Raises:
+            DLSError: it has come in before, or after its bucket was sent.
         """
-        shape = sum(map(len, rows)), world_size
-        present = np.zeros(shape[0], bool)
-        bases, counts = np.zeros(shape, np.int64), np.zeros((*shape, WINDOW))
-        for bucket, payloads in self.received.items():
-            own = rows[bucket]
-            present[own] = [layer.name in self.found for layer in buckets[bucket].layers]
+        if name in self.arrived:
+            raise DLSError(f"layer {name!r}: compressed twice before it was decompressed")
+        if not left_out and self._routing.bucket_of(name) in self.sent:
+            raise DLSError(
+                f"layer {name!r}: its gradient came after those that it travels with were sent, "
+                "because it was frozen or sparse when the step began; this step is lost, the next "
+                "one has it"
+            )
+        self.arrived.add(name)
+        if left_out:
+            self.left_out.add(name)
+
+    def complete_with(self, name: str) -> int | None:
+        """Number of the bucket that has nothing to wait for now that a layer is there, or None."""
+        bucket = self._routing.bucket_of(name)
+        if bucket is None or bucket in self.sent:
+            return None
+        missing = self._missing
+        if bucket not in missing:
+            missing[bucket] = len(self._routing.members[bucket] - self._away)
+        if name not in self._away:
+            missing[bucket] -= 1
+        return None if missing[bucket] else bucket
+
+    @property
+    def complete(self) -> bool:
+        """Whether no bucket waits for a layer."""
+        waiting = (self._missing.get(b, 1) for b in range(len(self._routing.buckets)))
+        return not any(waiting)
+
+    def ready(self) -> list[int]:
+        """Buckets that are complete, have not been sent, and need not wait for a device."""
+        return [
+            bucket
+            for bucket, missing in self._missing.items()
+            if not missing and bucket not in self.sent
+            if all(self.futures[name].ready() for name in self.working_on(bucket))
+        ]
+
+    def working_on(self, bucket: int) -> frozenset[str]:
+        """Layers of a bucket of which a device has not been heard."""
+        return self._routing.members[bucket] & self.futures.keys()
+
+    @property
+    def begun(self) -> list[int]:
+        """Buckets of which some layer has come in, in order."""
+        return sorted(self._missing)
+
+    def status_of_watched(self, bucket: int) -> dict[str, Status]:
+        """What to tell of the layers that a bucket watches, by name; of the others, SENT."""
+        told: dict[str, Status] = {}
+        for name in self._routing.buckets[bucket].watched:
+            if name in self.left_out or name not in self.arrived:
+                told[name] = ABSENT
+            elif name in self.not_finite:
+                told[name] = NOT_FINITE
+        return told
+
+    # What all ranks sent ------------------------------------------------------------------------
+
+    def layers_that_say(self, status: Status) -> list[tuple[str, int]]:
+        """Layers and the ranks that say so of them, in all that was received."""
+        said: list[tuple[str, int]] = []
+        for number, payloads in self.received.items():
+            bucket = self._routing.buckets[number]
+            for rank, payload in enumerate(payloads):
+                sparse, watched = payload.status == status, payload.watched == status
+                said += [(bucket.layers[i].name, rank) for i in np.flatnonzero(sparse)]
+                said += [(bucket.watched[i], rank) for i in np.flatnonzero(watched)]
+        return said
+
+    def present(self, n_layers: int) -> np.ndarray:
+        """(n_layers,) bool: of each of the plan's sparse layers, whether some rank sent it."""
+        present = np.zeros(n_layers, bool)
+        for number, payloads in self.received.items():
+            for payload in payloads:
+                present[self._routing.rows[number]] |= payload.status == SENT
+        return present
+
+    def sketches(self, rows: np.ndarray, n_layers: int) -> tuple[np.ndarray, np.ndarray]:
+        """First bins and counts of all ranks' sketches of the layers in ``rows``, as they came."""
+        world_size = max(map(len, self.received.values()), default=1)
+        window = next((p[0].counts.shape[1] for p in self.received.values()), 1)
+        bases = np.zeros((n_layers, world_size), np.int64)
+        counts = np.zeros((n_layers, world_size, window))
+        for number, payloads in self.received.items():
+            own = self._routing.rows[number]
             for rank, payload in enumerate(payloads):
                 bases[own, rank], counts[own, rank] = payload.bases, payload.counts
-        chosen = np.flatnonzero(present)
-        return chosen, bases[chosen], counts[chosen]
+        return bases[rows], counts[rows]

@@ -8,7 +8,7 @@ import numpy as np
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
-from hvd_dls.core.wire.payload import MAX_ENTRIES, Bucket
+from hvd_dls.core.wire.layout import MAX_ENTRIES, Bucket
 from hvd_dls.errors import DLSError
 
 

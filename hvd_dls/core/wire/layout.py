@@ -1,7 +1,8 @@
 """Where things stand in the payload of a bucket, little-endian; parts begin at multiples of 8.
 
-    header   HEADER, 32 bytes
+    header   HEADER, 40 bytes
     records  RECORD, 104 bytes for each layer
+    watched  one byte for each watched layer: its status
     values   room for C
     indices  Elias–Fano: lower part, upper part (elias_fano.py), counted through the whole bucket;
              or plain: room for C uint32, counted in each layer
@@ -28,7 +29,7 @@ from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.values import WIRE_DTYPES
 from hvd_dls.errors import DLSError
 
-VERSION = 3
+VERSION = 4
 MAX_ENTRIES = (1 << 32) - 1  # of one bucket
 
 VALUE_CODES = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
@@ -47,7 +48,9 @@ HEADER = np.dtype(
         ("low_bits", "u1"),  # of Elias–Fano; 0 if plain
         ("reserved", "u1"),
         ("layers", "<u4"),
-        ("not_finite", "<u4"),  # 1 + number of the first of ``watched`` that was not finite, or 0
+        ("watched", "<u4"),  # layers that go dense
+        ("step", "<u4"),  # number of the step, modulo 2**32
+        ("attempt", "<u4"),  # how often the rank has abandoned this step before
     ]
 )
 RECORD = np.dtype(
@@ -62,7 +65,7 @@ RECORD = np.dtype(
 
 
 class Status(IntEnum):
-    """What a rank says of a layer."""
+    """What a rank says of a layer; of a watched one, SENT means that it was finite."""
 
     SENT = 1
     NOT_FINITE = 2
@@ -85,7 +88,7 @@ class Bucket:
         code: of the indices: "elias-fano", or "plain" for networks so fast that coding costs more
             than it saves.
         watched: names of layers that go dense; the payload tells whether their gradients were
-            finite.
+            there and finite.
 
     Raises:
         DLSError: something else.
@@ -123,8 +126,8 @@ class Bucket:
 
     @cached_property
     def id(self) -> int:
-        """CRC-32 of its layers' names and sizes."""
-        return zlib.crc32("".join(f"{x.name}\0{x.size}\0" for x in self.layers).encode())
+        """CRC-32 of its layers' stable names and sizes."""
+        return zlib.crc32("".join(f"{x.stable_name}\0{x.size}\0" for x in self.layers).encode())
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -142,6 +145,7 @@ class Parts(NamedTuple):
 
     header: np.ndarray  # (1,)
     records: np.ndarray  # (L,)
+    watched: np.ndarray  # (W,), a few more where a word is not full
     values: np.ndarray  # (C,), a few more where a word is not full
     lower: np.ndarray  # uint64; all of the indices, uint32, if plain
     upper: np.ndarray  # uint64; empty if plain
@@ -159,7 +163,8 @@ def _ends(bucket: Bucket, capacity: int) -> list[int]:
     if bucket.code == "plain":
         lower, upper = -(-capacity * 4 // 8) * 8, 0
     ends = [HEADER.itemsize]
-    for length in (RECORD.itemsize * len(bucket.layers), values, lower, upper):
+    watched = -(-len(bucket.watched) // 8) * 8
+    for length in (RECORD.itemsize * len(bucket.layers), watched, values, lower, upper):
         ends.append(ends[-1] + length)
     return ends
 
@@ -171,13 +176,24 @@ def parts_of(bucket: Bucket, capacity: int, payload: np.ndarray) -> Parts:
     return Parts(
         payload[..., : ends[0]].view(HEADER),
         payload[..., ends[0] : ends[1]].view(RECORD),
-        payload[..., ends[1] : ends[2]].view(WIRE_DTYPES[bucket.values]),
-        payload[..., ends[2] : ends[3]].view("<u4" if bucket.code == "plain" else words),
-        payload[..., ends[3] : ends[4]].view(words),
+        payload[..., ends[1] : ends[2]],
+        payload[..., ends[2] : ends[3]].view(WIRE_DTYPES[bucket.values]),
+        payload[..., ends[3] : ends[4]].view("<u4" if bucket.code == "plain" else words),
+        payload[..., ends[4] : ends[5]].view(words),
     )
 
 
-def header_of(bucket: Bucket, capacity: int, entries: int = 0, not_finite: int = 0) -> np.ndarray:
+class Clock(NamedTuple):
+    """When a payload was made: the step, and how often it had been abandoned before."""
+
+    step: int
+    attempt: int
+
+
+START = Clock(0, 0)
+
+
+def header_of(bucket: Bucket, capacity: int, entries: int = 0, clock: Clock = START) -> np.ndarray:
     """The header of a payload with so many entries: () HEADER."""
     header = np.zeros((), HEADER)
     header["magic"] = b"DLS"
@@ -190,7 +206,9 @@ def header_of(bucket: Bucket, capacity: int, entries: int = 0, not_finite: int =
     header["indices"] = INDEX_CODES[bucket.code]
     header["low_bits"] = _low_bits(bucket, capacity)
     header["layers"] = len(bucket.layers)
-    header["not_finite"] = not_finite
+    header["watched"] = len(bucket.watched)
+    header["step"] = clock.step & 0xFFFFFFFF
+    header["attempt"] = clock.attempt
     return header
 
 

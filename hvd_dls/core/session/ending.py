@@ -1,0 +1,64 @@
+"""What a step leaves behind when it ends: velocities, thresholds, ratios, a record."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hvd_dls.core.balancing.plan import measured_k
+from hvd_dls.core.session import log
+from hvd_dls.core.session.memory import Memory
+from hvd_dls.core.session.recorder import Recorder
+from hvd_dls.core.session.step import Step
+from hvd_dls.core.session.telemetry import StepRecord
+
+
+def end_step(memory: Memory, recorder: Recorder, step: Step) -> StepRecord:
+    """Ends a step that counts, once all its layers are settled.
+
+    Args:
+        memory: of the rank.
+        recorder: of the model.
+        step: that ends.
+
+    Returns:
+        What happened in it.
+    """
+    found = {name: f for name, f in step.found.items() if f is not None}
+    memory.correction.commit({name: f.indices for name, f in found.items()})
+    memory.forget_leftovers(step.arrived - step.left_out)
+    for name, f in found.items():
+        memory.thresholds[name] = f.threshold
+    controller = memory.controller
+    if controller.dense:
+        controller.advance()
+        record = recorder.record_whole(step)
+        if step.whole:
+            controller.start_from(
+                measured_k(memory.plan, memory.config, step.whole, controller.density)
+            )
+        return record
+    k = controller.k.copy()
+    if memory.baseline is not None:
+        k = np.array([len(found[x.name].indices) if x.name in found else 0 for x in memory.layers])
+    _advance(memory, step)
+    return recorder.record(step, k)
+
+
+def _advance(memory: Memory, step: Step) -> None:
+    """Moves the ratios, and tells of layers that lose or regain their share."""
+    controller, n_layers = memory.controller, len(memory.layers)
+    before = controller.attendance.live
+    rows = np.flatnonzero(step.present(n_layers))
+    if memory.baseline is None:
+        controller.advance(rows, *step.sketches(rows, n_layers))
+    else:
+        controller.advance(rows)
+        memory.baseline.start_step(controller.density, controller.attendance.live)
+    live = controller.attendance.live
+    if memory.rank == 0 and (live != before).any():
+        gone, back = np.flatnonzero(before & ~live), np.flatnonzero(live & ~before)
+        if len(gone):
+            steps = int(controller.attendance.away[gone].max())
+            log.share_given_away([memory.layers[row].name for row in gone], steps)
+        if len(back):
+            log.share_given_back([memory.layers[row].name for row in back])

@@ -1,0 +1,217 @@
+"""Unpacking what all ranks sent of a bucket, and checking all there is to check."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import numpy as np
+
+from hvd_dls.core.balancing.sketch import LAST_BASE
+from hvd_dls.core.wire import elias_fano
+from hvd_dls.core.wire.layout import (
+    ABSENT,
+    HEADER,
+    SENT,
+    Bucket,
+    Clock,
+    Parts,
+    header_of,
+    parts_of,
+    payload_bytes,
+)
+from hvd_dls.core.wire.payload import Payload, checked_k, first_wrong, starts_of
+from hvd_dls.core.wire.values import decode_counts, decode_values
+from hvd_dls.errors import PayloadError
+
+
+def unpack(
+    bucket: Bucket, k: np.ndarray, gathered: np.ndarray, world_size: int, first_rank: int = 0
+) -> list[Payload]:
+    """Reads all ranks' payloads of one bucket and checks all there is to check.
+
+    Args:
+        bucket: whose payloads these should be.
+        k: (L,) entries of each layer that is sent.
+        gathered: (world_size * payload_bytes(bucket, k.sum()),) uint8, payloads in rank order.
+        world_size: number of ranks.
+        first_rank: whose payload comes first, for messages.
+
+    Returns:
+        One payload a rank.
+
+    Raises:
+        DLSError: k is not one number a layer.
+        PayloadError: the buffer is not that; the message names layer or bucket, rank, what was
+            found and what was expected.
+    """
+    k, capacity = checked_k(bucket, k)
+    length = payload_bytes(bucket, capacity)
+    if gathered.dtype != np.uint8 or gathered.shape != (world_size * length,):
+        raise PayloadError(
+            f"bucket {bucket.name!r}: gathered {gathered.size} items of {gathered.dtype}, expected "
+            f"{world_size} payloads of {length} bytes"
+        )
+    if not gathered.flags.c_contiguous or gathered.__array_interface__["data"][0] % 8:
+        gathered = gathered.copy()  # compiled loops read whole words
+    parts = parts_of(bucket, capacity, gathered.reshape(world_size, length))
+    _check_headers(bucket, capacity, parts.header, first_rank)
+    _check_records(bucket, k, parts, first_rank)
+    counts = decode_counts(parts.records["counts"])
+    return [
+        _unpack_one(bucket, first_rank + i, Parts(*(part[i] for part in parts)), counts[i])
+        for i in range(world_size)
+    ]
+
+
+def unpack_varying(bucket: Bucket, gathered: np.ndarray, world_size: int) -> list[Payload]:
+    """Like ``unpack``, where each rank chose the entries of its layers, and so the length, itself.
+
+    Raises:
+        PayloadError: as ``unpack``.
+    """
+    payloads: list[Payload] = []
+    gathered = np.asarray(gathered)
+    start, head = 0, payload_bytes(bucket, 0)  # header and records
+    for rank in range(world_size):
+        first = gathered[start : start + head].copy()
+        if first.dtype != np.uint8 or len(first) < head:
+            raise PayloadError(
+                f"bucket {bucket.name!r}, payload of rank {rank}: {len(first)} items of "
+                f"{first.dtype}, expected {head} bytes or more"
+            )
+        parts = parts_of(bucket, 0, first)
+        capacity = int(parts.header["capacity"][0])
+        k = np.where(parts.records["status"] == SENT, parts.records["entries"], 0).astype(np.int64)
+        if k.sum() != capacity or (k > np.diff(bucket.offsets)).any():
+            _refuse_payload(bucket, rank, "capacity", capacity, int(k.sum()))
+        length = payload_bytes(bucket, capacity)
+        payloads += unpack(bucket, k, gathered[start : start + length], 1, rank)
+        start += length
+    if start != len(gathered):
+        raise PayloadError(
+            f"bucket {bucket.name!r}: gathered {len(gathered)} bytes, expected {start} from "
+            f"{world_size} ranks"
+        )
+    return payloads
+
+
+def _check_headers(bucket: Bucket, capacity: int, headers: np.ndarray, first_rank: int) -> None:
+    """Checks all fields of all ranks' headers but the number of entries and the clock."""
+    expected = header_of(bucket, capacity)
+    headers = headers[:, 0].copy()
+    for field in ("entries", "step", "attempt"):
+        headers[field] = 0
+    if headers.tobytes() == expected.tobytes() * len(headers):
+        return
+    for rank, header in enumerate(headers, start=first_rank):
+        for field in HEADER.names or ():
+            if header[field] != expected[field]:
+                _refuse_payload(bucket, rank, field, header[field], expected[field])
+
+
+def _check_records(bucket: Bucket, k: np.ndarray, parts: Parts, first_rank: int) -> None:
+    """Checks all ranks' records, and the number of entries in their headers."""
+    records = parts.records
+    status, bases, exponents = records["status"], records["sketch_base"], records["exponent"]
+
+    def check(field: str, good: np.ndarray, wanted: object) -> None:
+        _check_layers(bucket, field, records[field], good, wanted, first_rank)
+
+    check("status", (status >= SENT) & (status <= ABSENT), "1, 2 or 3")
+    expected = np.where(status == SENT, k, 0)
+    check("entries", records["entries"] == expected, expected)
+    check("sketch_base", bases <= LAST_BASE, f"at most {LAST_BASE}")
+    if bucket.values != "float16":
+        check("exponent", exponents == 0, 0)
+    watched, n = parts.watched, len(bucket.watched)
+    good = (watched[:, :n] >= SENT) & (watched[:, :n] <= ABSENT)
+    if not good.all() or watched[:, n:].any():
+        rank = int(np.argmin(good.all(axis=1) & ~watched[:, n:].any(axis=1)))
+        found = watched[rank].tolist()
+        _refuse_payload(bucket, first_rank + rank, "watched", found, f"1, 2 or 3, {n} times")
+    entries, totals = parts.header["entries"][:, 0], expected.sum(axis=1)
+    if (entries != totals).any():
+        rank = int(np.argmax(entries != totals))
+        _refuse_payload(bucket, first_rank + rank, "entries", entries[rank], totals[rank])
+
+
+def _check_layers(
+    bucket: Bucket,
+    field: str,
+    found: np.ndarray,
+    good: np.ndarray,
+    expected: object,
+    first_rank: int,
+) -> None:
+    if good.all():
+        return
+    rank, layer = np.argwhere(~good)[0]
+    wanted = expected[rank, layer] if isinstance(expected, np.ndarray) else expected
+    raise PayloadError(
+        f"layer {bucket.layers[layer].name!r}, payload of rank {first_rank + rank}: {field} is "
+        f"{found[rank, layer]}, expected {wanted}"
+    )
+
+
+def _refuse_payload(
+    bucket: Bucket, rank: int, field: str, found: object, expected: object
+) -> NoReturn:
+    raise PayloadError(
+        f"bucket {bucket.name!r}, payload of rank {rank}: {field} is {found}, expected {expected}; "
+        "do all ranks run the same version and configuration?"
+    )
+
+
+def _unpack_one(bucket: Bucket, rank: int, parts: Parts, counts: np.ndarray) -> Payload:
+    records = parts.records
+    starts = starts_of(records["entries"])
+    total = int(starts[-1])
+    sent = parts.values[:total]
+    values = decode_values(sent, bucket.values, records["exponent"], starts)
+    finite = np.isfinite(values)
+    if not finite.all():
+        where = int(np.argmin(finite))
+        layer = int(np.searchsorted(starts, where, side="right")) - 1
+        raise PayloadError(
+            f"layer {bucket.layers[layer].name!r}, payload of rank {rank}: value "
+            f"{where - starts[layer]} is {values[where]}, expected it to be finite"
+        )
+    indices = _take_indices(bucket, rank, parts, starts)
+    if parts.values[total:].view(np.uint8).any():
+        _refuse_payload(bucket, rank, "room for further values", "in use", "zero")
+    return Payload(
+        Clock(int(parts.header["step"][0]), int(parts.header["attempt"][0])),
+        parts.watched[: len(bucket.watched)],
+        records["status"],
+        records["sketch_base"],
+        counts,
+        starts,
+        indices,
+        values,
+    )
+
+
+def _take_indices(bucket: Bucket, rank: int, parts: Parts, starts: np.ndarray) -> np.ndarray:
+    total = int(starts[-1])
+    if bucket.code == "plain":
+        indices = parts.lower[:total]
+        wrong = first_wrong(bucket, starts, indices)
+        unused = bool(parts.lower[total:].any())
+    else:
+        low = int(parts.header["low_bits"][0])
+        indices = np.empty(total, np.uint32)
+        wrong = elias_fano.decode(parts.lower, parts.upper, starts, bucket.offsets, low, indices)
+        word, bit = divmod(total * low, 64)
+        tail = parts.lower[word:]
+        unused = len(tail) > 0 and bool(tail[0] >> np.uint64(bit) or tail[1:].any())
+    if wrong >= 0:
+        raise PayloadError(
+            f"layer {bucket.layers[wrong].name!r}, payload of rank {rank}: indices do not ascend "
+            f"within its {bucket.layers[wrong].size} entries"
+        )
+    if wrong != elias_fano.GOOD:
+        number = "fewer" if wrong == elias_fano.TOO_FEW else "more"
+        _refuse_payload(bucket, rank, "number of indices", f"{number} than {total}", total)
+    if unused:
+        _refuse_payload(bucket, rank, "room for further indices", "in use", "zero")
+    return indices
