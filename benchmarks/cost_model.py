@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a step costs, as a formula fitted to measurements; and from it, where DLS pays.
 
-    python benchmarks/cost_model.py build/exchange.json build/network.json --picture cost.png
+    python -m benchmarks.cost_model build/exchange.json build/network.json --picture cost.png
 
 Takes JSON files of exchange.py and network.py. A step, of P ranks over links of B bytes a second:
 
@@ -27,17 +27,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.reporting import markdown
+from benchmarks.common.shapes import MODELS, entries
 from benchmarks.hosts import bits_per_second
-from benchmarks.jobs import title_of
-from benchmarks.shapes import MODELS, entries
-from benchmarks.tables import markdown
+from benchmarks.hosts.jobs import title_of
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import layer_spec
 from hvd_dls.core.session.planning import make_plan

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What DLS adds to a step where the network is no bottleneck, beside Horovod's dense allreduce.
 
-    python benchmarks/exchange.py --json build/exchange.json --picture build/exchange.png
+    python -m benchmarks.exchange --json build/exchange.json --picture build/exchange.png
 
 Two ranks on this machine, over loopback, with the parameters of a ResNet-50. "Added" is the time of
 a step less that of the same step without any exchange: all that compressing, exchanging and
@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.jobs import JobError, launcher, middle, ratio, run_job, steps_of, title_of
-from benchmarks.shapes import MODELS
-from benchmarks.tables import markdown
+from benchmarks.common.reporting import markdown
+from benchmarks.common.shapes import MODELS
+from benchmarks.hosts.jobs import JobError, launcher, middle, ratio, run_job, steps_of, title_of
 
 REFERENCE = ["nothing", "dense", "fp16"]
 METHODS = ["layerwise:0.01", "dls:0.01", "dls:0.01:bfloat16", "dls:0.001"]

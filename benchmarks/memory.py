@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How much memory a training step needs, dense and compressed.
 
-    python benchmarks/memory.py --models resnet50 bert-base
+    python -m benchmarks.memory --models resnet50 bert-base
 
 Each way to exchange is a job of its own on this machine (synthetic.py), and what is measured the
 peak of the resident memory of rank 0, frameworks included. What counts is the difference from dense
@@ -24,10 +24,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.jobs import ROOT, SETTINGS, launcher
-from benchmarks.shapes import MODELS
-from benchmarks.tables import markdown
+from benchmarks.common.reporting import markdown
+from benchmarks.common.shapes import MODELS
+from benchmarks.hosts.jobs import ROOT, SETTINGS, launcher
 
 WAYS = {
     "dense": ["--compression", "none"],
@@ -69,11 +68,12 @@ def peak(model: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
     """Figures of one job."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
-        script = [sys.executable, str(ROOT / "benchmarks" / "synthetic.py"), "--model", model]
+        script = [sys.executable, "-m", "benchmarks.synthetic", "--model", model]
         steps = ["--num-iters", "1", "--num-batches-per-iter", str(args.steps)]
         command = [*launcher(args.ranks), *script, *WAYS[way], *steps, "--json", str(file)]
         done = subprocess.run(
             command,
+            cwd=ROOT,
             env={**os.environ, **SETTINGS, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How long a step takes over a slow network: dense, fp16, layer-wise top-k and DLS.
 
-    python benchmarks/network.py --json build/network.json --picture build/network.png
-    python benchmarks/network.py --hosts 2 --model resnet50
+    python -m benchmarks.network --json build/network.json --picture build/network.png
+    python -m benchmarks.network --hosts 2 --model resnet50
 
 Makes hosts out of this machine, with links of the given rate in each direction (hosts.py; needs
 root), and runs one job of one rank a host for each number of hosts and each rate. In a job, all
@@ -35,12 +35,11 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.reporting import markdown
+from benchmarks.common.shapes import MODELS
 from benchmarks.exchange import spread
 from benchmarks.hosts import INTERFACE, Hosts, HostsError, bits_per_second
-from benchmarks.jobs import JobError, launcher, middle, ratio, run_job, steps_of, title_of
-from benchmarks.shapes import MODELS
-from benchmarks.tables import markdown
+from benchmarks.hosts.jobs import JobError, launcher, middle, ratio, run_job, steps_of, title_of
 
 # Designed for: dense over DLS at least, on two hosts with a ResNet-50, by rate and density.
 TARGETS = {

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Runs the benchmarks and rebuilds docs/results.md from what they print.
 
-    python benchmarks/results.py                     # all, about an hour; the network needs root
-    python benchmarks/results.py --only wire network # these; the others' last results stay
-    python benchmarks/results.py --only              # only builds the page
+    python -m benchmarks.results                     # all, about an hour; the network needs root
+    python -m benchmarks.results --only wire network # these; the others' last results stay
+    python -m benchmarks.results --only              # only builds the page
 
 Each benchmark's output is kept in build/results/: after an interruption, name the missing ones.
 """
@@ -24,7 +24,7 @@ KEPT = ROOT / "build" / "results"
 PAGE = ROOT / "docs" / "results.md"
 INTRODUCTION = """# Results
 
-Made by `python benchmarks/results.py`, which runs each command below. Every ratio compares figures
+Made by `python -m benchmarks.results`, which runs each command below. Every ratio compares figures
 of one run, taken in turn on the same data; spreads stand beside them.
 """
 
@@ -108,7 +108,7 @@ BENCHMARKS = {
 def command_of(name: str) -> list[str]:
     benchmark = BENCHMARKS[name]
     options = benchmark.command.format(kept=KEPT.relative_to(ROOT)).split()
-    return [f"benchmarks/{benchmark.script or name}.py", *options]
+    return ["-m", f"benchmarks.{benchmark.script or name}", *options]
 
 
 def run(name: str) -> bool:

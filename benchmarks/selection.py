@@ -1,6 +1,6 @@
 """How fast are the k largest of residual + gradient found, against the usual ways of doing it?
 
-    python benchmarks/selection.py --quick
+    python -m benchmarks.selection --quick
 
 One thread each (ours: --threads); all methods take turns, so that what else the machine does hits
 all alike.  The measure is np.add(residual, gradient, out=residual), which error feedback needs in

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second with random gradients: what exchanging them costs on your network.
 
-    horovodrun -np 2 python benchmarks/synthetic.py --model resnet50 --compression dls
+    horovodrun -np 2 python -m benchmarks.synthetic --model resnet50 --compression dls
 
 The flags and output lines are those of Horovod's pytorch_synthetic_benchmark.py, but a model is
 only its parameters' shapes and gradients are noise, so that a step is nothing but communication,
@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import resource
-import sys
 import timeit
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,8 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.shapes import MODELS, entries
-from benchmarks.synthetic_model import (
+from benchmarks.common.shapes import MODELS, entries
+from benchmarks.common.synthetic_model import (
     COMPRESSIONS,
     TAILS,
     Gradients,

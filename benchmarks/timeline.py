@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Draws one step of a Horovod timeline: a lane for each operation, and backward behind them.
 
-    python benchmarks/hosts.py --rate 100mbit -- horovodrun -np 2 --gloo --cache-capacity 0 \\
-        --timeline-filename /tmp/timeline.json python benchmarks/timeline.py train
-    python benchmarks/timeline.py draw /tmp/timeline.json timeline.png
+    python -m benchmarks.hosts --rate 100mbit -- horovodrun -np 2 --gloo --cache-capacity 0 \\
+        --timeline-filename /tmp/timeline.json python -m benchmarks.timeline train
+    python -m benchmarks.timeline draw /tmp/timeline.json timeline.png
 
 `train` is an example; the timeline of another torch job will do as well. With `--cache-capacity 0`
 Horovod writes down when each rank was ready; otherwise only for operations it sees the first time.

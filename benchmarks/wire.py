@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Bytes and nanoseconds an entry sent costs on the wire, beside the entropy bound and other codes.
 
-    python benchmarks/wire.py --json build/wire.json --picture build/wire.png
+    python -m benchmarks.wire --json build/wire.json --picture build/wire.png
 
 Index sets: "uniform", K of n at random, which is what the bound is for; "clustered", the largest of
 Gaussian gradients whose layers, rows and columns differ in scale; "digits", the largest entries of
@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.tables import markdown
+from benchmarks.common.reporting import markdown
 from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
 from hvd_dls.core.balancing.sketch import WINDOW, Sketch
 from hvd_dls.core.jit import HAVE_NUMBA

@@ -16,8 +16,9 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import cost_model, jobs, shapes, wire
-from benchmarks.hosts import why_not
+from benchmarks import cost_model, wire
+from benchmarks.common import shapes
+from benchmarks.hosts import jobs, why_not
 from tests.jobs import ROOT, horovodrun, needs
 
 needs_hosts = pytest.mark.skipif(
@@ -74,8 +75,8 @@ def test_shapes_are_those_of_torchs_own_layers():
 
 DELIVERY = """
 import numpy as np, torch
-from benchmarks.shapes import tiny
-from benchmarks.synthetic_model import Gradients, Stopwatch, SyntheticModel
+from benchmarks.common.shapes import tiny
+from benchmarks.common.synthetic_model import Gradients, Stopwatch, SyntheticModel
 
 shapes = tiny()
 gradients = Gradients(shapes, seed=3, pool=1000)  # smaller than a layer: drawn in parts
@@ -119,7 +120,7 @@ def test_synthetic_prints_horovods_lines_and_the_split(tmp_path):
     options = ["--model", "tiny", "--compression", "dls", "--density", "0.05", "--spread", "10"]
     options += ["--num-warmup-batches", "2", "--num-batches-per-iter", "3", "--num-iters", "2"]
     options += ["--backward-ms", "3", "--json", str(result), "--picture", str(tmp_path / "x.png")]
-    output = horovodrun(2, ["benchmarks/synthetic.py", *options])
+    output = horovodrun(2, ["-m", "benchmarks.synthetic", *options])
     for line in (
         r"Model: tiny",
         r"Batch size: 32",
@@ -147,7 +148,7 @@ def exchange_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exchange")
     files = ["--json", f"{folder}/x.json", "--picture", f"{folder}/x.png"]
     methods = ["--methods", "dls:0.05", "--profile-steps", "2"]
-    output = run("benchmarks/exchange.py", *QUICK, *methods, *files)
+    output = run("-m", "benchmarks.exchange", *QUICK, *methods, *files)
     assert "| DLS, 5.0% |" in output
     assert "Where a step with DLS, 5.0% goes" in output
     assert (folder / "x.png").read_bytes().startswith(PNG)
@@ -171,7 +172,7 @@ def test_exchange_measures_every_method_in_every_round(exchange_file):
 def test_network_counts_what_telemetry_claims_and_headers(tmp_path):
     files = ["--json", str(tmp_path / "n.json"), "--picture", str(tmp_path / "n.png")]
     options = ["--hosts", "2", "--rates", "1gbit", "--density", "0.05", *files]
-    output = run("benchmarks/network.py", *QUICK, *options)
+    output = run("-m", "benchmarks.network", *QUICK, *options)
     assert "2 hosts, 1gbit: tiny" in output
     (job,) = json.loads((tmp_path / "n.json").read_text())["jobs"]
     assert [row["method"] for row in job["rows"]][3:] == [
@@ -187,7 +188,7 @@ def test_network_counts_what_telemetry_claims_and_headers(tmp_path):
 @needs("torch", "horovod")
 def test_the_cost_model_reads_measurements_and_draws(exchange_file, tmp_path):
     options = ["--model", "resnet50", "--ranks", "16", "1024", "--picture", str(tmp_path / "c.png")]
-    output = run("benchmarks/cost_model.py", str(exchange_file), *options)
+    output = run("-m", "benchmarks.cost_model", str(exchange_file), *options)
     assert re.search(r"^Errors: median \d+%", output, re.M)
     # A hundredth of the entries from 1024 ranks is ten times the model.
     assert "Loses on every link against an ideal allreduce: 1024 ranks at 0.01" in output

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +25,8 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.shapes import MODELS, Shapes, entries
-from benchmarks.synthetic_model import (
+from benchmarks.common.shapes import MODELS, Shapes, entries
+from benchmarks.common.synthetic_model import (
     TAILS,
     Gradients,
     Still,

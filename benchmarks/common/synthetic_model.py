@@ -17,7 +17,7 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-from benchmarks.shapes import Shapes
+from benchmarks.common.shapes import Shapes
 from hvd_dls.core.balancing.controller import Controller
 from hvd_dls.core.session.session import Session
 from hvd_dls.torch import DLSCompressor, exchange

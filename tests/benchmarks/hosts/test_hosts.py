@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.hosts import Hosts, HostsError, bits_per_second, why_not
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LIMIT = 20  # seconds, for what takes far less
 
 needs_hosts = pytest.mark.skipif(
@@ -255,7 +255,7 @@ def test_nothing_is_left_after_the_block_or_an_exception_or_a_failing_command(ma
 def test_nothing_is_left_after_a_signal(mark, ending):
     command = ["sh", "-c", f"ssh host1 sleep {mark} & sleep {mark} & echo begun; wait"]
     # What a shell runs in the background ignores SIGINT, and so would its children.
-    harness = ["env", "--default-signal=INT", sys.executable, "benchmarks/hosts.py"]
+    harness = ["env", "--default-signal=INT", sys.executable, "-m", "benchmarks.hosts"]
     harness += ["--rate", "100mbit", "--", *command]
     with subprocess.Popen(harness, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -271,14 +271,14 @@ def test_nothing_is_left_after_a_signal(mark, ending):
 @pytest.mark.usefixtures("mark")
 def test_nothing_is_left_when_the_harness_is_killed_while_it_makes_hosts():
     for delay in (0.05, 0.15, 0.25, 0.35):
-        harness = [sys.executable, "benchmarks/hosts.py", "--hosts", "20", "--", "true"]
+        harness = [sys.executable, "-m", "benchmarks.hosts", "--hosts", "20", "--", "true"]
         with subprocess.Popen(harness, cwd=ROOT) as process:
             time.sleep(delay)
             process.kill()
 
 
 def on_the_command_line(*arguments, time_limit=60):
-    command = [sys.executable, "benchmarks/hosts.py", *arguments]
+    command = [sys.executable, "-m", "benchmarks.hosts", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     # A harness that is killed takes its hosts with it.
@@ -376,6 +376,8 @@ def test_without_root_it_says_so(monkeypatch):
 @needs_hosts
 @pytest.mark.usefixtures("mark")
 def test_what_the_kernel_forbids_is_told_in_its_words(monkeypatch):
-    monkeypatch.setattr("benchmarks.hosts.UNSHARE", ("sh", "-c", "echo unshare: forbidden >&2"))
+    monkeypatch.setattr(
+        "benchmarks.hosts.cluster.UNSHARE", ("sh", "-c", "echo unshare: forbidden >&2")
+    )
     with pytest.raises(HostsError, match="cannot make namespaces: unshare: forbidden"), Hosts(1):
         pass

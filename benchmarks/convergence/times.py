@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.convergence_pictures import smooth
-from benchmarks.convergence_results import Group, Groups, Result
-from benchmarks.convergence_settings import WORKERS
+from benchmarks.common.reporting import markdown
+from benchmarks.convergence.pictures import smooth
+from benchmarks.convergence.results import Group, Groups, Result
+from benchmarks.convergence.settings import WORKERS
 from benchmarks.cost_model import fit, points_of, terms_of
 from benchmarks.hosts import bits_per_second
-from benchmarks.tables import markdown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED = [ROOT / "build" / "results" / name for name in ("exchange.json", "network.json")]
 RATES = ("100mbit", "1gbit", "10gbit")
 TARGET_AT = 0.8  # of dense training: the loss that others are timed to

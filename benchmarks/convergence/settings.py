@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.convergence_tasks import TASKS
+from benchmarks.convergence.tasks import TASKS
 from hvd_dls.config import DLSConfig
 
 VERSION = 1  # of what a run does and keeps

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.convergence_results import CORRECTED, Group, Groups, unit
-from benchmarks.convergence_settings import DENSITIES, SETTINGS, STRATEGIES
-from benchmarks.convergence_tasks import TASKS
+from benchmarks.convergence.results import CORRECTED, Group, Groups, unit
+from benchmarks.convergence.settings import DENSITIES, SETTINGS, STRATEGIES
+from benchmarks.convergence.tasks import TASKS
 
 
 def smooth(values: Sequence[float] | np.ndarray, points: int) -> np.ndarray:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Does sparse training reach dense accuracy? Trains small models in many ways and compares them.
 
-    python benchmarks/convergence.py                          # all: about eight hours of one core
-    python benchmarks/convergence.py --tasks text --settings dense 'dls-*' --seeds 0
-    python benchmarks/convergence.py --report                 # only builds the page
+    python -m benchmarks.convergence                          # all: about eight hours of one core
+    python -m benchmarks.convergence --tasks text --settings dense 'dls-*' --seeds 0
+    python -m benchmarks.convergence --report                 # only builds the page
 
 Workers are simulated in one process (simulation.py), with the sessions that ranks of a real job
 have. Each run is kept in build/convergence/TASK/SETTING-WORKERS-SEED.json and not made again unless
@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.convergence_settings import SETTINGS, Run, all_runs, description, read, usual_runs
-from benchmarks.convergence_tasks import TASKS
-from benchmarks.convergence_training import train
+from benchmarks.convergence.settings import SETTINGS, Run, all_runs, description, read, usual_runs
+from benchmarks.convergence.tasks import TASKS
+from benchmarks.convergence.training import train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "convergence"
 PAGE = ROOT / "docs" / "convergence.md"
 
@@ -131,7 +130,7 @@ def main() -> int:
             print(f"no such settings; there are {', '.join(SETTINGS)}", file=sys.stderr)
             return 2
         failed = sweep(runs, args.steps, args.folder, args.jobs)
-    from benchmarks.convergence_report import build  # draws: only here is matplotlib needed
+    from benchmarks.convergence.report import build  # draws: only here is matplotlib needed
 
     build(args.folder, args.page, args.steps)
     print(f"{args.page} is made", *failed, sep="\n")

@@ -37,8 +37,8 @@ def trained(name, workers, options, steps=STEPS, momentum=0.9):
     """The model, and the job, after some steps of simulated training."""
     import torch
 
-    from benchmarks.convergence_tasks import TASKS, batch, loss, rate_at
-    from benchmarks.simulation import SimulatedJob
+    from benchmarks.convergence.simulation import SimulatedJob
+    from benchmarks.convergence.tasks import TASKS, batch, loss, rate_at
 
     task = TASKS[name]
     data, model = task.data().training, task.make_model(0)
@@ -68,8 +68,8 @@ REAL_JOB = """
 import json, sys
 import horovod.torch as hvd
 import torch
-from benchmarks.convergence_training import sha256
-from benchmarks.convergence_tasks import TASKS, batch, loss, rate_at
+from benchmarks.convergence.training import sha256
+from benchmarks.convergence.tasks import TASKS, batch, loss, rate_at
 from hvd_dls.torch import DLSCompressor
 
 hvd.init()
@@ -97,7 +97,7 @@ for number, (name, options, momentum) in enumerate(cases):
 @needs("horovod")
 def test_two_simulated_workers_are_two_ranks_of_a_real_job_to_the_bit():
     """Weights, and batch norm's statistics, which are rank 0's own."""
-    from benchmarks.convergence_training import sha256
+    from benchmarks.convergence.training import sha256
 
     output = horovodrun(2, ["-c", REAL_JOB, json.dumps([CASES, STEPS])])
     real = dict(re.findall(r"case (\d+) has (\w+)", output))
@@ -109,7 +109,7 @@ def test_two_simulated_workers_are_two_ranks_of_a_real_job_to_the_bit():
 
 @pytest.mark.parametrize("strategy", ["dls", "layerwise", "global", "norm", "hard"])
 def test_all_workers_get_the_same(strategy):
-    from benchmarks.simulation import exchange_all
+    from benchmarks.convergence.simulation import exchange_all
 
     options = {"strategy": strategy, "density": 0.02}
     options |= {"threshold": 2.0} if strategy == "hard" else {}
@@ -139,7 +139,7 @@ def test_density_one_is_dense_to_rounding():
 def test_more_workers_share_the_same_batch():
     import torch
 
-    from benchmarks.convergence_tasks import TASKS, Examples, batch
+    from benchmarks.convergence.tasks import TASKS, Examples, batch
 
     task = TASKS["digits"]
     numbers = torch.arange(1000)
@@ -160,7 +160,7 @@ def test_batch_norm_keeps_worker_zeros_statistics():
 
     import torch
 
-    from benchmarks.convergence_tasks import TASKS, batch, loss
+    from benchmarks.convergence.tasks import TASKS, batch, loss
 
     task = TASKS["digits"]
     model = task.make_model(0)
@@ -177,7 +177,7 @@ def test_batch_norm_keeps_worker_zeros_statistics():
 def test_tasks_fit_together(name):
     import torch
 
-    from benchmarks.convergence_tasks import TASKS, evaluate, loss
+    from benchmarks.convergence.tasks import TASKS, evaluate, loss
 
     task = TASKS[name]
     data, model = task.data(), task.make_model(0)
@@ -194,7 +194,7 @@ def test_tasks_fit_together(name):
 
 
 def test_learning_rate_rises_and_falls():
-    from benchmarks.convergence_tasks import TASKS, rate_at
+    from benchmarks.convergence.tasks import TASKS, rate_at
 
     task = TASKS["digits"]
     rates = [rate_at(task, step, 100) for step in range(100)]
@@ -210,8 +210,8 @@ def test_learning_rate_rises_and_falls():
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """A folder with the results of a few runs of four steps, and these runs."""
-    from benchmarks.convergence import sweep
-    from benchmarks.convergence_settings import WORKERS, all_runs
+    from benchmarks.convergence.settings import WORKERS, all_runs
+    from benchmarks.convergence.sweep import sweep
 
     folder = tmp_path_factory.mktemp("convergence")
     settings = ["dense", "dls-0.01", "dls-0.01-corrected", "hard-0.01-corrected"]
@@ -231,8 +231,8 @@ def times(folder):
 
 
 def test_seed_by_seed_and_what_a_run_needs_before_it():
-    from benchmarks.convergence_settings import NEAR_NOISE, SETTINGS, Run, all_runs, usual_runs
-    from benchmarks.convergence_tasks import TASKS
+    from benchmarks.convergence.settings import NEAR_NOISE, SETTINGS, Run, all_runs, usual_runs
+    from benchmarks.convergence.tasks import TASKS
 
     hard = Run("text", "hard-0.01-corrected", 4, 1)
     needed = hard._replace(setting="dls-0.01-corrected")
@@ -248,7 +248,7 @@ def test_seed_by_seed_and_what_a_run_needs_before_it():
 
 
 def test_only_what_is_missing_or_has_changed_is_made(kept):
-    from benchmarks.convergence import sweep
+    from benchmarks.convergence.sweep import sweep
 
     folder, runs = kept
     before = times(folder)
@@ -271,7 +271,7 @@ def test_only_what_is_missing_or_has_changed_is_made(kept):
 
 
 def test_a_result_has_all_that_the_page_needs(kept):
-    from benchmarks.convergence_settings import Run
+    from benchmarks.convergence.settings import Run
 
     folder, _ = kept
     result = json.loads(Run("digits", "dls-0.01", 4, 0).file(folder).read_text())
@@ -289,10 +289,10 @@ def test_a_result_has_all_that_the_page_needs(kept):
 
 
 def test_a_run_that_diverges_is_kept_as_such(tmp_path, monkeypatch):
-    from benchmarks.convergence import run_and_keep
-    from benchmarks.convergence_report import metric
-    from benchmarks.convergence_results import Groups
-    from benchmarks.convergence_settings import SETTINGS, Run, description, read
+    from benchmarks.convergence.report import metric
+    from benchmarks.convergence.results import Groups
+    from benchmarks.convergence.settings import SETTINGS, Run, description, read
+    from benchmarks.convergence.sweep import run_and_keep
 
     monkeypatch.setitem(SETTINGS, "dense", SETTINGS["dense"]._replace(rate=1e30))
     run = Run("digits", "dense", 2, 0)
@@ -308,13 +308,13 @@ def test_a_run_that_diverges_is_kept_as_such(tmp_path, monkeypatch):
 @needs("matplotlib")
 @pytest.mark.parametrize("fitted", [True, False], ids=["with a cost model", "without"])
 def test_the_page(kept, tmp_path, monkeypatch, fitted):
-    from benchmarks import convergence_report, convergence_times
+    from benchmarks.convergence import report, times
 
     terms = np.array([0, 0, 1e-9, 0, 1e-9, 1e-9, 1.0])
-    monkeypatch.setattr(convergence_times, "fitted_terms", lambda: terms if fitted else None)
+    monkeypatch.setattr(times, "fitted_terms", lambda: terms if fitted else None)
     folder, runs = kept
     page = tmp_path / "docs" / "convergence.md"
-    convergence_report.build(folder, page, steps=4)
+    report.build(folder, page, steps=4)
     text = page.read_text()
     assert f"{len(runs)} runs" in text
     for row in ("dense", "DLS", "constant threshold", "layer-wise top-k"):
@@ -331,12 +331,12 @@ def test_the_page(kept, tmp_path, monkeypatch, fitted):
     assert len(pictures) == 4
     assert all((page.parent / picture).read_bytes().startswith(PNG) for picture in pictures)
     with pytest.raises(SystemExit, match="no results"):
-        convergence_report.build(folder, page, steps=5)
+        report.build(folder, page, steps=5)
 
 
 def test_noise_and_targets():
-    from benchmarks.convergence_report import within_noise
-    from benchmarks.convergence_times import steps_to
+    from benchmarks.convergence.report import within_noise
+    from benchmarks.convergence.times import steps_to
 
     assert within_noise(np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.0]))
     assert not within_noise(np.array([1.0, 1.1, 1.2]), np.array([2.0, 2.1, 2.2]))

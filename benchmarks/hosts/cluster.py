@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Hosts with slow links, all on this Linux machine, to run horovodrun or mpirun across.
 
-    python benchmarks/hosts.py --hosts 4 --rate 100mbit -- horovodrun -np 4 python train.py
+    python -m benchmarks.hosts --hosts 4 --rate 100mbit -- horovodrun -np 4 python train.py
 
 Each host has its own name (host0, host1, ...), address, network interface `eth0`, processes and
 sshd; a switch joins them. Files, processors and memory are this machine's, and there is no way out

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import convergence_times
-from benchmarks.convergence_pictures import draw
-from benchmarks.convergence_results import (
+from benchmarks.common.reporting import markdown
+from benchmarks.convergence import times
+from benchmarks.convergence.pictures import draw
+from benchmarks.convergence.results import (
     CORRECTED,
     Group,
     Groups,
@@ -23,10 +24,9 @@ from benchmarks.convergence_results import (
     load,
     unit,
 )
-from benchmarks.convergence_settings import DENSITIES, MOMENTUM, SEEDS, SETTINGS, WARMUP, WORKERS
-from benchmarks.convergence_tasks import TASKS, Task
-from benchmarks.convergence_training import MEASURE_ALL
-from benchmarks.tables import markdown
+from benchmarks.convergence.settings import DENSITIES, MOMENTUM, SEEDS, SETTINGS, WARMUP, WORKERS
+from benchmarks.convergence.tasks import TASKS, Task
+from benchmarks.convergence.training import MEASURE_ALL
 from hvd_dls.config import DLSConfig
 
 FIRST_STEPS = 10  # in which a prior shows
@@ -297,7 +297,7 @@ def introduction(results: Sequence[Result]) -> str:
     warmups = " and ".join(f"{share:.0%} (density {d:.1%})" for d, share in WARMUP.items())
     return f"""# Does sparse training reach dense accuracy?
 
-Made by `python benchmarks/convergence.py`: {len(results)} runs, {hours:.1f} hours of one core
+Made by `python -m benchmarks.convergence`: {len(results)} runs, {hours:.1f} hours of one core
 ({on}).
 
 - {WORKERS} workers, if nothing else is said, simulated in one process with the sessions that ranks
@@ -363,7 +363,7 @@ def page(groups: Groups, results: Sequence[Result], pictures: dict[str, str]) ->
         parts += ["## More workers\n", "The batch is the same, shared among more.\n", *tables]
     if table := rates(groups):
         parts += ["## Learning rates\n", "Dense training with other peaks:\n", table]
-    parts += ["## Time to a target\n", *convergence_times.section(groups)]
+    parts += ["## Time to a target\n", *times.section(groups)]
     return "\n".join(part for part in parts if part)
 
 

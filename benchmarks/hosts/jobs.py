@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = str(Path(sys.executable).with_name("horovodrun"))
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
@@ -55,7 +55,7 @@ def run_job(
     environment = {**SETTINGS, "PYTHONPATH": str(ROOT), **(settings or {})}
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
-        program = [sys.executable, str(ROOT / "benchmarks" / "rounds.py")]
+        program = [sys.executable, "-m", "benchmarks.rounds"]
         job = (popen or _popen_here)(
             [*command, *program, *options, "--json", str(figures)],
             env=environment,

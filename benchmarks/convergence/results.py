@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.convergence_settings import SETTINGS, WORKERS, Run, Setting, read
-from benchmarks.convergence_tasks import TASKS, Task
+from benchmarks.convergence.settings import SETTINGS, WORKERS, Run, Setting, read
+from benchmarks.convergence.tasks import TASKS, Task
 
 CORRECTED = "-corrected"  # ending of names
 Result = dict[str, Any]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.convergence_tasks import TASKS, Data, Task, batch, evaluate, loss, rate_at
-from benchmarks.simulation import SimulatedJob
+from benchmarks.convergence.simulation import SimulatedJob
+from benchmarks.convergence.tasks import TASKS, Data, Task, batch, evaluate, loss, rate_at
 from hvd_dls.config import DLSConfig
 from hvd_dls.errors import NonFiniteGradientError
 
