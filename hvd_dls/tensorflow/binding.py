@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from hvd_dls.adapter import BaseBinding
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
+from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection.backend import Backend
 from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.errors import DLSError
@@ -21,7 +21,7 @@ from hvd_dls.tensorflow.executors import HOST, DeviceExecutor, Executor
 from hvd_dls.tensorflow.handles import handle_of, identity
 from hvd_dls.tensorflow.on_device import TOO_LARGE, Device
 from hvd_dls.tensorflow.step_lock import StepLock
-from hvd_dls.tensorflow.variables import checked_variables, names_of, stays_on_device
+from hvd_dls.tensorflow.variables import checked_variables, layer_specs_of, stays_on_device
 
 
 class Binding(BaseBinding):
@@ -46,10 +46,7 @@ class Binding(BaseBinding):
 
     def __init__(self, variables: Iterable[Any], config: DLSConfig) -> None:
         variables = checked_variables(variables)
-        specs = [
-            layer_spec(name, tuple(v.shape), "tensorflow", tf.as_dtype(v.dtype).size)
-            for name, v in zip(names_of(variables), variables, strict=True)
-        ]
+        specs = layer_specs_of(variables)
         super().__init__(specs, config)
         self._position = {layer.name: i for i, layer in enumerate(specs)}
         self._name_of = {
