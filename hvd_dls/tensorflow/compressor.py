@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ import tensorflow as tf
 
 from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
 from hvd_dls.errors import DLSError
+from hvd_dls.tensorflow import single_process
 from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.exchange import Exchange
 from hvd_dls.tensorflow.handles import handle_of
@@ -126,13 +128,22 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
         """Adds a call's exchange to its graph.
 
         Returns:
-            None if the call is of no variables, or if this rank has no part in it.
+            None if there is nothing to exchange: the call is of no variables, this rank has no part
+            in it, or is alone.
         """
         if not call.process_set.included():  # Horovod traces its operations all the same
             return None
         variables = [v for v in call.dense_variables if handle_of(v) is not None]
         if not variables:  # a tape may be asked for the gradients of plain tensors
             return None
+        if call.process_set.size() == 1:
+            single_process.refuse_options(self.config)
+            if not _elastic():  # or others may join, with this graph
+                if self._loss_scale is None:  # or whoever scales the loss looks for Inf
+                    single_process.check_finite(
+                        self.config, call.dense_variables, call.dense_gradients
+                    )
+                return None
         binding = self.binding_of(variables)
         binding.start(call.process_set)
         return Exchange(binding, call.dense_variables, call.dense_gradients, call.grouped)
@@ -156,6 +167,11 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
                 "others like it (said once)",
                 tuple(gradient.shape),
             )
+
+
+def _elastic() -> bool:
+    """Whether the number of ranks may change; Horovod asks in the same way."""
+    return bool(int(os.environ.get("HOROVOD_ELASTIC", 0)))
 
 
 def _refuse_keras3() -> None:

@@ -7,7 +7,6 @@ gradients is in ``reduction.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -19,7 +18,7 @@ from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.executors import HOST
-from hvd_dls.tensorflow.handles import handle_of, handle_on_cpu, identity
+from hvd_dls.tensorflow.handles import graph_of, handle_of, handle_on_cpu, identity
 from hvd_dls.tensorflow.on_device import N_PARTS, DeviceFuture
 
 _OTHER_MODEL = (
@@ -73,7 +72,7 @@ class Exchange:
         self.n_gradients = len(variables)
         self.grouped = grouped
         self.may_go_dense = self.session.dense_step
-        with _graph_of(gradients), tf.device("CPU:0"):
+        with graph_of(gradients), tf.device("CPU:0"):
             in_graph = tf.is_symbolic_tensor(gradients[0])
             self.checked = self._check({n: v for n, (v, _) in members.items()}, in_graph)
             buckets: dict[int | None, dict[str, tf.Tensor]] = {}
@@ -198,11 +197,3 @@ class Exchange:
             return np.int64(0)
 
         return tf.numpy_function(receive, list(gathered.values()), tf.int64)
-
-
-def _graph_of(gradients: Sequence[tf.Tensor]) -> AbstractContextManager[Any]:
-    """Enters the gradients' graph: Horovod compresses each one in a graph nested in theirs."""
-    if tf.is_symbolic_tensor(gradients[0]):
-        graph: AbstractContextManager[Any] = gradients[0].graph.as_default()
-        return graph
-    return nullcontext()

@@ -1,7 +1,9 @@
-"""Resource handles of variables: tell variables apart, also inside a traced function."""
+"""Handles of variables and graphs of gradients: what a traced function is about."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import tensorflow as tf
@@ -39,3 +41,11 @@ def handle_on_cpu(handle: tf.Tensor) -> tf.Tensor:
         optional=packed, output_types=[tf.resource], output_shapes=[[]]
     )
     return unpacked
+
+
+def graph_of(gradients: Sequence[tf.Tensor]) -> AbstractContextManager[Any]:
+    """Enters the gradients' graph: Horovod compresses each one in a graph nested in theirs."""
+    if tf.is_symbolic_tensor(gradients[0]):
+        graph: AbstractContextManager[Any] = gradients[0].graph.as_default()
+        return graph
+    return nullcontext()
