@@ -1,5 +1,8 @@
 """DLS for horovod.torch: ``compression=DLSCompressor``."""
 
+from hvd_dls.torch import hooks
 from hvd_dls.torch.compressor import DLSCompressor
 
 __all__ = ["DLSCompressor"]
+
+hooks.install()

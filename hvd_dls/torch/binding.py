@@ -1,159 +1,144 @@
-"""Which parameter a gradient belongs to, and the session that compresses it.
-
-Horovod hands a compressor a bare gradient.  At that moment it *is* the ``.grad`` of its parameter,
-the same Python object, so parameters are found by identity; ids and addresses, which are used
-again after a free, play no part.
-"""
+"""One optimizer's parameters, the session that compresses their gradients, and their way out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
 import torch
-from torch.utils.weak import TensorWeakRef
 
-from hvd_dls.adapter import BaseBinding
+from hvd_dls.adapter import BaseBinding, World
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.balancing.layers import layer_spec
 from hvd_dls.core.selection.backend import Array, Backend, Future
 from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.session import Session
-from hvd_dls.errors import DLSError
-from hvd_dls.torch import exchange
+from hvd_dls.errors import DLSError, NonFiniteGradientError
+from hvd_dls.torch import bookkeeping, exchange
+from hvd_dls.torch.contexts import Dense, InFlight, send_dense
+from hvd_dls.torch.exchange import Exchange
 from hvd_dls.torch.on_device import Device, finite_future
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Dense(NamedTuple):
-    """What ``decompress`` needs to know of a gradient that Horovod reduces whole."""
-
-    dtype: torch.dtype
-    binding: Binding | None = None  # of the model whose gradient it is, if that is known
-    name: str = ""
-
-
-class InFlight(NamedTuple):
-    """What ``decompress`` needs to know of a gradient that ``compress`` sent on its way."""
-
-    binding: Binding
-    name: str
-    gradient: torch.Tensor
-    flat: torch.Tensor  # what the session was given: the gradient's own memory, or a copy
+from hvd_dls.torch.parameters import (
+    NamedParameter,
+    Parameters,
+    as_numpy,
+    is_finite,
+    specs_of,
+    stays_on_device,
+)
 
 
 class Binding(BaseBinding):
-    """The parameters of one model, and their compression.
+    """The parameters that Horovod reduces for an optimizer, and their compression.
 
     Args:
-        named_parameters: (name, parameter) in model order; parameters that need no gradient are
-            left out.  Only weak references to them are kept.
+        named_parameters: (name, parameter) in model order; only weak references are kept.
         config: the options.
-        process_set: the ranks that exchange gradients.
 
     Raises:
-        DLSError: ``named_parameters`` is something else, or a gradient would not be floating point.
+        DLSError: a gradient would not be floating point.
     """
 
-    def __init__(
-        self,
-        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-        config: DLSConfig,
-        process_set: hvd.ProcessSet,
-    ) -> None:
-        parameters = [(n, p) for n, p in _checked(named_parameters) if p.requires_grad]
-        specs = [layer_spec(n, tuple(p.shape), "torch", p.element_size()) for n, p in parameters]
-        super().__init__(specs, config)
-        self._process_set = process_set
+    def __init__(self, named_parameters: Iterable[NamedParameter], config: DLSConfig) -> None:
+        pairs = list(named_parameters)
+        super().__init__(specs_of(pairs), config)
+        self.parameters = Parameters(pairs)
+        self._itemsize = {layer.name: layer.itemsize for layer in self._layers}
+        self._process_set: hvd.ProcessSet = hvd.global_process_set
+        self._exchange: Exchange | None = None
         self._on_device: dict[str, Device] = {}  # layers whose gradients do not come to the host
-        self._handles: dict[int, int] = {}  # Horovod's, of the buckets on their way
-        self._references = {name: TensorWeakRef(p) for name, p in parameters}
-        self._of_shape: dict[torch.Size, list[tuple[str, TensorWeakRef]]] = {}
-        for name, parameter in parameters:
-            entry = (name, self._references[name])
-            self._of_shape.setdefault(parameter.shape, []).append(entry)
+        self._optimizer: Any = lambda: None  # weak reference to Horovod's, of the step in progress
+        self._handles: Any = None  # its record of that step
+        self._leaving = False  # whether a step is being given up
 
     @property
     def alive(self) -> bool:
         """Whether any of the parameters still exists."""
-        return bool(self.parameters())
-
-    def parameters(self) -> list[torch.Tensor]:
-        """The parameters that still exist."""
-        found = (reference() for reference in self._references.values())
-        return [parameter for parameter in found if parameter is not None]
+        return bool(self.parameters.named())
 
     @property
     def refused(self) -> bool:
         """Whether the step in progress, or the last one, is skipped for NaN or Inf."""
         return self.session is not None and self.session.refused
 
-    def owns_none_of(self, parameters: Iterable[torch.Tensor]) -> bool:
-        """Whether none of these parameters is this model's."""
-        own = {id(parameter) for parameter in self.parameters()}
-        return not any(id(parameter) in own for parameter in parameters)
+    # The way of a gradient ----------------------------------------------------------------------
 
-    def name_of(self, gradient: torch.Tensor) -> str | None:
-        """Name of the parameter whose ``.grad`` this tensor is, or None."""
-        entries = self._of_shape.get(gradient.shape, [])
-        for position, (name, reference) in enumerate(entries):
-            parameter = reference()
-            if parameter is not None and parameter.grad is gradient:
-                # Hooks fire in much the same order every step: the next one asked for is now first.
-                entries.append(entries.pop(position))
-                return name
-        return None
-
-    def compress(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, InFlight | Dense]:
+    def compress(
+        self, optimizer: Any, name: str, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, InFlight | Dense]:
         """Sends a gradient's largest entries on their way, or hands it to Horovod as it is.
+
+        Args:
+            optimizer: Horovod's, which calls.
+            name: of the parameter.
+            gradient: of it.
 
         Returns:
             What Horovod allreduces, and what ``decompress`` needs: the gradient for a dense layer,
             else a placeholder 1.0.  Whatever factor Horovod's reduction applies to the placeholder
             (average or sum, pre- and postscale) applies to the gradient.
         """
-        # At the first gradient, because by then all ranks have come this far.
-        session = self.session or self._start_session(self._process_set.size(), hvd.local_size())
-        self._follow_loss_scale(session)
-        if session.is_sparse(name):
-            flat = self._flat(name, gradient)
-            session.compress(name, self._array(name, flat))
+        if self._leaving:
+            return self._nothing(name, gradient)
+        session = self._session_of_step(optimizer, name, gradient)
+        parameter = self.parameters.get(name)
+        frozen = parameter is not None and not parameter.requires_grad
+        if frozen:
+            session.leave_out(name)
             self._send_ready(session)
-            return torch.ones(1, dtype=torch.float64), InFlight(self, name, gradient, flat)
+            return self._nothing(name, gradient)
+        if session.is_sparse(name):
+            flat = self.flat(name, gradient)
+            session.compress(name, self.array(name, flat))
+            self._send_ready(session)
+            placeholder = torch.ones(1, dtype=torch.float64)
+            return placeholder, InFlight(self, name, gradient, flat, placeholder)
         session.note(name, session.dense_step or self._finite(session, name, gradient))
         self._send_ready(session)
         whole = gradient
         if session.corrects:
-            flat = self._flat(name, gradient)
-            corrected = torch.as_tensor(session.correct(name, self._array(name, flat)))
+            flat = self.flat(name, gradient)
+            corrected = torch.as_tensor(session.correct(name, self.array(name, flat)))
             whole = corrected.view(gradient.shape).to(gradient.device)
-        return send_dense(whole)[0], Dense(gradient.dtype, self, name)
+        whole, _ = send_dense(whole)
+        return whole, Dense(gradient.dtype, whole, self, name)
 
-    def decompress(self, reduced_one: torch.Tensor, sent: InFlight) -> torch.Tensor:
+    def _nothing(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, InFlight | Dense]:
+        """What ``compress`` returns of a layer of which this rank sends nothing."""
+        assert self.session is not None
+        if not self.session.is_sparse(name):
+            whole, sent = send_dense(torch.zeros_like(gradient))
+            return whole, sent._replace(binding=self, name=name)
+        placeholder = torch.ones(1, dtype=torch.float64)
+        return placeholder, InFlight(self, name, gradient, self.flat(name, gradient), placeholder)
+
+    def decompress(self, reduced_one: torch.Tensor | None, sent: InFlight) -> torch.Tensor:
         """All ranks' entries in the gradient's own memory, scaled as Horovod scaled the 1.0."""
         assert self.session is not None
         self._receive_all(self.session)
-        scale = reduced_one.item() / self.session.world_size
-        self.session.decompress(sent.name, self._array(sent.name, sent.flat), scale)
+        one = sent.placeholder if reduced_one is None else reduced_one
+        scale = one.item() / self.session.world_size
+        out = self.array(sent.name, sent.flat)
+        self._settled_by(self.session.decompress, sent.name, out, scale)
         if sent.flat.data_ptr() != sent.gradient.data_ptr():
             sent.gradient.copy_(sent.flat.view(sent.gradient.shape))
         return sent.gradient
 
-    def decompress_dense(self, reduced: torch.Tensor, sent: Dense) -> torch.Tensor:
-        """A gradient that Horovod has reduced whole; Inf everywhere, if the step is skipped."""
+    def decompress_dense(self, reduced: torch.Tensor | None, sent: Dense) -> torch.Tensor:
+        """A gradient that Horovod has reduced whole; zero or Inf, if the step is skipped."""
         assert self.session is not None
-        if self.session.dense_step:
-            flat = self._flat(sent.name, reduced)
-            counts = self.session.accept(sent.name, self._array(sent.name, flat))
+        session = self.session
+        whole = sent.whole if reduced is None else reduced
+        if session.dense_step:
+            flat = self.flat(sent.name, whole)
+            counts = self._settled_by(session.accept, sent.name, self.array(sent.name, flat))
         else:
-            self._receive_all(self.session)
-            counts = self.session.accept(sent.name)
-        gradient = reduced.to(sent.dtype)
-        return gradient if counts else gradient.fill_(torch.inf)
+            self._receive_all(session)
+            counts = self._settled_by(session.accept, sent.name)
+        gradient = whole.to(sent.dtype)
+        return gradient if counts else gradient.fill_(torch.inf if session.marks_skipped else 0.0)
 
     def wait(self) -> None:
         """Waits for what is on its way, if all is: sleeping, where Horovod's own wait would spin.
@@ -161,8 +146,110 @@ class Binding(BaseBinding):
         If some layers have not come in, Horovod's wait, which first compresses gradients of unused
         parameters, must go first: other ranks may be waiting for these.
         """
-        if self.session is not None and self.session.complete:
+        if self.session is not None and self.session.in_step and self.session.complete:
             self._receive_all(self.session)
+
+    def clear_untouched(self) -> None:
+        """Takes the gradients of layers away that took no part on any rank.
+
+        An optimizer does nothing for a parameter without a gradient, where zeros would let weight
+        decay and momentum move it.
+        """
+        for name in self.session.untouched if self.session else ():
+            parameter = self.parameters.get(name)
+            if parameter is not None:
+                parameter.grad = None
+
+    # A step and its end -------------------------------------------------------------------------
+
+    def _session_of_step(self, optimizer: Any, name: str, gradient: torch.Tensor) -> Session:
+        """The session, in a step that this gradient belongs to."""
+        if self._itemsize[name] != gradient.element_size():
+            self._change_types()
+        if not self.agreed:
+            self._start(optimizer)
+        session = self.session
+        assert session is not None
+        # Horovod's optimizer has another record of handles once it has forgotten a step.
+        other = self._optimizer() is not optimizer or self._handles is not optimizer._handles
+        if session.in_step and (other or session.has(name)):
+            self.abandon()
+        if not session.in_step:
+            self._optimizer, self._handles = weakref.ref(optimizer), optimizer._handles
+            self._follow_loss_scale(session)
+            session.begin(session.missed | self._frozen_now())
+        return session
+
+    def _start(self, optimizer: Any) -> None:
+        """Agrees with the other ranks: at the first gradient, when all have come this far."""
+        self._process_set = optimizer.process_set
+        world = World(
+            rank=self._process_set.rank(),
+            size=self._process_set.size(),
+            local_size=hvd.local_size(),
+            set_id=self._process_set.process_set_id,
+            averages=optimizer.op == hvd.Average,
+        )
+        if self.session is not None:
+            self.session.abandon()  # Horovod was shut down: nobody waits any more
+        self._exchange = None
+        self.agree(world)
+        self._exchange = Exchange(self._label, self._process_set)
+
+    def _change_types(self) -> None:
+        """Takes over that the model's parameters have other types now, as by ``model.double()``."""
+        if self.session is not None:
+            self.session.abandon()
+        self._layers = specs_of(self.parameters.named())
+        self._itemsize = {layer.name: layer.itemsize for layer in self._layers}
+        self._epoch = None  # all ranks agree anew
+
+    def _frozen_now(self) -> set[str]:
+        return {name for name, p in self.parameters.named() if not p.requires_grad}
+
+    def abandon(self) -> None:
+        """Gives the step in progress up; Horovod's optimizer forgets it, too.
+
+        Other ranks may be waiting for what this one has not sent: they get it, with the word that
+        the step was given up.
+        """
+        session = self.session
+        if session is None or not session.in_step:
+            return
+        missed = session.missed
+        farewell = session.abandon()
+        if self.agreed and self._exchange is not None:
+            self._exchange.abandon(farewell)
+            self._leave_horovod(missed)
+        else:
+            self._forget_in_horovod()
+
+    def _leave_horovod(self, missed: Collection[str] = ()) -> None:
+        """Brings Horovod's part of a step to its end, and has Horovod's optimizer forget it."""
+        optimizer, record = self._optimizer(), self._handles
+        if optimizer is not None and record is not None:
+            without = {id(self.parameters.get(name)) for name in missed}
+            self._leaving = True
+            try:
+                bookkeeping.hand_over_rest(optimizer, record, without)
+            finally:
+                self._leaving = False
+            bookkeeping.wait_for(record)
+        self._forget_in_horovod()
+
+    def _forget_in_horovod(self) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._handles is self._handles:
+            bookkeeping.forget_step(optimizer)
+        self._handles = None
+
+    def _settled_by(self, settle: Any, *arguments: Any) -> Any:
+        """Calls the session; after an error that ends the step, Horovod forgets it, too."""
+        try:
+            return settle(*arguments)
+        except NonFiniteGradientError:
+            self._leave_horovod()
+            raise
 
     def _send_ready(self, session: Session) -> None:
         """Sends what is complete; what a device still works on goes in a later call."""
@@ -170,62 +257,53 @@ class Binding(BaseBinding):
             self._send(session, bucket)
 
     def _send(self, session: Session, bucket: int) -> None:
-        # A name of its own: Horovod matches operations of different ranks by name.
-        name = f"{self._label}.{bucket}"
-        self._handles[bucket] = exchange.start(name, session.payload(bucket), self._process_set)
+        assert self._exchange is not None
+        self._exchange.send(bucket, session.payload(bucket))
 
     def _receive_all(self, session: Session) -> None:
         """Waits for all that is on its way: before a step changes anything, all of it is there."""
-        # What a device has worked on until now; or other optimizers of this model take no step now.
+        assert self._exchange is not None
+        # What a device has worked on until now; or some layers of a bucket take no part.
         for bucket in session.unfinished():
             self._send(session, bucket)
-        handles, self._handles = self._handles, {}
-        for bucket, handle in handles.items():
-            session.receive(bucket, exchange.finish(handle))
+        try:
+            self._exchange.receive(session.receive)
+        except DLSError:
+            self.abandon()
+            raise
 
     def _gather(self, name: str, array: np.ndarray) -> np.ndarray:
         return exchange.finish(exchange.start(name, array, self._process_set))
 
     def _norms(self) -> dict[str, float]:
-        return {
-            layer.name: parameter.detach().double().norm().item()
-            for layer, parameter in zip(self._layers, self.parameters(), strict=True)
-        }
+        return {n: p.detach().double().norm().item() for n, p in self.parameters.named()}
 
     # Layers on a device --------------------------------------------------------------------------
 
     def _backends(self) -> dict[str, Backend]:
         # These strategies look at whole residuals, on the host.
+        self._on_device = {}
         if self._config.strategy not in BASELINES:
-            for name, reference in self._references.items():
-                parameter = reference()
-                if parameter is not None and stays_on_device(parameter):
+            for name, parameter in self.parameters.named():
+                if stays_on_device(parameter):
                     self._on_device[name] = Device(parameter.device)
         return dict(self._on_device)
 
-    def _flat(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+    def flat(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """(n,) where the passes are, and the gradient's own memory if it can be."""
         flat = gradient.detach().reshape(-1)
         return flat if name in self._on_device else flat.cpu()
 
-    def _array(self, name: str, flat: torch.Tensor) -> Array:
+    def array(self, name: str, flat: torch.Tensor) -> Array:
         """The same memory as the session takes it."""
-        return flat if name in self._on_device else _as_numpy(flat)
+        return flat if name in self._on_device else as_numpy(flat)
 
     def _finite(self, session: Session, name: str, gradient: torch.Tensor) -> bool | Future[bool]:
         if session.bucket_of(name) is None:
             return True  # nobody asks
-        return finite_future(gradient) if name in self._on_device else _finite(gradient)
+        return finite_future(gradient) if name in self._on_device else is_finite(gradient)
 
     # State ---------------------------------------------------------------------------------------
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See ``BaseBinding``; tensors may have been saved on any device."""
-        for part in ("residuals", "velocities"):
-            if part in state:
-                saved = {name: torch.as_tensor(array).cpu() for name, array in state[part].items()}
-                state = state | {part: saved}
-        super().load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """The session's state in types that ``torch.load(weights_only=True)`` accepts."""
@@ -240,56 +318,5 @@ class Binding(BaseBinding):
         }
 
 
-def send_dense(gradient: torch.Tensor) -> tuple[torch.Tensor, Dense]:
-    """A gradient as Horovod takes it: it refuses bfloat16 and memory that is not contiguous."""
-    wide = gradient.float() if gradient.dtype == torch.bfloat16 else gradient
-    return wide.contiguous(), Dense(gradient.dtype)
-
-
 def _as_tensors(arrays: dict[str, Array]) -> dict[str, torch.Tensor]:
     return {name: torch.as_tensor(array) for name, array in arrays.items()}
-
-
-def _finite(gradient: torch.Tensor) -> bool:
-    """Whether a gradient is free of NaN and Inf: in one pass, if its sum does not overflow."""
-    flat = gradient.detach().cpu()
-    if flat.dtype == torch.bfloat16:
-        total = float(flat.sum(dtype=torch.float64))
-    else:  # NumPy takes a fraction of torch's time for the many small ones
-        with np.errstate(all="ignore"):
-            total = float(np.sum(flat.numpy(), dtype=np.float64))
-    return math.isfinite(total) or bool(flat.isfinite().all())
-
-
-def _checked(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-) -> list[tuple[str, torch.nn.Parameter]]:
-    wanted = "named_parameters takes (name, parameter) pairs, as model.named_parameters() gives"
-    try:
-        pairs = [(name, parameter) for name, parameter in named_parameters]
-    except (TypeError, ValueError) as error:
-        raise DLSError(f"{wanted}, not {named_parameters!r}") from error
-    for name, parameter in pairs:
-        if not isinstance(name, str) or not isinstance(parameter, torch.Tensor):
-            raise DLSError(f"{wanted}, not ({name!r}, {type(parameter).__name__})")
-        if parameter.requires_grad and parameter.dtype not in _FLOATS:
-            raise DLSError(
-                f"parameter {name!r} has type {parameter.dtype}; accepted are "
-                f"{', '.join(map(str, _FLOATS))}"
-            )
-    return pairs
-
-
-def stays_on_device(parameter: torch.Tensor) -> bool:
-    """Whether residual and passes are to be where a parameter is; on a CPU, the core's are faster.
-
-    Of other devices than GPUs, gradients go by way of the host.
-    """
-    return parameter.is_cuda
-
-
-def _as_numpy(flat: torch.Tensor) -> np.ndarray:
-    """The same memory as an array.  NumPy has no bfloat16: that comes as its bits, uint16."""
-    if flat.dtype == torch.bfloat16:
-        return flat.view(torch.int16).numpy().view(np.uint16)
-    return flat.numpy()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Mapping
 
 import horovod.torch as hvd
 import numpy as np
@@ -10,11 +12,9 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 _POLL = 2e-4  # seconds between two looks
-# Horovod's own words do not tell: the joined rank's loop may have died and closed its connections.
 _IF_JOINED = (
-    "If no host or process failed, but a rank called hvd.join(): DLSCompressor gathers its "
-    "payloads, and Horovod does not support allgather while ranks have joined. Give every rank the "
-    "same number of batches instead."
+    "A rank called hvd.join(): DLSCompressor gathers its payloads, and Horovod does not support "
+    "allgather while ranks have joined. Give every rank the same number of batches instead."
 )
 
 
@@ -43,5 +43,86 @@ def finish(handle: int) -> np.ndarray:
     try:
         gathered: torch.Tensor = hvd.synchronize(handle)
     except HorovodInternalError as error:
-        raise HorovodInternalError(f"{error}\n{_IF_JOINED}") from error
+        if "join" in str(error).lower():
+            raise HorovodInternalError(f"{error}\n{_IF_JOINED}") from error
+        raise
     return gathered.numpy()
+
+
+class Exchange:
+    """The payloads of a model that are on their way.
+
+    A step that is abandoned leaves operations behind, which other ranks have not joined yet.  Until
+    they do, the operations' names are in use, and what is to be sent under such a name waits.
+
+    Args:
+        label: of the model, the same on every rank.
+        process_set: the ranks.
+    """
+
+    def __init__(self, label: str, process_set: hvd.ProcessSet) -> None:
+        self._label = label
+        self._process_set = process_set
+        self._payloads: dict[int, np.ndarray] = {}  # of buckets that were not taken yet
+        self._handles: dict[int, int] = {}
+        # Of steps that were abandoned: operations not finished, and payloads not sent.
+        self._stale: dict[int, int] = {}
+        self._leaving: dict[int, list[np.ndarray]] = {}
+
+    def send(self, bucket: int, payload: np.ndarray) -> None:
+        """Sends a bucket's payload on its way."""
+        self._payloads[bucket] = payload
+        self._start_waiting()
+
+    def receive(self, take: Callable[[int, np.ndarray], None]) -> None:
+        """Waits for all that is on its way.
+
+        It can be interrupted, and called again.
+
+        Args:
+            take: given a bucket and all ranks' payloads.
+
+        Raises:
+            HorovodInternalError: see ``finish``.
+            Exception: whatever ``take`` raises.
+        """
+        while self._payloads:
+            self._start_waiting()
+            done = [bucket for bucket, handle in self._handles.items() if hvd.poll(handle)]
+            for bucket in done:
+                gathered = finish(self._handles.pop(bucket))
+                del self._payloads[bucket]
+                take(bucket, gathered)
+            if not done:
+                time.sleep(_POLL)
+
+    def abandon(self, farewell: Mapping[int, np.ndarray]) -> None:
+        """Forgets what is on its way.
+
+        Args:
+            farewell: payloads that other ranks may wait for, by bucket.
+        """
+        unsent = {b: p for b, p in self._payloads.items() if b not in self._handles}
+        for bucket, payload in [*unsent.items(), *farewell.items()]:
+            self._leaving.setdefault(bucket, []).append(payload)
+        self._stale |= self._handles
+        self._payloads, self._handles = {}, {}
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        for bucket, handle in list(self._stale.items()):
+            if hvd.poll(handle):
+                del self._stale[bucket]
+                with contextlib.suppress(HorovodInternalError):  # it concerns nobody any more
+                    hvd.synchronize(handle)
+        for bucket, payloads in list(self._leaving.items()):
+            if bucket not in self._stale:
+                self._stale[bucket] = self._start(bucket, payloads.pop(0))
+                if not payloads:
+                    del self._leaving[bucket]
+        for bucket, payload in self._payloads.items():
+            if bucket not in self._handles and bucket not in self._stale:
+                self._handles[bucket] = self._start(bucket, payload)
+
+    def _start(self, bucket: int, payload: np.ndarray) -> int:
+        return start(f"{self._label}.{bucket}", payload, self._process_set)

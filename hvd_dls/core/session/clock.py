@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from hvd_dls.core.balancing.controller import Controller
 from hvd_dls.core.wire.layout import Clock
+from hvd_dls.core.wire.payload import Payload
 from hvd_dls.errors import RanksDisagreeError
 
 _MODULO = 1 << 32  # of step numbers in a payload
@@ -16,8 +15,7 @@ _MODULO = 1 << 32  # of step numbers in a payload
 class SessionClock:
     """Number of the step, and of the attempt to make it: every payload carries both.
 
-    An attempt fails when a step is abandoned.  What a rank had sent by then may meet what others
-    send in their next attempt; the numbers tell.
+    An attempt fails when a rank abandons the step: it tells the others, and all count it.
 
     Args:
         controller: which counts the steps that ended.
@@ -37,38 +35,32 @@ class SessionClock:
         self._attempt = 0
 
     def abandon(self) -> None:
-        """This attempt failed."""
+        """This attempt failed: on all ranks, once they hear of it."""
         self._attempt += 1
 
-    def agrees_with(self, clocks: Sequence[Clock]) -> bool:
-        """Compares the numbers of all ranks' payloads.
-
-        Returns:
-            Whether all are this rank's; if not, some are of attempts that failed, and the payloads
-            must be gathered once more.
+    def check(self, payloads: Sequence[Payload]) -> None:
+        """Compares what all ranks' payloads say.
 
         Raises:
-            RanksDisagreeError: some rank is in another step; or it has abandoned this attempt,
-                which has failed then on this rank, too.
+            RanksDisagreeError: some rank has given this attempt up, or is in another step.
         """
-        steps = np.array([clock.step for clock in clocks])
-        attempts = np.array([clock.attempt for clock in clocks])
         own = self.now
-        if (steps != own.step).any():
-            other = {int(rank): int(steps[rank]) for rank in np.flatnonzero(steps != own.step)}
+        if gone := [rank for rank, payload in enumerate(payloads) if payload.abandoned]:
             raise RanksDisagreeError(
-                f"this rank is in step {own.step + 1}, but "
-                + ", ".join(f"rank {rank} in step {step + 1}" for rank, step in other.items())
-                + ": a step that ended on one was abandoned on the other, so their weights may "
-                "differ. Give all ranks the same weights and states (a checkpoint) and go on"
+                f"rank(s) {gone} gave step {own.step + 1} up, by an exception or abandon_step(), so "
+                "it is given up on this rank, too; nothing of it entered a residual or a weight. "
+                "Go on with a new step on all ranks"
             )
-        newest = int(attempts.max())
-        if newest > own.attempt:
-            self._attempt = newest
-            ranks = np.flatnonzero(attempts == newest).tolist()
-            raise RanksDisagreeError(
-                f"rank(s) {ranks} abandoned step {own.step + 1} and began it again, so it is "
-                "abandoned on this rank, too; nothing of it entered a residual. Begin the next "
-                "step on all ranks"
-            )
-        return bool((attempts == newest).all())
+        clocks = [payload.clock for payload in payloads]
+        if all(clock == own for clock in clocks):
+            return
+        others = ", ".join(
+            f"rank {rank} in step {clock.step + 1}, attempt {clock.attempt + 1}"
+            for rank, clock in enumerate(clocks)
+            if clock != own
+        )
+        raise RanksDisagreeError(
+            f"this rank is in step {own.step + 1}, attempt {own.attempt + 1}, but {others}: a step "
+            "that ended on one was given up on the other, so their weights may differ. Give all "
+            "ranks the same weights and states (a checkpoint) and go on"
+        )

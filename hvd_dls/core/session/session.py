@@ -26,7 +26,7 @@ from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.session.step import Step
 from hvd_dls.core.session.telemetry import StepRecord
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE
-from hvd_dls.core.wire.pack import pack
+from hvd_dls.core.wire.pack import pack, pack_abandoned
 from hvd_dls.core.wire.unpack import unpack, unpack_varying
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 
@@ -292,35 +292,25 @@ class Session:
         step.kept[bucket] = packed.kept
         return packed.payload
 
-    def receive(self, bucket: int, gathered: np.ndarray) -> bool:
+    def receive(self, bucket: int, gathered: np.ndarray) -> None:
         """Takes what all ranks sent of a bucket.
 
         Args:
             bucket: its number.
             gathered: uint8, all payloads in rank order.
 
-        Returns:
-            Whether it was taken.  If not, some rank had sent its payload before it abandoned the
-            step and began it anew: gather this rank's payload once more.
-
         Raises:
             PayloadError: the payloads are not this bucket's.
-            RanksDisagreeError: some rank is in another step, or has abandoned this one: this one
-                is abandoned then, too.
+            RanksDisagreeError: some rank has abandoned this step, or is in another one: ``abandon``
+                it here, too.
         """
         of = self.routing.buckets[bucket]
         if self.memory.baseline is not None:
             payloads = unpack_varying(of, gathered, self.world_size)
         else:
             payloads = unpack(of, self._k_of(bucket), gathered, self.world_size)
-        try:
-            taken = self._clock.agrees_with([payload.clock for payload in payloads])
-        except DLSError:
-            self._forget_step()
-            raise
-        if taken:
-            self._step.received[bucket] = payloads
-        return taken
+        self._clock.check(payloads)
+        self._step.received[bucket] = payloads
 
     def decompress(self, name: str, out: Array, scale: float = 1.0) -> None:
         """Adds up what all ranks sent of a layer; with the last layer, ends the step.
@@ -398,16 +388,20 @@ class Session:
 
     # The end of a step --------------------------------------------------------------------------
 
-    def abandon(self) -> None:
+    def abandon(self) -> dict[int, np.ndarray]:
         """Gives the step in progress up: residuals and velocities are as they were before it.
 
         If some layer has been settled already, other ranks count the step as one that was made; so
         it is brought to its end, from what has come in.  If it is one that is skipped, it is
         skipped.
+
+        Returns:
+            Payloads to be sent, by bucket, of those that were not sent: they tell the other ranks,
+            who may be waiting for them.
         """
-        step = self._step
+        step, farewell = self._step, dict[int, np.ndarray]()
         if not step.arrived:
-            return
+            return farewell
         if step.refused is not None:
             self._end_refused(step)
         elif step.settled:
@@ -418,8 +412,22 @@ class Session:
                     self._settle(name, out, 1.0)
                 self._settled(name)
         else:
+            if not self.memory.controller.dense:
+                farewell = self._farewell()
             self._clock.abandon()
             self._forget_step()
+        return farewell
+
+    def _farewell(self) -> dict[int, np.ndarray]:
+        own_k = self.memory.baseline is not None
+        return {
+            number: pack_abandoned(
+                bucket, 0 * self._k_of(number) if own_k else self._k_of(number), self._clock.now
+            )
+            for number, bucket in enumerate(self.routing.buckets)
+            if number not in self._step.sent
+            if number in self._step.begun or not self.routing.members[number] <= self.missed
+        }
 
     def _check_arrived(self) -> None:
         """Before the first change: is everything there, and good?"""

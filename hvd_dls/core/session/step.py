@@ -101,8 +101,10 @@ class Step:
     @property
     def complete(self) -> bool:
         """Whether no bucket waits for a layer."""
-        waiting = (self._missing.get(b, 1) for b in range(len(self._routing.buckets)))
-        return not any(waiting)
+        return not any(
+            self._missing.get(bucket, len(members - self._away))
+            for bucket, members in enumerate(self._routing.members)
+        )
 
     def ready(self) -> list[int]:
         """Buckets that are complete, have not been sent, and need not wait for a device."""

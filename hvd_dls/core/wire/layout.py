@@ -46,7 +46,7 @@ HEADER = np.dtype(
         ("values", "u1"),  # one of VALUE_CODES
         ("indices", "u1"),  # one of INDEX_CODES
         ("low_bits", "u1"),  # of Elias–Fano; 0 if plain
-        ("reserved", "u1"),
+        ("abandoned", "u1"),  # 1: the rank has given the step up, and sends nothing; else 0
         ("layers", "<u4"),
         ("watched", "<u4"),  # layers that go dense
         ("step", "<u4"),  # number of the step, modulo 2**32

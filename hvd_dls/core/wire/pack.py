@@ -91,6 +91,20 @@ def pack(
     )
 
 
+def pack_abandoned(bucket: Bucket, k: np.ndarray, clock: Clock) -> np.ndarray:
+    """A payload of the usual length that says that this rank has given the step up: uint8.
+
+    Args:
+        bucket: of which nothing is sent.
+        k: (L,) entries of each layer that the others expect.
+        clock: of the step.
+    """
+    absent = dict.fromkeys(bucket.watched, ABSENT)
+    payload = pack(bucket, k, [ABSENT] * len(bucket.layers), absent, clock).payload
+    parts_of(bucket, int(np.sum(k)), payload).header["abandoned"] = 1
+    return payload
+
+
 def _check_entries(bucket: Bucket, k: np.ndarray, entries: np.ndarray, rows: np.ndarray) -> None:
     wrong = rows[entries[rows] != k[rows]]
     if len(wrong):

@@ -39,6 +39,7 @@ class Payload(NamedTuple):
     """One rank's part of a gathered buffer; values and indices may be views into it."""
 
     clock: Clock
+    abandoned: bool  # whether the rank has given the step up
     watched: np.ndarray  # (W,) uint8: as status, of the watched layers
     status: np.ndarray  # (L,) uint8: SENT, NOT_FINITE or ABSENT
     bases: np.ndarray  # (L,) uint16, of the sketches

@@ -49,7 +49,7 @@ def unpack(
     if gathered.dtype != np.uint8 or gathered.shape != (world_size * length,):
         raise PayloadError(
             f"bucket {bucket.name!r}: gathered {gathered.size} items of {gathered.dtype}, expected "
-            f"{world_size} payloads of {length} bytes"
+            f"{world_size} payloads of {length} bytes; are all ranks in the same step?"
         )
     if not gathered.flags.c_contiguous or gathered.__array_interface__["data"][0] % 8:
         gathered = gathered.copy()  # compiled loops read whole words
@@ -99,7 +99,10 @@ def _check_headers(bucket: Bucket, capacity: int, headers: np.ndarray, first_ran
     """Checks all fields of all ranks' headers but the number of entries and the clock."""
     expected = header_of(bucket, capacity)
     headers = headers[:, 0].copy()
-    for field in ("entries", "step", "attempt"):
+    for rank, abandoned in enumerate(headers["abandoned"], start=first_rank):
+        if abandoned > 1:
+            _refuse_payload(bucket, rank, "abandoned", abandoned, "0 or 1")
+    for field in ("entries", "step", "attempt", "abandoned"):
         headers[field] = 0
     if headers.tobytes() == expected.tobytes() * len(headers):
         return
@@ -181,6 +184,7 @@ def _unpack_one(bucket: Bucket, rank: int, parts: Parts, counts: np.ndarray) -> 
         _refuse_payload(bucket, rank, "room for further values", "in use", "zero")
     return Payload(
         Clock(int(parts.header["step"][0]), int(parts.header["attempt"][0])),
+        bool(parts.header["abandoned"][0]),
         parts.watched[: len(bucket.watched)],
         records["status"],
         records["sketch_base"],

@@ -1,0 +1,10 @@
+"""What the compressors of all frameworks share: options, models, agreement of ranks, states.
+
+Imports ``core`` and Horovod's process sets, no framework.
+"""
+
+from hvd_dls.adapter.binding import BaseBinding
+from hvd_dls.adapter.compressor import BaseCompressor, InstanceOrDefault
+from hvd_dls.adapter.world import World, epoch
+
+__all__ = ["BaseBinding", "BaseCompressor", "InstanceOrDefault", "World", "epoch"]

@@ -1,0 +1,202 @@
+"""One model's layers and the session that compresses them, agreed on by all ranks."""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+import hvd_dls
+from hvd_dls.adapter.states import take_state_of
+from hvd_dls.adapter.world import World, epoch
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.balancing.layers import LayerSpec
+from hvd_dls.core.selection import threads
+from hvd_dls.core.selection.backend import Backend
+from hvd_dls.core.session.session import Session
+from hvd_dls.core.wire import agreement
+from hvd_dls.core.wire.agreement import Claim
+
+# Names of the operations in which ranks compare notes.  They depend on nothing that may differ
+# between ranks; where a rank is missing, Horovod's stall report shows them.
+_AGREE, _LOAD = "hvd_dls.agree", "hvd_dls.load_state_dict"
+_labels = count(1)
+
+
+class BaseBinding(ABC):
+    """One model's layers and the session that compresses them.
+
+    A session begins with the first gradient, when all ranks have come that far: they compare
+    options and layers, and take over the first rank's ratios.  After ``hvd.init()`` was called
+    again they do so once more, and what waits in residuals is kept.
+
+    Args:
+        layers: in model order, with distinct names.
+        config: the options.
+
+    Attributes:
+        session: None before the first gradient.
+        loss_scale: tells what the loss is multiplied by, if it is.
+        states: saved ones that wait for models; the session takes its own out of them.
+    """
+
+    def __init__(self, layers: Sequence[LayerSpec], config: DLSConfig) -> None:
+        self.session: Session | None = None
+        self.loss_scale: Callable[[], float] | None = None
+        self._layers = list(layers)
+        self._config = config
+        self.states: list[Mapping[str, Any]] = []
+        self._world: World | None = None
+        self._epoch: Any = None
+        self._label = ""
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether the model still exists."""
+
+    @abstractmethod
+    def _gather(self, name: str, array: np.ndarray) -> np.ndarray:
+        """All ranks' arrays, of any lengths, one after the other in rank order."""
+
+    @abstractmethod
+    def _norms(self) -> dict[str, float]:
+        """Frobenius norm of each layer's weights, by name."""
+
+    def _backends(self) -> Mapping[str, Backend]:
+        """Where arrays of layers are that are not on the host, by name."""
+        return {}
+
+    # Agreement ----------------------------------------------------------------------------------
+
+    @property
+    def agreed(self) -> bool:
+        """Whether there is a session that all ranks of today agree on."""
+        return self.session is not None and self._epoch is epoch()
+
+    def agree(self, world: World) -> Session:
+        """Makes the session, together with all other ranks.
+
+        Args:
+            world: the ranks.
+
+        Raises:
+            RanksDisagreeError: the ranks have different options, layers or versions.
+            DLSError: the density is too low for the model, for example; then the other ranks raise
+                it, too, or a RanksDisagreeError that names this one and tells what it met.
+            StateMismatchError: a state that was loaded before does not fit.
+        """
+        old, error, session, loaded = self.session, None, None, None
+        try:
+            session = self._new_session(world)
+            if old is None:
+                loaded = take_state_of(self.parameters_of_state, self.states)
+            if loaded is not None:
+                session.load_state_dict(loaded)
+        except Exception as met:
+            error = met
+        facts = agreement.facts_of(hvd_dls.__version__, self._config, self._layers)
+        facts.append(("saved state", _summary_of(loaded) if loaded else "none"))
+        first = world.rank == 0
+        own = Claim(
+            checksum=agreement.checksum(facts),
+            error=f"{type(error).__name__}: {error}" if error else "",
+            label=(self._label or f"dls.{world.set_id}.{next(_labels)}") if first else "",
+            ratios=session.agreed().tolist() if first and session else None,
+        )
+        claims = [own] if world.size == 1 else self._compare(_AGREE, own, facts, world)
+        if error is not None:
+            raise error
+        agreement.check_errors(claims)
+        assert session is not None
+        session.agree(np.array(claims[0].ratios, np.int64))
+        self._label = claims[0].label
+        self._world, self._epoch, self.session = world, epoch(), session
+        if old is None:
+            session.announce()
+        return session
+
+    def _new_session(self, world: World) -> Session:
+        threads.use(self._config.threads or threads.to_spare(world.local_size))
+        norms = self._norms() if self._config.prior == "weight_norm" else None
+        session = Session(
+            self._layers, self._config, world.size, world.rank, norms, self._backends()
+        )
+        if self.session is not None:
+            before = self._world
+            changed = before is not None and world.averages and world.size != before.size
+            factor = world.size / before.size if changed and before else 1.0
+            session.inherit(self.session, factor)
+        return session
+
+    def _compare(self, name: str, own: Claim, facts: agreement.Facts, world: World) -> list[Claim]:
+        """All ranks' claims; raises on all of them if their facts differ."""
+        gathered = self._gather(name, agreement.encode(own))
+        claims = [Claim(*claim) for claim in agreement.decode(gathered, world.size)]
+        if len({claim.checksum for claim in claims}) > 1 and not any(c.error for c in claims):
+            details = self._gather(f"{name}.details", agreement.encode(facts))
+            agreement.check_facts(agreement.decode(details, world.size))
+        return claims
+
+    def abandon(self) -> None:
+        """Gives the step in progress up: see ``Session.abandon``."""
+        if self.session is not None:
+            self.session.abandon()
+
+    # Steps --------------------------------------------------------------------------------------
+
+    def _follow_loss_scale(self, session: Session) -> None:
+        """To be called before a step's first gradient comes in."""
+        if self.loss_scale is not None and not session.in_step:
+            session.marks_skipped = True
+            session.scale_to(float(self.loss_scale()))
+
+    # State --------------------------------------------------------------------------------------
+
+    @property
+    def parameters_of_state(self) -> list[list[Any]]:
+        """What a saved state is recognised by: names and shapes of all layers."""
+        return [[layer.stable_name, list(layer.shape)] for layer in self._layers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The session's state; empty before there is one."""
+        return {} if self.session is None else self.session.state_dict()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises StateMismatchError if the state does not fit, as far as is known yet."""
+        if self.session is not None:
+            self.session.check_state(state)
+
+    def vote_on_state(self, state: Mapping[str, Any] | None, error: Exception | None) -> None:
+        """Compares with all other ranks what each is about to load, if they have agreed before.
+
+        Args:
+            state: for this model; None if there is none.
+            error: why this rank cannot load, or None.
+
+        Raises:
+            StateMismatchError: the states are of different steps, or another rank cannot load its
+                own; on every rank alike.
+        """
+        if not self.agreed or self._world is None or self._world.size == 1:
+            return
+        facts: agreement.Facts = [("saved state", _summary_of(state) if state else "none")]
+        own = Claim(agreement.checksum(facts), f"{error}" if error else "")
+        claims = self._compare(_LOAD, own, facts, self._world)
+        if error is None:
+            agreement.check_errors(claims)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state that fits."""
+        if self.session is not None:
+            self.session.load_state_dict(state)
+
+
+def _summary_of(state: Mapping[str, Any]) -> str:
+    """What ranks must have in common of their states: the step, and a checksum of the ratios."""
+    ratios = np.asarray(state.get("ratios", ()), np.int64)
+    return f"step {state.get('step')}, ratios {zlib.crc32(ratios.tobytes()):08x}"

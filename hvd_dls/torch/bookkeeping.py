@@ -1,0 +1,91 @@
+"""Horovod's own record of a step: which gradients it has handed over and not got back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.common.exceptions import HorovodInternalError
+
+_log = logging.getLogger("hvd_dls")
+_POLL = 1e-3  # seconds between two looks
+_PATIENCE = 60.0  # seconds to wait for what other ranks have to join
+# What Horovod raises for operations that failed, and for all of them once it was shut down.
+_FAILED = (HorovodInternalError, ValueError, RuntimeError)
+
+
+def hand_over_rest(optimizer: Any, record: dict[Any, Any], without: Collection[int]) -> None:
+    """Begins the reductions of a step that are missing, whatever they are to bring.
+
+    Other ranks may wait for them; and the next step uses their names again.
+
+    Args:
+        optimizer: Horovod's.
+        record: its handles in that step, by parameter; those that are begun are added.
+        without: ids of parameters that are never handed over.
+    """
+    if optimizer._groups is not None:  # Horovod begins groups only when they are complete
+        return
+    begun = {id(p) for p, (handle, _) in record.items() if handle is not None}
+    try:
+        for parameter in optimizer._requires_update:
+            if id(parameter) not in begun and id(parameter) not in without:
+                record[parameter] = optimizer._allreduce_grad_async(parameter)
+    except _FAILED:
+        return
+
+
+def wait_for(record: dict[Any, Any]) -> None:
+    """Waits for the reductions of a step, and drops what they bring.
+
+    Those that some rank does not join are left to Horovod after a while.
+
+    Args:
+        record: Horovod's handles in that step, by parameter.
+    """
+    pending = [handle for handle, _ in record.values() if isinstance(handle, int)]
+    end = time.monotonic() + _PATIENCE
+    while pending := [handle for handle in pending if not _finished(handle)]:
+        if time.monotonic() > end:
+            _log.warning(
+                "%d reductions of a step that was given up are not finished after %d s: some rank "
+                "has not begun them",
+                len(pending),
+                _PATIENCE,
+            )
+            return
+        time.sleep(_POLL)
+
+
+def _finished(handle: int) -> bool:
+    try:
+        if not hvd.poll(handle):
+            return False
+        hvd.synchronize(handle)
+    except _FAILED:
+        pass
+    return True
+
+
+def forget_step(optimizer: Any) -> None:
+    """Makes Horovod's optimizer forget the step in progress, as its ``load_state_dict`` does."""
+    optimizer._handles = {}
+    optimizer._synchronized = False
+    optimizer._should_synchronize = True
+    for parameter in optimizer._allreduce_delay:
+        optimizer._allreduce_delay[parameter] = optimizer.backward_passes_per_step
+    for group in optimizer._group_counts:
+        optimizer._group_counts[group] = 0
+
+
+def names_and_parameters(optimizer: Any) -> list[tuple[str, torch.Tensor]]:
+    """The parameters whose gradients Horovod reduces, in the order of the optimizer's groups."""
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    names, reduced = optimizer._parameter_names, optimizer._requires_update
+    if not reduced:  # one process: Horovod reduces nothing
+        reduced = {p for p in ordered if p.requires_grad}
+    return [(names[p], p) for p in ordered if p in reduced]

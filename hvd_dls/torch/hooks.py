@@ -1,0 +1,83 @@
+"""What happens around ``optimizer.step()``, through torch's own hooks for all optimizers.
+
+torch calls them twice in a step of Horovod's optimizer: before Horovod waits for the gradients,
+and, from within Horovod's ``step``, before the weights are updated.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from hvd_dls.core.session.log import told_again
+from hvd_dls.torch.compressor import DLSCompressor
+from hvd_dls.torch.horovod_frames import within_step_of
+from hvd_dls.torch.one_process import apply_options
+from hvd_dls.torch.refusals import refuse_adasum, refuse_unreduced
+
+_log = logging.getLogger("hvd_dls")
+_SOON = 10  # steps without a gradient before it is worth a line
+_steps_without: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def install() -> None:
+    """Registers the hook, once a process."""
+    register_optimizer_step_pre_hook(_on_step)
+
+
+def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    compressor = _compressor_of(optimizer)
+    if compressor is None:
+        return
+    if within_step_of(optimizer):
+        _before_update(compressor, optimizer)
+    else:
+        _before_step(compressor, optimizer)
+
+
+def _compressor_of(optimizer: torch.optim.Optimizer) -> DLSCompressor | None:
+    compression = getattr(optimizer, "_compression", None)
+    if isinstance(compression, type) and issubclass(compression, DLSCompressor):
+        compression = compression._default()
+    return compression if isinstance(compression, DLSCompressor) else None
+
+
+def _before_step(compressor: DLSCompressor, optimizer: Any) -> None:
+    """Waits for what is on its way; refuses what would drift apart.
+
+    In this order: a rank that is refused may end, and with it Horovod on all of them; the others
+    get their own refusal only if they have what they wait for.
+    """
+    refuse_adasum(optimizer)
+    binding = compressor.binding_if_known(optimizer)
+    if binding is not None and optimizer._requires_update:
+        binding.wait()
+        refuse_unreduced(optimizer)
+
+
+def _before_update(compressor: DLSCompressor, optimizer: Any) -> None:
+    """Has the weights left alone where a step is skipped, or a layer took no part."""
+    if not optimizer._requires_update:
+        if optimizer.process_set.included() and hvd.size() == 1:
+            apply_options(compressor, optimizer)
+        return
+    binding = compressor.binding_if_known(optimizer)
+    if binding is None:
+        steps = _steps_without[optimizer] = _steps_without.get(optimizer, 0) + 1
+        if steps >= _SOON and told_again(steps):
+            _log.warning(
+                "nothing has been compressed for %d steps: no gradient of this optimizer has come "
+                "to DLSCompressor. Is it hvd.DistributedOptimizer that backward goes through?",
+                steps,
+            )
+        return
+    if binding.refused:
+        for parameter in optimizer._requires_update:
+            parameter.grad = None  # without gradients a step changes nothing, state included
+    else:
+        binding.clear_untouched()

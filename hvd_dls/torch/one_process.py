@@ -1,0 +1,50 @@
+"""One process: options hold as they do on several, with nothing sent.
+
+Horovod does not give gradients to a compressor then.  So that a script that is debugged on one
+process trains the same way as on two, they pass here, right before the weights are updated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hvd_dls.adapter import World
+from hvd_dls.torch.compressor import DLSCompressor
+
+
+def apply_options(compressor: DLSCompressor, optimizer: Any) -> None:
+    """Clips gradients, gives them momentum, and refuses or skips what is not finite.
+
+    Args:
+        compressor: whose options they are.
+        optimizer: Horovod's, of one process, about to update the weights.
+
+    Raises:
+        NonFiniteGradientError: a gradient holds NaN or Inf, with nonfinite="raise".
+        DLSError: see ``DLSCompressor.binding_of``.
+    """
+    binding = compressor.binding_of(optimizer)
+    named = [
+        (name, parameter)
+        for name, parameter in binding.parameters.named()
+        if parameter.grad is not None and not parameter.grad.is_sparse
+    ]
+    if not named:
+        return
+    session = binding.session or binding.agree(World(rank=0, size=1, local_size=1, set_id=0))
+    session.abandon()  # what an exception may have left of the step before
+    flats = {}
+    for name, parameter in named:
+        assert parameter.grad is not None
+        flat = binding.flat(name, parameter.grad)
+        session.note(name, finite=True)  # its sum is looked at
+        whole = binding.array(name, flat)
+        flats[name] = torch.as_tensor(session.correct(name, whole)) if session.corrects else flat
+    counts = [session.accept(name, binding.array(name, flat)) for name, flat in flats.items()]
+    for name, parameter in named:
+        if not all(counts):
+            parameter.grad = None
+        elif session.corrects and parameter.grad is not None:
+            parameter.grad.copy_(flats[name].view(parameter.grad.shape))

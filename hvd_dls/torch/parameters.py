@@ -1,0 +1,130 @@
+"""The parameters of a model: their names, which gradient is whose, and how they travel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch.utils.weak import TensorWeakRef
+
+from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
+from hvd_dls.errors import DLSError
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+NamedParameter = tuple[str, torch.Tensor]
+
+
+class Parameters:
+    """Parameters by name, and names by parameter or gradient.
+
+    ids and addresses, which are used again after a free, play no part.
+
+    Args:
+        named_parameters: (name, parameter) in model order; only weak references are kept.
+    """
+
+    def __init__(self, named_parameters: Iterable[NamedParameter]) -> None:
+        pairs = list(named_parameters)
+        self._references = {name: TensorWeakRef(parameter) for name, parameter in pairs}
+        self._names = {id(parameter): name for name, parameter in pairs}
+        self._of_shape: dict[torch.Size, list[str]] = {}
+        for name, parameter in pairs:
+            self._of_shape.setdefault(parameter.shape, []).append(name)
+
+    def named(self) -> list[NamedParameter]:
+        """Those that still exist."""
+        pairs = ((name, reference()) for name, reference in self._references.items())
+        return [(name, parameter) for name, parameter in pairs if parameter is not None]
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """The parameter of a name, if it still exists."""
+        parameter: torch.Tensor | None = self._references[name]()
+        return parameter
+
+    def name_of(self, parameter: torch.Tensor) -> str | None:
+        """Name of a parameter, or None."""
+        name = self._names.get(id(parameter))
+        return name if name is not None and self.get(name) is parameter else None
+
+    def name_of_gradient(self, gradient: torch.Tensor) -> str | None:
+        """Name of the parameter whose ``.grad`` this tensor is, or None."""
+        names = self._of_shape.get(gradient.shape, [])
+        for position, name in enumerate(names):
+            parameter = self.get(name)
+            if parameter is not None and parameter.grad is gradient:
+                # Hooks fire in much the same order every step: the next one asked for is now first.
+                names.append(names.pop(position))
+                return name
+        return None
+
+    def is_same_set(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Whether these are all of the parameters, and no others."""
+        return {id(p) for p in parameters} == {id(p) for _, p in self.named()}
+
+
+def specs_of(named_parameters: Iterable[NamedParameter]) -> list[LayerSpec]:
+    """What the core knows of parameters.
+
+    Raises:
+        DLSError: a gradient would not be floating point.
+    """
+    specs = []
+    for name, parameter in named_parameters:
+        if parameter.dtype not in _FLOATS:
+            raise DLSError(
+                f"parameter {name!r} has type {parameter.dtype}; accepted are "
+                f"{', '.join(map(str, _FLOATS))}"
+            )
+        shape = tuple(parameter.shape)
+        specs.append(layer_spec(name, shape, "torch", parameter.element_size()))
+    return specs
+
+
+def checked(named_parameters: Iterable[NamedParameter]) -> list[NamedParameter]:
+    """What a user gave as named parameters; of several names of one parameter, the first.
+
+    Raises:
+        DLSError: it is something else, or a gradient would not be floating point.
+    """
+    wanted = "named_parameters takes (name, parameter) pairs, as model.named_parameters() gives"
+    try:
+        pairs = [(name, parameter) for name, parameter in named_parameters]
+    except (TypeError, ValueError) as error:
+        raise DLSError(f"{wanted}, not {named_parameters!r}") from error
+    for name, parameter in pairs:
+        if not isinstance(name, str) or not isinstance(parameter, torch.Tensor):
+            raise DLSError(f"{wanted}, not ({name!r}, {type(parameter).__name__})")
+    specs_of((name, parameter) for name, parameter in pairs if parameter.requires_grad)
+    first: dict[int, NamedParameter] = {}
+    for name, parameter in pairs:
+        first.setdefault(id(parameter), (name, parameter))
+    return list(first.values())
+
+
+def stays_on_device(parameter: torch.Tensor) -> bool:
+    """Whether residual and passes are to be where a parameter is; on a CPU, the core's are faster.
+
+    Of other devices than GPUs, gradients go by way of the host.
+    """
+    return parameter.is_cuda
+
+
+def as_numpy(flat: torch.Tensor) -> np.ndarray:
+    """The same memory as an array.  NumPy has no bfloat16: that comes as its bits, uint16."""
+    if flat.dtype == torch.bfloat16:
+        return flat.view(torch.int16).numpy().view(np.uint16)
+    return flat.numpy()
+
+
+def is_finite(gradient: torch.Tensor) -> bool:
+    """Whether a gradient is free of NaN and Inf: in one pass, if its sum does not overflow."""
+    flat = gradient.detach().cpu()
+    if flat.dtype == torch.bfloat16:
+        total = float(flat.sum(dtype=torch.float64))
+    else:  # NumPy takes a fraction of torch's time for the many small ones
+        with np.errstate(all="ignore"):
+            total = float(np.sum(flat.numpy(), dtype=np.float64))
+    return math.isfinite(total) or bool(flat.isfinite().all())
