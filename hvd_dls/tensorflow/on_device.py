@@ -1,13 +1,13 @@
-"""Layers whose gradients are on a GPU: all that is as long as a gradient stays there.
+"""The backend for layers whose gradients stay on a GPU.
 
-The same passes as the core's, in TensorFlow's own operations, run one by one (eagerly), which any
-device can: the same bits as the core's, but where TensorFlow takes subnormal numbers for zero, as
-it does on a CPU.  What changes is a tf.Variable, all else a tensor.  To the host comes what is
-sent, and from there what all ranks sent.
+It makes the same passes as the core in TensorFlow's own operations, run eagerly one by one, on any
+device.  Results have the same bits as the core's, except for subnormal numbers where TensorFlow
+takes them for zero, as it does on a CPU.  Arrays that change are variables, all others tensors.
+Only what this rank sends is copied to the host, and only what all ranks sent is copied back.
 
-``find`` asks the device for nothing: shapes are known beforehand, and what the host needs is left
-there for TensorFlow to bring.  Of int32 nearly all operations run on the host, so integers have 64
-bits.
+``find`` never waits for the device: all shapes are known beforehand, and TensorFlow copies to the
+host what is needed there.  Integers have 64 bits, since TensorFlow runs nearly all operations on
+int32 on the host.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from hvd_dls.core.selection.backend import Future
 from hvd_dls.core.selection.passes import Found, found_on_device
 from hvd_dls.core.selection.passes_numpy import sample_stride
 
-TOO_LARGE = 2**31  # entries of a layer: TensorFlow's top_k tells indices in int32
-N_PARTS = 3  # of what ``find`` leaves on the device
+TOO_LARGE = 2**31  # entries of a layer: TensorFlow's top_k returns int32 indices
+N_PARTS = 3  # tensors that ``find`` leaves on the device
 T = TypeVar("T")
 
 
 class DeviceFuture(Future[T]):
-    """What a device works out.
+    """The result of work on a device.
 
     Args:
-        parts: tensors, results of work that the device has been given.
-        read: makes of them, as arrays, what is wanted.
+        parts: tensors on the device that the result is made of.
+        read: makes the result from them, given as arrays.
 
     Attributes:
-        parts: to be replaced by arrays once they have been brought to the host.
+        parts: to be replaced by arrays once these have been copied to the host.
     """
 
     def __init__(self, parts: Sequence[Any], read: Callable[..., T]) -> None:
@@ -63,8 +63,8 @@ class DeviceFuture(Future[T]):
         return self._read(*map(np.asarray, self.parts))
 
 
-def _there(method: Callable[..., T]) -> Callable[..., T]:
-    """Has a method of ``Device`` run on that device, whatever the device of the caller."""
+def _on_its_device(method: Callable[..., T]) -> Callable[..., T]:
+    """Makes a method of ``Device`` run on that device, whatever device the caller is on."""
 
     @functools.wraps(method)
     def placed(self: Device, *args: Any) -> T:
@@ -87,41 +87,45 @@ class Device:
             self._bins_of_window = tf.range(WINDOW, dtype=tf.int64)
 
     def zeros(self, size: int, dtype: np.dtype) -> tf.Variable:
-        # In a thread of its own: what is made in this one while it traces a function, TensorFlow
-        # takes for that function's, even in tf.init_scope, and traces it anew or refuses to.
+        # In another thread: a variable made in a thread that traces a function would belong to
+        # that function, even in tf.init_scope, and TensorFlow would trace it anew or refuse to.
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(self.new, size, dtype).result()
 
-    @_there
+    @_on_its_device
     def new(self, size: int, dtype: np.dtype) -> tf.Variable:
-        """Zeros, too, of a function that runs, to be forgotten with it."""
+        """Returns zeros for a function that is running, to be freed with it."""
         return tf.Variable(tf.zeros(size, dtype), trainable=False)
 
-    @_there
+    @_on_its_device
     def load(self, array: tf.Variable, saved: Any) -> None:
         array.assign(np.array(saved, array.dtype.as_numpy_dtype))  # or it may share the memory
 
-    @_there
+    @_on_its_device
     def scale(self, array: tf.Variable, factor: float) -> None:
         array.assign(array * factor)
 
-    @_there
-    def copy(self, array: tf.Variable | tf.Tensor) -> tf.Tensor:
-        return tf.identity(array)
+    @_on_its_device
+    def add(self, array: tf.Variable, other: tf.Variable) -> None:
+        array.assign_add(tf.cast(other, array.dtype))
+
+    @_on_its_device
+    def copy(self, array: tf.Variable | tf.Tensor) -> tf.Variable:
+        return tf.Variable(array, trainable=False)
 
     def to_host(self, array: tf.Variable | tf.Tensor) -> np.ndarray:
         host: np.ndarray = array.numpy()
         return host
 
-    @_there
+    @_on_its_device
     def clear(self, array: tf.Variable, indices: np.ndarray) -> None:
         _write(array, tf.constant(indices.astype(np.int64)), tf.zeros(len(indices), array.dtype))
 
-    @_there
-    def fill_infinite(self, out: tf.Variable) -> None:
-        out.assign(tf.fill(out.shape, tf.constant(math.inf, out.dtype)))
+    @_on_its_device
+    def fill(self, out: tf.Variable, value: float) -> None:
+        out.assign(tf.fill(out.shape, tf.constant(value, out.dtype)))
 
-    @_there
+    @_on_its_device
     def finite(self, array: tf.Tensor) -> bool:
         return bool(_all_finite(array))
 
@@ -131,10 +135,10 @@ class Device:
     # Find ---------------------------------------------------------------------------------------
 
     def parts(self, dtype: np.dtype) -> list[tf.DType]:
-        """Types of what ``find`` leaves on the device, of a residual of this type."""
+        """Returns the types of the tensors that ``find`` leaves, for a residual of this type."""
         return [tf.as_dtype(dtype), tf.int64, tf.float32]
 
-    @_there
+    @_on_its_device
     def find(
         self,
         residual: tf.Variable,
@@ -142,9 +146,9 @@ class Device:
         k: int,
         last_threshold: float = 0.0,
     ) -> DeviceFuture[Found | None]:
-        """See ``core.passes.find``; the parts are values, indices and counts."""
+        """See ``passes.find``; the parts of the future are values, indices and counts."""
         total = residual + tf.cast(gradient, residual.dtype)
-        # What is not finite counts as the largest: so it is among what the host gets to see.
+        # NaN and Inf count as the largest, so that the host sees them among the selected values.
         magnitudes = tf.where(tf.math.is_finite(total), tf.abs(total), math.inf)
         largest, chosen = tf.math.top_k(magnitudes, k, sorted=False)  # ties to the lower index
         chosen = tf.sort(tf.cast(chosen, tf.int64))
@@ -161,7 +165,7 @@ class Device:
 
     # Settle -------------------------------------------------------------------------------------
 
-    @_there
+    @_on_its_device
     def settle(
         self,
         residual: tf.Variable,
@@ -172,10 +176,10 @@ class Device:
         scale: float | tf.Tensor,
         out: tf.Variable,
     ) -> None:
-        """See ``core.passes.settle``; indices must ascend and lie within the layer.
+        """See ``passes.settle``; indices must ascend and lie within the layer.
 
-        Without atomic additions, whose order is not known: a rank's indices are unique, and ranks
-        follow each other.
+        Ranks are added one after the other, and a rank's indices are unique: no atomic additions,
+        whose order would differ between ranks.
         """
         dtype = residual.dtype
         left = np.zeros(len(indices), dtype.as_numpy_dtype) if kept is None else kept
@@ -199,7 +203,7 @@ class Device:
 
     # Clipping and momentum ----------------------------------------------------------------------
 
-    @_there
+    @_on_its_device
     def correct(
         self,
         gradient: tf.Tensor,
@@ -207,19 +211,19 @@ class Device:
         into: tf.Variable,
         config: DLSConfig,
         loss_scale: float = 1.0,
-    ) -> tf.Variable | tf.Tensor:
-        """See ``core.momentum.correct``; norms are summed up in another order."""
+    ) -> tf.Variable:
+        """See ``momentum.correct``; norms are summed in another order than on the host."""
         own = _clipped(tf.cast(gradient, into.dtype), config, loss_scale)
         if velocity is None:
             into.assign(own)
             return into
         into.assign(velocity * config.momentum)
         into.assign_add(own)
-        return into * config.momentum + own if config.nesterov else into
+        return tf.Variable(into * config.momentum + own) if config.nesterov else into
 
 
 def _clipped(own: tf.Tensor, config: DLSConfig, loss_scale: float) -> tf.Tensor:
-    """A gradient that is not finite stays as it is, to be found."""
+    """Clips a gradient; one with NaN or Inf is returned as it is, to be found later."""
     if not (config.clip_norm or config.clip_value) or not len(own):
         return own
     clipped = own
@@ -240,7 +244,7 @@ def _all_finite(array: tf.Tensor) -> tf.Tensor:
 
 
 def _bins(magnitudes: tf.Tensor) -> tf.Tensor:
-    """``core.sketch.bin_of``, int64; any number for what is not finite."""
+    """Returns ``sketch.bin_of`` as int64; for NaN and Inf any number."""
     bits = tf.cast(tf.bitcast(tf.cast(magnitudes, tf.float32), tf.int32), tf.int64)
     return tf.minimum(tf.bitwise.right_shift(bits, MANTISSA_SHIFT), N_BINS - 1)
 
@@ -252,5 +256,5 @@ def _found(
 
 
 def _write(array: tf.Variable, indices: tf.Tensor, values: tf.Tensor) -> None:
-    """In place; where an index repeats, its values must be the same."""
+    """Writes in place; where an index repeats, its values must be the same."""
     array.scatter_nd_update(indices[:, tf.newaxis], values)
