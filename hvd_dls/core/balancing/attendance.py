@@ -1,7 +1,8 @@
 """Which layers take part at all: one that never comes must not keep a share of the budget.
 
 A frozen layer, an embedding with sparse gradients or a variable without a gradient sends nothing.
-While it stays away its share is the others'; when it comes back it gets one again.
+One that never came counts as if it were not compressed at all.  One that stays away leaves its share
+to the others until it comes back.
 """
 
 from __future__ import annotations
@@ -25,17 +26,25 @@ class Attendance:
     Attributes:
         away: (L,) int64, steps in a row without the layer.
         patience: (L,) int64, so many of them are borne.
+        seen: (L,) bool, whether the layer has ever taken part.
     """
 
     def __init__(self, layers: int) -> None:
         self.away = np.zeros(layers, np.int64)
         self.patience = np.full(layers, PATIENCE, np.int64)
+        self.seen = np.zeros(layers, bool)
 
     @property
     def live(self) -> np.ndarray:
         """(L,) bool: whether a layer has a share in the budget."""
         live: np.ndarray = self.away < self.patience
         return live
+
+    @property
+    def counted(self) -> np.ndarray:
+        """(L,) bool: whether a layer's entries count for the budget."""
+        counted: np.ndarray = self.seen | self.live
+        return counted
 
     def observe(self, present: np.ndarray) -> bool:
         """Takes note of a step.
@@ -48,9 +57,15 @@ class Attendance:
         """
         before = self.live
         self.patience[present & ~before] *= 2
+        self.seen |= present
         self.away = np.where(present, 0, self.away + 1)
         return bool((self.live != before).any())
 
-    def restore(self, away: np.ndarray, patience: np.ndarray) -> None:
-        """Goes on from saved numbers."""
-        self.away, self.patience = away.copy(), patience.copy()
+    def state(self) -> np.ndarray:
+        """(3, L) int64: all of it."""
+        return np.stack([self.away, self.patience, self.seen.astype(np.int64)])
+
+    def restore(self, state: np.ndarray) -> None:
+        """Goes on from a ``state()``."""
+        self.away, self.patience, seen = np.array(state, np.int64)
+        self.seen = seen.astype(bool)

@@ -58,11 +58,11 @@ class Controller:
 
     def state(self) -> np.ndarray:
         """All of it in whole numbers: int64; the step comes first."""
-        attendance, budgets = self.attendance, self.budgets
+        budgets = self.budgets
         return np.concatenate(
             [
                 [self.step, budgets.steps],
-                *(self.k, self.wanted, attendance.away, attendance.patience),
+                *(self.k, self.wanted, *self.attendance.state()),
                 *(budgets.budgets, budgets.mean.view(np.int64)),
             ]
         )
@@ -71,10 +71,10 @@ class Controller:
         """Goes on from a ``state()``; from its k and attendance alone if it has other buckets."""
         state, layers, buckets = np.array(state, np.int64), len(self.k), len(self.budgets.budgets)
         self.step = int(state[0])
-        self.k, self.wanted, away, patience = state[2 : 2 + 4 * layers].reshape(4, layers)
-        self.attendance.restore(away, patience)
+        self.k, self.wanted, *attendance = state[2 : 2 + 5 * layers].reshape(5, layers)
+        self.attendance.restore(np.stack(attendance))
         self.budgets.restart(self.k, self.attendance.live)
-        if len(state) == 2 + 4 * layers + 2 * buckets:
+        if len(state) == 2 + 5 * layers + 2 * buckets:
             self.budgets.steps = int(state[1])
             self.budgets.budgets = state[-2 * buckets : len(state) - buckets]
             self.budgets.mean = state[len(state) - buckets :].view(np.float64)
@@ -124,9 +124,8 @@ class Controller:
         if rows is not None and self._observe(rows):
             changed = True
         if changed:
-            live = self.attendance.live
             wanted = self._basis()[self._plan.sharing]
-            k = shared_out(self._plan, self._config, self.density, wanted, live)
+            k = shared_out(self._plan, self._config, self.density, wanted, self.attendance)
             self.start_from(k)
         if rows is None or bases is None or counts is None or self._config.strategy != "dls":
             return

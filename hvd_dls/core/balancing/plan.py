@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvd_dls.config import MEASURED, DLSConfig
+from hvd_dls.core.balancing.attendance import Attendance
 from hvd_dls.core.balancing.curves import SketchedCurves
 from hvd_dls.core.balancing.layers import VECTOR, LayerSpec
 from hvd_dls.core.balancing.prior import PRIORS
@@ -47,19 +48,21 @@ class Plan:
         """(L',) rows of the sparse layers that share the budget."""
         return np.flatnonzero(np.isnan(self.own_density))
 
-    def budget(self, density: float, live: np.ndarray | None = None) -> int:
+    def budget(self, density: float, attendance: Attendance | None = None) -> int:
         """K: entries that these layers send together, at this density.
 
-        Layers that take no part leave their share to the others: K goes down only if these have
-        fewer entries than that.
+        Layers that never came are none that are compressed, so they do not count.  Those that came
+        and stay away leave their share to the others.
 
         Args:
             density: in (0, 1].
-            live: (L,) bool: of each sparse layer, whether it takes part; None: all do.
+            attendance: of the sparse layers; None: all take part.
         """
         sizes = self.sizes[self.sharing]
-        total = round(density * int(sizes.sum()))
-        return total if live is None else min(total, int(sizes[live[self.sharing]].sum()))
+        if attendance is None:
+            return round(density * int(sizes.sum()))
+        counted, live = attendance.counted[self.sharing], attendance.live[self.sharing]
+        return min(round(density * int(sizes[counted].sum())), int(sizes[live].sum()))
 
     def fixed_k(self, config: DLSConfig, density: float) -> np.ndarray:
         """(L,) entries of the layers with a density of their own; 0 of the others.
@@ -140,7 +143,7 @@ def shared_out(
     config: DLSConfig,
     density: float,
     wanted: np.ndarray,
-    live: np.ndarray | None = None,
+    attendance: Attendance | None = None,
 ) -> np.ndarray:
     """Entries of each layer at a density.
 
@@ -150,16 +153,15 @@ def shared_out(
         density: of the step.
         wanted: (L',) real numbers >= 0, proportional to which the layers that share the budget
             should send; the others send what they have to.
-        live: (L,) bool: of each sparse layer, whether it takes part, or it sends nothing; None: all
-            do.
+        attendance: of the sparse layers: those that stay away send nothing; None: all take part.
 
     Returns:
         (L,) int64.
     """
-    live = np.ones(len(plan.sparse), bool) if live is None else live
+    live = np.ones(len(plan.sparse), bool) if attendance is None else attendance.live
     k, rows = np.where(live, plan.fixed_k(config, density), 0), plan.sharing
     if len(rows):
         sizes = np.where(live, plan.sizes, 0)[rows]
         least = np.minimum(config.min_k, sizes)
-        k[rows] = apportion(wanted * live[rows], plan.budget(density, live), least, sizes)
+        k[rows] = apportion(wanted * live[rows], plan.budget(density, attendance), least, sizes)
     return k

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hvd_dls.config import DLSConfig
+from hvd_dls.core.balancing.attendance import Attendance
 from hvd_dls.core.balancing.plan import Plan, shared_out
 from hvd_dls.core.balancing.schedule import density_at
 from hvd_dls.core.selection.norms import l2_norm
@@ -43,12 +44,12 @@ class BaselineStrategy:
         self.norms = dict(zip(self._names, np.sqrt(plan.sizes).tolist(), strict=True))
         self.start_step(density_at(config, 0))
 
-    def start_step(self, density: float, live: np.ndarray | None = None) -> None:
-        """Takes the density of the step to come, and which layers take part: (L,) bool."""
-        self._density = density
+    def start_step(self, density: float, attendance: Attendance | None = None) -> None:
+        """Takes the density of the step to come, and which layers take part."""
+        self._budget = self._plan.budget(density, attendance)
         # DEFT's rule (arXiv:2307.03500): in proportion to the norm that the last step left.
         norms = np.array([self.norms[self._names[row]] for row in self._plan.sharing])
-        k = shared_out(self._plan, self._config, density, norms, live)
+        k = shared_out(self._plan, self._config, density, norms, attendance)
         self._k: dict[str, int] = dict(zip(self._names, k.tolist(), strict=True))
 
     def restore(self, norms: Sequence[float], density: float) -> None:
@@ -71,7 +72,7 @@ class BaselineStrategy:
         chosen = global_k(
             [residuals[name] for name in names],
             [gradients[name] for name in names],
-            self._plan.budget(self._density),
+            self._budget,
         )
         return {name: self._k[name] for name in gradients} | dict(zip(names, chosen, strict=True))
 

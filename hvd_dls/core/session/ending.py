@@ -53,7 +53,7 @@ def _advance(memory: Memory, step: Step) -> None:
         controller.advance(rows, *step.sketches(rows, n_layers))
     else:
         controller.advance(rows)
-        memory.baseline.start_step(controller.density, controller.attendance.live)
+        memory.baseline.start_step(controller.density, controller.attendance)
     live = controller.attendance.live
     if memory.rank == 0 and (live != before).any():
         gone, back = np.flatnonzero(before & ~live), np.flatnonzero(live & ~before)

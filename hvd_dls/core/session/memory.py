@@ -88,7 +88,7 @@ class Memory:
         """Takes over another rank's ``controller.state()``."""
         self.controller.restore(agreed)
         if self.baseline is not None:
-            self.baseline.start_step(self.controller.density, self.controller.attendance.live)
+            self.baseline.start_step(self.controller.density, self.controller.attendance)
 
     def inherit(self, other: Memory, factor: float = 1.0) -> None:
         """Takes over what was remembered of the same model: by other ranks, or in another type.

@@ -73,7 +73,7 @@ def _upgraded(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     layers = len(state.get("layers", []))
     ratios = np.asarray(state.get("ratios", []), np.int64)
     cut = 2 + 2 * layers
-    attendance = np.repeat([0, PATIENCE], layers)
+    attendance = np.repeat([0, PATIENCE, 1], layers)
     return {
         **state,
         "version": STATE_VERSION,
@@ -142,10 +142,10 @@ def _check_numbers(state: Mapping[str, Any], own: Mapping[str, Any], sizes: np.n
     if not (isinstance(loss_scale, (int, float)) and 0 < loss_scale < math.inf):
         raise StateMismatchError(f"the saved loss_scale is {loss_scale}, expected a number > 0")
     layers, ratios = len(sizes), np.asarray(state["ratios"])
-    if ratios.dtype.kind not in "iu" or ratios.ndim != 1 or len(ratios) < 2 + 4 * layers:
+    if ratios.dtype.kind not in "iu" or ratios.ndim != 1 or len(ratios) < 2 + 5 * layers:
         raise StateMismatchError(
             f"the saved ratios are {ratios.size} numbers of {ratios.dtype}, expected "
-            f"{2 + 4 * layers} whole numbers or more"
+            f"{2 + 5 * layers} whole numbers or more"
         )
     if ratios[0] < 0 or ratios[0] != state["step"]:
         raise StateMismatchError(f"saved in step {state['step']}, with ratios of {ratios[0]}")
@@ -158,5 +158,5 @@ def _check_numbers(state: Mapping[str, Any], own: Mapping[str, Any], sizes: np.n
                 f"layer {names[where]!r}: sends {k[where]} entries in the saved state, but has "
                 f"{sizes[where]}"
             )
-    if (ratios[2 + 2 * layers : 2 + 4 * layers] < 0).any():
+    if (ratios[2 + 2 * layers : 2 + 5 * layers] < 0).any():
         raise StateMismatchError("the saved state has a layer that stayed away for < 0 steps")

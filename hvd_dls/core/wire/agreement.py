@@ -80,14 +80,17 @@ def decode(gathered: np.ndarray, world_size: int) -> list[Any]:
     """
     raw, messages = gathered.tobytes(), []
     for rank in range(world_size):
-        if len(raw) < _HEAD.size or raw[:4] != _MAGIC:
+        try:
+            magic, length = _HEAD.unpack_from(raw)
+            body, raw = raw[_HEAD.size : _HEAD.size + length], raw[_HEAD.size + length :]
+            messages.append(json.loads(zlib.decompress(body)))
+        except (struct.error, zlib.error, ValueError):
+            magic = b""
+        if magic != _MAGIC or (raw and rank == world_size - 1):
             raise RanksDisagreeError(
                 f"rank {rank} sent no message of this version of hvd_dls: install the same version "
                 "everywhere, and call what takes all ranks on all of them"
             )
-        length = _HEAD.size + _HEAD.unpack_from(raw)[1]
-        messages.append(json.loads(zlib.decompress(raw[_HEAD.size : length])))
-        raw = raw[length:]
     return messages
 
 
