@@ -9,6 +9,7 @@ from typing import Any
 import horovod.torch as hvd
 import numpy as np
 import torch
+from horovod.common.exceptions import HorovodInternalError
 
 from hvd_dls.adapter import BaseBinding, World
 from hvd_dls.config import DLSConfig
@@ -16,7 +17,7 @@ from hvd_dls.core.selection.backend import Array, Backend, Future
 from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
-from hvd_dls.torch import bookkeeping, exchange
+from hvd_dls.torch import bookkeeping, exchange, joined
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
 from hvd_dls.torch.exchange import Exchange
 from hvd_dls.torch.on_device import Device, finite_future
@@ -271,6 +272,10 @@ class Binding(BaseBinding):
         except DLSError:
             self.abandon()
             raise
+        except HorovodInternalError as error:
+            optimizer = self._optimizer()
+            one = 1.0 if optimizer is None or optimizer.op == hvd.Average else session.world_size
+            raise joined.explained(error, self._handles, one) from error
 
     def _gather(self, name: str, array: np.ndarray) -> np.ndarray:
         return exchange.finish(exchange.start(name, array, self._process_set))

@@ -12,10 +12,6 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 _POLL = 2e-4  # seconds between two looks
-_IF_JOINED = (
-    "A rank called hvd.join(): DLSCompressor gathers its payloads, and Horovod does not support "
-    "allgather while ranks have joined. Give every rank the same number of batches instead."
-)
 
 
 def start(name: str, payload: np.ndarray, process_set: hvd.ProcessSet) -> int:
@@ -40,12 +36,7 @@ def finish(handle: int) -> np.ndarray:
     """
     while not hvd.poll(handle):
         time.sleep(_POLL)
-    try:
-        gathered: torch.Tensor = hvd.synchronize(handle)
-    except HorovodInternalError as error:
-        if "join" in str(error).lower():
-            raise HorovodInternalError(f"{error}\n{_IF_JOINED}") from error
-        raise
+    gathered: torch.Tensor = hvd.synchronize(handle)
     return gathered.numpy()
 
 

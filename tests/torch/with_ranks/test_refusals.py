@@ -55,7 +55,7 @@ def test_ranks_with_other_options_are_named():
     model = net()
     density = 0.05 if hvd.rank() == 0 else 0.06
     compression = DLSCompressor(model.named_parameters(), density=density, **SPARSE)
-    with pytest.raises(DLSError, match=r"rank\(s\) \[1.*options"):
+    with pytest.raises(DLSError, match="rank 1 has option density: 0.06, rank 0: 0.05"):
         train(model, wrap(model, compression), range(1))
 
 
@@ -63,9 +63,8 @@ def test_a_density_too_low_for_the_model_says_what_would_do():
     model = net()
     compression = DLSCompressor(density=1e-4, **SPARSE)
     optimizer = wrap(model, compression)
-    train(model, optimizer, range(1))
     with pytest.raises(DLSError, match=r"density=0\.0001 gives .*raise density to at least"):
-        train(model, optimizer, range(1, 2))
+        train(model, optimizer, range(1))
 
 
 @pytest.mark.parametrize("explicit", [False, True])

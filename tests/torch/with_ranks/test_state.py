@@ -69,8 +69,8 @@ def test_a_state_loaded_before_the_first_step_waits_for_the_parameters():
     again = net()
     compression = DLSCompressor(density=0.05, **SPARSE)
     compression.load_state_dict(state)
-    train(again, wrap(again, compression), range(2))  # the first of which is dense
-    assert compression.last_step().step == state["models"][0]["step"] + 1
+    train(again, wrap(again, compression), range(2))
+    assert compression.last_step().step == state["models"][0]["step"] + 2
 
 
 def test_a_state_of_other_layers_options_or_ranks_is_refused_by_name():
@@ -83,7 +83,7 @@ def test_a_state_of_other_layers_options_or_ranks_is_refused_by_name():
     _, compression = trained()
     before = saved(compression.state_dict())
     _, wider = trained(width=64)
-    with pytest.raises(StateMismatchError, match=r"'1.weight'.*\[64, 48, .*\[32, 48, "):
+    with pytest.raises(StateMismatchError, match=r"'1.weight' was saved in shape \[64, 48\], it has \[32, 48\]"):
         compression.load_state_dict(wider.state_dict())
     _, denser = trained(density=0.1)
     with pytest.raises(StateMismatchError, match=r"density=0.1.*0.05"):
