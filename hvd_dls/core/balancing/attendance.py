@@ -1,8 +1,8 @@
 """Which layers take part at all: one that never comes must not keep a share of the budget.
 
 A frozen layer, an embedding with sparse gradients or a variable without a gradient sends nothing.
-One that never came counts as if it were not compressed at all.  One that stays away leaves its share
-to the others until it comes back.
+One that never came counts as if it were not compressed at all.  One that stays away leaves its
+share to the others until it comes back.
 """
 
 from __future__ import annotations

@@ -47,9 +47,9 @@ class SessionClock:
         own = self.now
         if gone := [rank for rank, payload in enumerate(payloads) if payload.abandoned]:
             raise RanksDisagreeError(
-                f"rank(s) {gone} gave step {own.step + 1} up, by an exception or abandon_step(), so "
-                "it is given up on this rank, too; nothing of it entered a residual or a weight. "
-                "Go on with a new step on all ranks"
+                f"rank(s) {gone} gave step {own.step + 1} up, by an exception or abandon_step(), "
+                "so it is given up on this rank, too; nothing of it entered a residual or a "
+                "weight. Go on with a new step on all ranks"
             )
         clocks = [payload.clock for payload in payloads]
         if all(clock == own for clock in clocks):
