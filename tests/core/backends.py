@@ -134,7 +134,7 @@ def _step(framework, sessions, gradients):
             if session.is_sparse(name):
                 complete = session.compress(name, gradient)
             else:
-                finite = session._backends[name].finite(_floats(framework, gradient))
+                finite = session.memory.backends[name].finite(_floats(framework, gradient))
                 complete = session.note(name, session.dense_step or finite)
                 corrected = session.correct(name, gradient) if session.corrects else gradient
                 waiting.append(corrected)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
 from hvd_dls.core.balancing.sketch import LAST_BASE, WINDOW, Sketch
 from hvd_dls.core.jit import HAVE_NUMBA
-from hvd_dls.core.wire.layout import Bucket
-from hvd_dls.core.wire.payload import ABSENT, NOT_FINITE, SENT, pack
+from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Bucket
+from hvd_dls.core.wire.pack import pack
 from hvd_dls.core.wire.values import decode_counts, encode_counts
 from tests.core.strategies import seeds
 

@@ -16,7 +16,7 @@ from hvd_dls.core.balancing.prior import PRIORS
 from hvd_dls.core.balancing.tails import TAILS
 from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.wire.buckets import make_bucket
-from hvd_dls.core.wire.payload import payload_bytes
+from hvd_dls.core.wire.layout import payload_bytes
 from hvd_dls.errors import DLSError
 from tests.core.strategies import seeds
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import layer_spec
 from hvd_dls.core.wire.buckets import make_bucket, make_buckets
-from hvd_dls.core.wire.payload import MAX_ENTRIES
+from hvd_dls.core.wire.layout import MAX_ENTRIES
 from hvd_dls.errors import DLSError
 from tests.core.strategies import seeds
 

@@ -13,17 +13,22 @@ from hvd_dls.core.balancing.layers import layer_spec
 from hvd_dls.core.balancing.sketch import WINDOW, Sketch
 from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.wire import elias_fano
-from hvd_dls.core.wire.layout import HEADER, RECORD, Bucket
-from hvd_dls.core.wire.payload import (
+from hvd_dls.core.wire.layout import (
     ABSENT,
+    HEADER,
     MAX_ENTRIES,
     NOT_FINITE,
+    RECORD,
     SENT,
+    START,
     VERSION,
-    pack,
+    Bucket,
+    Clock,
+    Status,
     payload_bytes,
-    unpack,
 )
+from hvd_dls.core.wire.pack import pack, pack_abandoned
+from hvd_dls.core.wire.unpack import unpack
 from hvd_dls.errors import DLSError
 from tests.core.payloads import (
     CODES,
@@ -94,18 +99,67 @@ def test_whole_values_and_plain_indices_are_views():
         assert np.shares_memory(payload.indices, gathered)
 
 
-@given(st.integers(0, 5), st.lists(st.integers(-1, 4), min_size=1, max_size=4))
-def test_each_rank_s_first_watched_layer_that_is_not_finite_comes_back(n_watched, refused):
+@given(st.sampled_from([0, 1, 3, 8, 9, 20]), st.sampled_from([1, 2, 4]), seeds)
+def test_the_status_of_each_rank_s_watched_layers_comes_back(n_watched, world_size, seed):
+    rng = np.random.default_rng(seed)
     watched = tuple(f"bias{i}" for i in range(n_watched))
     bucket, k = replace(bucket_of([300, 5]), watched=watched), [7, 5]
-    names = [watched[i] if 0 <= i < n_watched else None for i in refused]
-    ranks = found_by_ranks(bucket, k, len(names), share=0.3)
-    packed = [pack(bucket, k, found, name) for found, name in zip(ranks, names, strict=True)]
+    ranks = found_by_ranks(bucket, k, world_size, seed, share=0.3)
+    told = [dict(zip(watched, rng.choice(Status, n_watched), strict=True)) for _ in ranks]
+    said = [
+        {n: s for n, s in of_rank.items() if s != SENT or rng.random() < 0.5} for of_rank in told
+    ]
+    packed = [pack(bucket, k, found, each) for found, each in zip(ranks, said, strict=True)]
     gathered = np.concatenate([payload for payload, _ in packed])
-    payloads = unpack(bucket, k, gathered, len(names))
-    assert [payload.not_finite for payload in payloads] == names
+    payloads = unpack(bucket, k, gathered, world_size)
+    assert [p.watched.tolist() for p in payloads] == [list(of_rank.values()) for of_rank in told]
     for found, (_, kept), payload in zip(ranks, packed, payloads, strict=True):
         check(bucket, found, kept, payload)
+
+
+clocks = st.builds(
+    Clock,
+    st.one_of(st.integers(0, 20), st.integers(2**32 - 3, 2**32 - 1)),
+    st.one_of(st.integers(0, 3), st.just(2**32 - 1)),
+)
+
+
+@given(st.lists(clocks, min_size=1, max_size=4), seeds)
+def test_each_rank_s_clock_comes_back_and_changes_nothing_else(of_ranks, seed):
+    bucket, k = replace(bucket_of([300, 5]), watched=("bias",)), [7, 5]
+    ranks = found_by_ranks(bucket, k, len(of_ranks), seed, share=0.3)
+    payloads = [
+        pack(bucket, k, found, clock=clock).payload
+        for found, clock in zip(ranks, of_ranks, strict=True)
+    ]
+    unpacked = unpack(bucket, k, np.concatenate(payloads), len(ranks))
+    assert [payload.clock for payload in unpacked] == of_ranks
+    for payload, found in zip(payloads, ranks, strict=True):
+        changed = np.flatnonzero(payload != pack(bucket, k, found).payload)
+        assert set(changed) <= set(range(32, 40))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("code", CODES)
+def test_a_rank_that_has_given_the_step_up_says_so_in_a_payload_of_the_usual_length(kind, code):
+    bucket, k = replace(bucket_of([300, 5], kind, code), watched=("a", "b")), [7, 5]
+    (found,) = found_by_ranks(bucket, k, 1)
+    good, gone = pack(bucket, k, found), pack_abandoned(bucket, k, Clock(3, 1))
+    assert gone.shape == good.payload.shape
+    there, away = unpack(bucket, k, np.concatenate([good.payload, gone]), 2)
+    check(bucket, found, good.kept, there)
+    assert (there.abandoned, away.abandoned) == (False, True)
+    assert away.clock == (3, 1)
+    check(bucket, [ABSENT] * 2, [None] * 2, away)
+    assert away.watched.tolist() == [ABSENT] * 2
+
+
+def test_steps_count_modulo_2_to_the_32():
+    bucket, k = bucket_of([5]), [2]
+    (found,) = found_by_ranks(bucket, k, 1)
+    gathered = pack(bucket, k, found, clock=Clock(2**32 + 7, 1)).payload
+    assert unpack(bucket, k, gathered, 1)[0].clock == Clock(7, 1)
+    assert unpack(bucket, k, pack(bucket, k, found).payload, 1)[0].clock == START == (0, 0)
 
 
 # Length and layout ------------------------------------------------------------------------------
@@ -125,7 +179,7 @@ def test_length_is_that_of_its_parts_whatever_is_sent(kind, code, capacity):
     indices = words((capacity * low + 7) // 8) + words((capacity + (1001 >> low) + 1 + 7) // 8)
     if code == "plain":
         indices = words(4 * capacity)
-    length = 32 + 2 * 104 + words(width * capacity) + (indices if capacity else 0)
+    length = 40 + 2 * 104 + words(width * capacity) + (indices if capacity else 0)
     assert payload_bytes(bucket, capacity) == length
     for k in ([capacity, 0], [max(capacity - 1, 0), min(capacity, 1)]):
         (found,) = found_by_ranks(bucket, k, 1)
@@ -143,29 +197,34 @@ def test_layout_is_pinned_byte_by_byte():
         np.array([1.5, -2.0, 0.75], np.float32),
         Sketch(1003, counts),
     )
-    payload = pack(bucket, [3, 3], [found, None], "bn.bias").payload.tobytes()
-    assert VERSION == 3
+    told = {"bn.bias": NOT_FINITE}
+    payload = pack(bucket, [3, 3], [found, None], told, Clock(70_000, 2)).payload.tobytes()
+    assert VERSION == 4
     assert payload[0:3] == b"DLS"
-    assert payload[3] == 3
+    assert payload[3] == 4
     assert payload[4:8] == struct.pack("<I", zlib.crc32(b"fc.weight\x0060\x00fc.bias\x0036\x00"))
     assert payload[8:20] == struct.pack("<3I", 96, 3, 6)  # size, entries, capacity
-    assert payload[20:24] == bytes([3, 1, 4, 0])  # float16, Elias–Fano, low bits
-    assert payload[24:32] == struct.pack("<2I", 2, 2)  # layers, 1 + number of bn.bias
+    assert payload[20:24] == bytes([3, 1, 4, 0])  # float16, Elias–Fano, low bits, not abandoned
+    assert payload[24:40] == struct.pack("<4I", 2, 2, 70_000, 2)  # layers, watched, step, attempt
     # 2.0 is scaled up to 2**14.
-    assert payload[32:40] == struct.pack("<IHbB", 3, 1003, -13, SENT)
-    codes = struct.unpack("<48H", payload[40:136])
+    assert payload[40:48] == struct.pack("<IHbB", 3, 1003, -13, SENT)
+    codes = struct.unpack("<48H", payload[48:144])
     assert codes == (*range(2040, 2088),)  # mantissas 2**11 + m at exponent 1 follow on
-    assert payload[136:144] == struct.pack("<IHbB", 0, 0, 0, NOT_FINITE)
-    assert payload[144:240] == bytes(96)
-    assert payload[240:256] == struct.pack("<8e", 1.5 * 2**13, -(2.0**14), 0.75 * 2**13, *[0] * 5)
-    assert payload[256:264] == bytes([0x93, 0x0A, 0, 0, 0, 0, 0, 0])
-    assert payload[264:272] == bytes([0b10011, 0, 0, 0, 0, 0, 0, 0])
-    assert len(payload) == 272
+    assert payload[144:152] == struct.pack("<IHbB", 0, 0, 0, NOT_FINITE)
+    assert payload[152:248] == bytes(96)
+    assert payload[248:256] == bytes([SENT, NOT_FINITE, 0, 0, 0, 0, 0, 0])  # bn.weight, bn.bias
+    assert payload[256:272] == struct.pack("<8e", 1.5 * 2**13, -(2.0**14), 0.75 * 2**13, *[0] * 5)
+    assert payload[272:280] == bytes([0x93, 0x0A, 0, 0, 0, 0, 0, 0])
+    assert payload[280:288] == bytes([0b10011, 0, 0, 0, 0, 0, 0, 0])
+    assert len(payload) == 288
+    abandoned = pack_abandoned(bucket, [3, 3], Clock(70_000, 3)).tobytes()
+    assert abandoned[20:24] == bytes([3, 1, 4, 1])
+    assert abandoned[12:20] == struct.pack("<2I", 0, 6)
 
 
 def test_status_numbers_are_pinned():
     assert (SENT, NOT_FINITE, ABSENT) == (1, 2, 3)
-    assert HEADER.itemsize == 32
+    assert HEADER.itemsize == 40
     assert RECORD.itemsize == 104
 
 
@@ -190,7 +249,7 @@ def test_plain_indices_count_from_each_layers_own_zero():
 def test_bytes_an_entry_of_a_model_of_25_million_parameters_in_160_layers(n, density, kind, most):
     bucket = bucket_of([n // 160] * 160, kind)
     k = round(n * density)
-    records = 32 + 160 * 104
+    records = 40 + 160 * 104
     assert (payload_bytes(bucket, k) - records) / k <= most
     if density == 0.01:  # the records' share goes down with the number of entries
         assert payload_bytes(bucket, k) / k <= most
@@ -226,7 +285,7 @@ def test_buckets_that_cannot_be_are_refused():
         Bucket((whole,), code="gzip")
     with pytest.raises(DLSError, match=f"'huge..whole' has {MAX_ENTRIES + 5} entries; at most"):
         Bucket((huge, whole))
-    assert payload_bytes(Bucket((huge,)), 1000) == 32 + 104 + 4000 + 2752 + 256
+    assert payload_bytes(Bucket((huge,)), 1000) == 40 + 104 + 4000 + 2752 + 256
 
 
 @pytest.mark.parametrize("code", CODES)

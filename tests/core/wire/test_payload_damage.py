@@ -1,5 +1,6 @@
 """What becomes of damaged payloads."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 
 from hvd_dls.core.balancing.sketch import LAST_BASE, WINDOW, edges
 from hvd_dls.core.wire import elias_fano
-from hvd_dls.core.wire.layout import parts_of
-from hvd_dls.core.wire.payload import ABSENT, NOT_FINITE, SENT, payload_bytes, unpack
+from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Status, parts_of, payload_bytes
+from hvd_dls.core.wire.unpack import unpack
 from hvd_dls.errors import PayloadError
 from tests.core.payloads import BOTH, CODES, KINDS, bucket_of, found_by_ranks, gather
 from tests.core.strategies import seeds
@@ -31,7 +32,7 @@ def damaged(code="elias-fano", kind="float16"):
     ("field", "value", "message"),
     [
         ("magic", b"XYZ", "magic is b'XYZ', expected b'DLS'"),
-        ("version", 1, "version is 1, expected 3"),
+        ("version", 1, "version is 1, expected 4"),
         ("bucket", 1, "bucket is 1, expected"),
         ("size", 70_299, "size is 70299, expected 70310"),
         ("entries", 9, "entries is 9, expected 8"),
@@ -40,8 +41,8 @@ def damaged(code="elias-fano", kind="float16"):
         ("indices", 2, "indices is 2, expected 1"),
         ("low_bits", 13, "low_bits is 13, expected 12"),
         ("layers", 4, "layers is 4, expected 3"),
-        ("reserved", 1, "reserved is 1, expected 0"),
-        ("not_finite", 3, "not_finite is 3, expected at most 2"),
+        ("abandoned", 2, "abandoned is 2, expected 0 or 1"),
+        ("watched", 3, "watched is 3, expected 2"),
     ],
 )
 def test_a_wrong_header_is_refused_by_bucket_rank_and_field(field, value, message):
@@ -69,6 +70,17 @@ def test_a_wrong_record_is_refused_by_layer_rank_and_field(field, value, message
     bucket, gathered, parts = damaged(kind="float32")
     parts.records[field][1] = value
     with pytest.raises(PayloadError, match=f"layer 'layer1', payload of rank 1: {message}"):
+        unpack(bucket, K, gathered, 3)
+
+
+@pytest.mark.parametrize(("position", "value"), [(0, 0), (1, 4), (0, 255), (2, 1), (7, 128)])
+def test_a_wrong_status_of_a_watched_layer_is_refused_by_bucket_and_rank(position, value):
+    bucket, gathered, parts = damaged()
+    parts.watched[position] = value
+    found = [1, 1, 0, 0, 0, 0, 0, 0]
+    found[position] = value
+    message = f"payload of rank 1: watched is {found}, expected 1, 2 or 3, 2 times"
+    with pytest.raises(PayloadError, match=re.escape(message)):
         unpack(bucket, K, gathered, 3)
 
 
@@ -178,7 +190,8 @@ def refused_or_well_formed(bucket, k, gathered):
         for other in others:
             assert np.array_equal(payload.indices, other.indices)
         assert np.isfinite(payload.values).all()
-        assert payload.not_finite in (None, *bucket.watched)
+        assert len(payload.watched) == len(bucket.watched)
+        assert np.isin(payload.watched, Status).all()
         for position, layer in enumerate(bucket.layers):
             indices, values = payload.entries(position)
             expected = k[position] if payload.status[position] == SENT else 0
@@ -198,18 +211,21 @@ def test_every_flipped_bit_is_refused_or_changes_only_contents(code):
     bucket = replace(bucket_of([300, 40, 5], "bfloat16", code), watched=("b0", "b1", "b2"))
     k, (first, second) = [7, 2, 1], found_by_ranks(bucket_of([300, 40, 5]), [7, 2, 1])
     gathered = gather(bucket, k, [[*first[:2], ABSENT], second])
-    refused = set()
+    refused, refused_bits = set(), set()
     for byte in range(payload_bytes(bucket, 10)):
         for bit in range(8):
             gathered[byte] ^= np.uint8(1 << bit)
             if refused_or_well_formed(bucket, k, gathered) == "refused":
                 refused.add(byte)
+                refused_bits.update([(byte, bit)] if byte == 23 else [])
             gathered[byte] ^= np.uint8(1 << bit)
-    records = [32 + 104 * layer for layer in range(3)]
-    values, indices = 32 + 3 * 104, 32 + 3 * 104 + 24
-    must = {*range(32), *range(values + 2 * 9, indices)}
+    records, watched = [40 + 104 * layer for layer in range(3)], 40 + 104 * 3
+    values, indices = watched + 8, watched + 8 + 24
+    must = {*range(23), *range(24, 32), *range(watched, values), *range(values + 2 * 9, indices)}
     must.update(start + byte for start in records for byte in (0, 1, 2, 3, 6, 7))
     contents = {byte for start in records for byte in range(start + 8, start + 104)}
+    contents.update(range(32, 40))  # step and attempt
+    assert refused_bits == {(23, bit) for bit in range(1, 8)}  # abandoned: 0 or 1
     assert must <= refused
     assert not refused & contents
     assert refused.isdisjoint(range(values, values + 2 * 9, 2))  # lower bytes of bfloat16
@@ -230,9 +246,9 @@ def test_whatever_is_damaged_is_refused_or_well_formed(shape, kind, code, change
     for byte, value in changes:
         gathered[byte % len(gathered)] = value
     refused_or_well_formed(bucket, k, gathered[:length])
-    # Only behind header and records, where there is more to find.
+    # Only behind header, records and what is watched, where there is more to find.
     gathered = gather(bucket, k, found_by_ranks(bucket, k, 2, seed))
-    body = gathered.reshape(2, -1)[0, 32 + 104 * len(sizes) :]
+    body = gathered.reshape(2, -1)[0, 40 + 104 * len(sizes) + 8 :]
     body[rng.integers(len(body), size=2)] ^= rng.integers(256, size=2, dtype=np.uint8)
     refused_or_well_formed(bucket, k, gathered)
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_dls.core.wire import elias_fano
-from hvd_dls.core.wire.layout import parts_of
-from hvd_dls.core.wire.payload import ABSENT, SENT, pack, payload_bytes, unpack, unpack_varying
+from hvd_dls.core.wire.layout import ABSENT, SENT, Clock, Status, parts_of, payload_bytes
+from hvd_dls.core.wire.pack import pack
+from hvd_dls.core.wire.unpack import unpack, unpack_varying
 from hvd_dls.errors import PayloadError
 from tests.core.payloads import BOTH, CODES, KINDS, bucket_of, buckets, check, found_by_ranks
 from tests.core.strategies import seeds
@@ -27,10 +28,11 @@ def drawn(bucket, k, world_size, seed, share=0.2):
     return [found_by_ranks(bucket, own, 1, int(rng.integers(99)), share=share)[0] for own in ranks]
 
 
-def packed_by(bucket, ranks, names=None):
-    names = names or [None] * len(ranks)
+def packed_by(bucket, ranks, told=None):
+    told = told or [{}] * len(ranks)
     return [
-        pack(bucket, entries(found), found, name) for found, name in zip(ranks, names, strict=True)
+        pack(bucket, entries(found), found, each, Clock(step, 3))
+        for step, (found, each) in enumerate(zip(ranks, told, strict=True))
     ]
 
 
@@ -45,13 +47,14 @@ def joined(packed):
 def test_payloads_of_any_length_come_back_as_they_were_packed(made, world_size, share, seed):
     bucket, k = made
     bucket = replace(bucket, watched=("bias0", "bias1"))
-    names = np.random.default_rng(seed).choice([None, *bucket.watched], world_size).tolist()
+    told = np.random.default_rng(seed).choice(Status, (world_size, 2)).tolist()
     ranks = drawn(bucket, k, world_size, seed, share)
-    packed = packed_by(bucket, ranks, names)
+    packed = packed_by(bucket, ranks, [dict(zip(bucket.watched, t, strict=True)) for t in told])
     for found, (payload, _) in zip(ranks, packed, strict=True):
         assert len(payload) == payload_bytes(bucket, int(entries(found).sum()))
     payloads = unpack_varying(bucket, joined(packed), world_size)
-    assert [payload.not_finite for payload in payloads] == names
+    assert [payload.watched.tolist() for payload in payloads] == told
+    assert [payload.clock for payload in payloads] == [(rank, 3) for rank in range(world_size)]
     for found, (_, kept), payload in zip(ranks, packed, payloads, strict=True):
         check(bucket, found, kept, payload)
 
@@ -63,8 +66,7 @@ def test_ranks_that_agree_are_read_like_those_that_have_to(kind, code):
     gathered = joined(packed_by(bucket, found_by_ranks(bucket, k, 3)))
     pairs = zip(unpack_varying(bucket, gathered, 3), unpack(bucket, k, gathered, 3), strict=True)
     for own, agreed in pairs:
-        assert own.not_finite is agreed.not_finite is None
-        assert all(np.array_equal(x, y) for x, y in zip(own[1:], agreed[1:], strict=True))
+        assert all(np.array_equal(x, y) for x, y in zip(own, agreed, strict=True))
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -98,7 +100,7 @@ def three_payloads(kind="float32", code="elias-fano"):
     ("field", "value", "message"),
     [
         ("magic", b"XYZ", "magic is b'XYZ', expected b'DLS'"),
-        ("version", 2, "version is 2, expected 3"),
+        ("version", 2, "version is 2, expected 4"),
         ("bucket", 1, "bucket is 1, expected"),
         ("size", 70_299, "size is 70299, expected 70300"),
         ("entries", 8, "entries is 8, expected 9"),
@@ -108,8 +110,8 @@ def three_payloads(kind="float32", code="elias-fano"):
         ("indices", 2, "indices is 2, expected 1"),
         ("low_bits", 1, "low_bits is 1, expected 12"),
         ("layers", 3, "layers is 3, expected 2"),
-        ("reserved", 1, "reserved is 1, expected 0"),
-        ("not_finite", 2, "not_finite is 2, expected at most 1"),
+        ("abandoned", 2, "abandoned is 2, expected 0 or 1"),
+        ("watched", 2, "watched is 2, expected 1"),
     ],
 )
 def test_a_wrong_header_is_refused_by_bucket_rank_and_field(field, value, message):
@@ -151,7 +153,7 @@ def test_another_number_of_payloads_than_ranks_is_refused():
     bucket, gathered, starts = three_payloads()
     with pytest.raises(PayloadError, match=f"gathered {starts[3]} bytes, expected {starts[2]} fr"):
         unpack_varying(bucket, gathered, 2)
-    with pytest.raises(PayloadError, match="payload of rank 3: 0 items of uint8, expected 240 byt"):
+    with pytest.raises(PayloadError, match="payload of rank 3: 0 items of uint8, expected 256 byt"):
         unpack_varying(bucket, gathered, 4)
     with pytest.raises(PayloadError, match="gathered 1 bytes, expected 0 from 0 ranks"):
         unpack_varying(bucket, gathered[:1], 0)
@@ -176,7 +178,7 @@ def refused_or_well_formed(bucket, gathered, world_size=3):
                 answers.append(None)
     assert len({answer is None for answer in answers}) == 1
     for payload in answers[0] or []:
-        assert payload.not_finite in (None, *bucket.watched)
+        assert np.isin(payload.watched, Status).all()
         assert np.isfinite(payload.values).all()
         for position, layer in enumerate(bucket.layers):
             indices, values = payload.entries(position)
@@ -235,6 +237,7 @@ def test_every_flipped_bit_of_header_and_records_is_refused_or_well_formed(code)
         for bit in range(8):
             gathered[byte] ^= np.uint8(1 << bit)
             found = refused_or_well_formed(bucket, gathered, 2)
-            if byte < 28 or (bit, byte) == (1, 28):  # all of the header but ``not_finite``
-                assert found == "refused"
+            if byte < 40:  # in the header, all but ``abandoned`` and the clock
+                may_be = (byte, bit) == (23, 0) or byte >= 32
+                assert found == ("well formed" if may_be else "refused")
             gathered[byte] ^= np.uint8(1 << bit)
