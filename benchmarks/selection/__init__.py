@@ -1,0 +1,1 @@
+"""Time of finding the largest entries of a layer: see ``__main__``."""
