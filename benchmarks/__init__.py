@@ -17,5 +17,5 @@ Commands:
 
 Packages that commands share:
     rounds: Measures several exchange methods in one job, in interleaved rounds.
-    common: Shapes of models, synthetic gradients, tables, and the command line.
+    common: Shapes of models, synthetic gradients, a stopwatch, tables, the command line.
 """

@@ -1,9 +1,9 @@
-#!/usr/bin/env python3
-"""What a step costs, as a formula fitted to measurements; and from it, where DLS pays.
+"""A formula for the time of a step, fitted to measurements, and where DLS pays by it.
 
     python -m benchmarks.cost_model build/exchange.json build/network.json --picture cost.png
 
-Takes JSON files of exchange.py and network.py. A step, of P ranks over links of B bytes a second:
+Takes JSON files of benchmarks.exchange and benchmarks.network. The time of a step, of P ranks over
+links of B bytes a second:
 
     dense   start + hop P' + copy N             + wire 2 P'/P 4 N / B
     fp16    start + hop P' + copy N + convert N + wire 2 P'/P 2 N / B
@@ -32,15 +32,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common.reporting import markdown
+from benchmarks.common.command_line import add_output_options, make_parser
+from benchmarks.common.internals import step_size
+from benchmarks.common.reporting import markdown, pyplot, save_picture, write_json
 from benchmarks.common.shapes import MODELS, entries
 from benchmarks.hosts import bits_per_second
-from benchmarks.hosts.jobs import title_of
+from benchmarks.rounds.summary import steps_of, title_of
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.session.planning import make_plan
-from hvd_dls.core.wire.buckets import make_buckets
-from hvd_dls.core.wire.layout import payload_bytes
 
 TERMS = ("start", "hop", "copy", "convert", "pass", "entry", "wire")
 UNITS = {
@@ -54,24 +52,32 @@ UNITS = {
 }
 RANKS = (16, 32, 64, 128, 256, 512, 1024)
 RATES = ("100mbit", "1gbit", "10gbit", "25gbit", "100gbit", "400gbit")
-RATES_BITS = {"400gbit": 4e11}  # beyond what hosts.py makes
+RATES_BITS = {"400gbit": 4e11}  # beyond what benchmarks.hosts can make
 
 
 class Point(NamedTuple):
-    """A measured step."""
+    """A measured step.
+
+    Attributes:
+        name: of the model, and where it was measured.
+        ranks: number of ranks.
+        method: as ``Method.parse`` takes it.
+        seconds: median of all steps.
+        factors: (T,) what each of TERMS is multiplied by.
+    """
 
     name: str
     ranks: int
     method: str
     seconds: float
-    terms: np.ndarray  # what each term is multiplied by
+    factors: np.ndarray
 
 
 # Measurements and fit -----------------------------------------------------------------------------
 
 
 def points_of(path: Path) -> list[Point]:
-    """All measured steps in a file of exchange.py or network.py."""
+    """Reads all measured steps from a file of benchmarks.exchange or benchmarks.network."""
     data = json.loads(path.read_text())
     points = []
     for job in data.get("jobs", [data]):
@@ -83,20 +89,31 @@ def points_of(path: Path) -> list[Point]:
         for method, figures in job["methods"].items():
             if method == "nothing":
                 continue
-            steps = np.concatenate([turn["seconds"] for turn in figures["turns"]])
+            seconds = float(np.median(steps_of(job, method)))
             k = figures["handed_over"]["entries"]
-            terms = terms_of(method, ranks, n, k, figures["claimed_wire_bytes"], bits, shared)
-            name = f"{ranks} hosts, {job['rate']}" if bits else f"{ranks} ranks, loopback"
-            points.append(
-                Point(f"{job['model']}, {name}", ranks, method, float(np.median(steps)), terms)
-            )
+            factors = factors_of(method, ranks, n, k, figures["claimed_wire_bytes"], bits, shared)
+            place = f"{ranks} hosts, {job['rate']}" if bits else f"{ranks} ranks, loopback"
+            points.append(Point(f"{job['model']}, {place}", ranks, method, seconds, factors))
     return points
 
 
-def terms_of(
+def factors_of(
     method: str, ranks: int, n: int, k: float, wire: float, bits: float | None, shared: float
 ) -> np.ndarray:
-    """What each of TERMS is multiplied by."""
+    """Computes what each of TERMS is multiplied by to make the time of a step.
+
+    Args:
+        method: as ``Method.parse`` takes it.
+        ranks: number of ranks.
+        n: entries of the model.
+        k: entries that a rank sends.
+        wire: bytes that a rank sends.
+        bits: of a link, in a second; None: sending takes no time.
+        shared: how many ranks share a core.
+
+    Returns:
+        (T,) factors.
+    """
     sparse = ":" in method
     own: list[float] = [1, ranks - 1, 0 if sparse else n, n if method == "fp16" else 0]
     own += [n, k * ranks] if sparse else [0, 0]
@@ -104,9 +121,13 @@ def terms_of(
 
 
 def fit(points: list[Point]) -> np.ndarray:
-    """Least squares of relative errors; terms that would be negative are zero."""
+    """Fits the terms to measurements, by least squares of relative errors.
+
+    Returns:
+        (T,) values of TERMS; those that would be negative are zero.
+    """
     seconds = np.array([p.seconds for p in points])
-    matrix = np.array([p.terms for p in points]) / seconds[:, None]
+    matrix = np.array([p.factors for p in points]) / seconds[:, None]
     used = matrix.any(axis=0)
     while True:
         columns = np.flatnonzero(used)
@@ -120,6 +141,7 @@ def fit(points: list[Point]) -> np.ndarray:
 
 
 def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
+    """Prints the terms, and what they make beside what was measured; returns the latter."""
     fitted = [
         [name, f"{value * UNITS[name][0]:.3g}", UNITS[name][1]]
         for name, value in zip(TERMS, terms, strict=True)
@@ -127,7 +149,7 @@ def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
     print(markdown(["term", "fitted", ""], fitted))
     rows: list[dict[str, Any]] = []
     for point in points:
-        model = float(point.terms @ terms)
+        model = float(point.factors @ terms)
         rows.append(
             {
                 "where": point.name,
@@ -157,17 +179,31 @@ def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
 
 
 class Costs(NamedTuple):
-    """Seconds = fixed + wire_bits / (bits a second)."""
+    """Time of a step over a link of any speed.
+
+    Attributes:
+        fixed: seconds that it takes whatever the speed.
+        wire_bits: bits that have to be sent.
+    """
 
     fixed: float
     wire_bits: float
 
     def at(self, bits: float) -> float:
-        """Seconds of a step."""
+        """Returns the seconds of a step over a link of so many bits a second."""
         return self.fixed + self.wire_bits / bits
 
 
 def dense_costs(terms: np.ndarray, n: int, ranks: int, latency: float, ideal: bool) -> Costs:
+    """Predicts the costs of a dense step.
+
+    Args:
+        terms: fitted.
+        n: entries of the model.
+        ranks: number of ranks.
+        latency: seconds of one hop of a ring.
+        ideal: whether an allreduce costs nothing but the wire.
+    """
     at = dict(zip(TERMS, terms, strict=True))
     hops = 2 * (ranks - 1)
     bits = 8 * hops / ranks * 4 * n * max(at["wire"], 1.0)
@@ -177,44 +213,55 @@ def dense_costs(terms: np.ndarray, n: int, ranks: int, latency: float, ideal: bo
 def sparse_costs(
     terms: np.ndarray, model: str, density: float, values: str, ranks: int, latency: float
 ) -> Costs:
+    """Predicts the costs of a step with DLS.
+
+    Args:
+        terms: fitted.
+        model: one of MODELS.
+        density: of the compressor.
+        values: type of the values that are sent.
+        ranks: number of ranks.
+        latency: seconds of one hop of a ring.
+    """
     at = dict(zip(TERMS, terms, strict=True))
     # The cost rule would send layers dense where sparse is no smaller: here, what sparse costs.
     config = DLSConfig(density=density, values=values, cost_rule=False)
-    layers = [layer_spec(name, shape) for name, shape in MODELS[model]().items()]
-    plan = make_plan(layers, config, ranks)
-    n, k = entries(MODELS[model]()), plan.budget(config.density)
-    buckets = make_buckets(plan.layers, plan.sparse, config)
-    payload = sum(payload_bytes(b, round(k * b.size / plan.sizes.sum())) for b in buckets)
-    fixed = at["start"] + at["pass"] * n + at["entry"] * k * ranks + 3 * (ranks - 1) * latency
-    sent = (ranks - 1) * payload + 2 * (ranks - 1) / ranks * plan.dense_bytes
+    shapes = MODELS[model]()
+    n, size = entries(shapes), step_size(shapes, config, ranks)
+    fixed = at["start"] + at["pass"] * n + at["entry"] * size.entries * ranks
+    fixed += 3 * (ranks - 1) * latency
+    sent = (ranks - 1) * size.payload_bytes + 2 * (ranks - 1) / ranks * size.dense_bytes
     return Costs(fixed, 8 * sent * max(at["wire"], 1.0))
 
 
 def crossover(dense: Costs, sparse: Costs) -> tuple[float, float]:
-    """Link speeds, in bits a second, between which sparse is faster."""
+    """Computes the link speeds, in bits a second, between which sparse is faster."""
     saved, more = dense.wire_bits - sparse.wire_bits, sparse.fixed - dense.fixed
     if saved > 0:
         return 0.0, (saved / more if more > 0 else np.inf)
     return (saved / more, np.inf) if more < 0 else (np.inf, np.inf)
 
 
-def speed(bits: float) -> str:
+def format_speed(bits: float) -> str:
+    """Formats bits a second with a unit."""
     if not np.isfinite(bits):
         return "any"
     unit, size = ("Gbit/s", 1e9) if bits >= 1e9 else ("Mbit/s", 1e6)
     return f"{bits / size:.3g} {unit}"
 
 
-def said(dense: Costs, sparse: Costs) -> str:
+def when_it_pays(dense: Costs, sparse: Costs) -> str:
+    """Says in words for which link speeds sparse is faster."""
     low, high = crossover(dense, sparse)
     if low == np.inf:
         return "never"
     if low > 0:
-        return f"above {speed(low)}"
-    return "always" if high == np.inf else f"below {speed(high)}"
+        return f"above {format_speed(low)}"
+    return "always" if high == np.inf else f"below {format_speed(high)}"
 
 
 def predict(terms: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Predicts dense and sparse steps for all densities and numbers of ranks."""
     latency, n = args.latency_us * 1e-6, entries(MODELS[args.model]())
     rows = []
     for density in args.density:
@@ -228,7 +275,7 @@ def predict(terms: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]
                 {
                     "density": density,
                     "ranks": ranks,
-                    "pays": {kind: said(dense, sparse) for kind, dense in both.items()},
+                    "pays": {kind: when_it_pays(dense, sparse) for kind, dense in both.items()},
                     "crossover": {kind: crossover(dense, sparse) for kind, dense in both.items()},
                     "ratio": {
                         kind: {
@@ -244,10 +291,12 @@ def predict(terms: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]
 
 
 def bits_of(rate: str) -> float:
+    """Returns a rate in bits a second."""
     return RATES_BITS.get(rate) or float(bits_per_second(rate) or 0)
 
 
 def show_predictions(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Prints the table of predictions, and what they do not know."""
     print(
         f"Predicted for {args.model}, values in {args.values}, latency {args.latency_us:g} µs; "
         "dense over DLS: Horovod on CPUs / an ideal allreduce\n"
@@ -274,11 +323,8 @@ def show_predictions(rows: list[dict[str, Any]], args: argparse.Namespace) -> No
 
 
 def draw(fitted: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draws model against measurements, and predictions over the link's speed."""
+    plt = pyplot()
     densities = sorted({row["density"] for row in rows}, reverse=True)
     figure, axes = plt.subplots(1, 1 + len(densities), figsize=(5 * (1 + len(densities)), 5))
     for method in dict.fromkeys(row["method"] for row in fitted):
@@ -304,26 +350,24 @@ def draw(fitted: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -
     axes[1].set_ylabel("dense over DLS (solid: Horovod's; dashed: ideal)")
     axes[1].legend(fontsize=7)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("measured", type=Path, nargs="+", help="of exchange.py or network.py")
+    """Parses the command line."""
+    parser = make_parser("cost_model", __doc__)
+    parser.add_argument("measured", type=Path, nargs="+", help="files of exchange or network")
     parser.add_argument("--model", choices=MODELS, default="resnet50", help="to predict for")
     parser.add_argument("--density", type=float, nargs="+", default=[0.01, 0.001])
     parser.add_argument("--values", default="float32")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     parser.add_argument("--latency-us", type=float, default=20.0, help="of one hop of a ring")
-    parser.add_argument("--json", type=Path, help="where to write all figures")
-    parser.add_argument("--picture", type=Path, help="where to draw them (matplotlib)")
+    add_output_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
+    """Fits the formula and shows what it predicts."""
     args = parse()
     points = [point for path in args.measured for point in points_of(path)]
     terms = fit(points)
@@ -331,9 +375,8 @@ def main() -> None:
     rows = predict(terms, args)
     show_predictions(rows, args)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         result = {"terms": dict(zip(TERMS, terms, strict=True)), "fit": fitted, "predicted": rows}
-        args.json.write_text(json.dumps(result, indent=1))
+        write_json(result, args.json)
     if args.picture:
         draw(fitted, rows, args.picture)
 

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
-"""How much memory a training step needs, dense and compressed.
+"""Memory of a training step, dense and compressed.
 
     python -m benchmarks.memory --models resnet50 bert-base
 
-Each way to exchange is a job of its own on this machine (synthetic.py), and what is measured the
+Each method is a job of its own on this machine (benchmarks.synthetic), and what is measured the
 peak of the resident memory of rank 0, frameworks included. What counts is the difference from dense
 training; beside it stands the same in multiples of the gradients' own memory. Dense training has
 Horovod's fusion buffer (up to 128 MB), through which DLS sends only what goes dense anyhow; DLS has
@@ -14,21 +13,22 @@ correction is to be compared with dense training that has momentum in the optimi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.common.reporting import markdown
+from benchmarks.common.command_line import add_output_options, make_parser
+from benchmarks.common.paths import ROOT
+from benchmarks.common.reporting import markdown, pyplot, save_picture, write_json
 from benchmarks.common.shapes import MODELS
-from benchmarks.hosts.jobs import ROOT, SETTINGS, launcher
+from benchmarks.hosts.jobs import ENVIRONMENT, JobError, launcher, run_job
 
-WAYS = {
+# Options of benchmarks.synthetic, by the name of the method.
+METHODS = {
     "dense": ["--compression", "none"],
     "fp16": ["--compression", "fp16"],
     "layer-wise top-k, 1 %": ["--compression", "layerwise"],
@@ -39,24 +39,27 @@ WAYS = {
     "DLS, 1 %, momentum correction": ["--compression", "dls", "--momentum", "0.9"],
 }
 
-LOOPS = """
+# Prints the megabytes that hvd_dls takes in a process before it has seen a model.
+COMPILE_ALL = """
 import horovod.torch, psutil, numpy as np
 before = psutil.Process().memory_info().rss
 import hvd_dls.torch
-from hvd_dls.core.wire import elias_fano
-from hvd_dls.core.selection import passes
+from benchmarks.common.internals import elias_fano, find, settle
 residual, gradient = np.zeros(1000, np.float32), np.arange(1000, dtype=np.float32)
-found = passes.find(residual, gradient, 10)
-passes.settle(residual, gradient, found.indices, None, [found[:2]], 1.0, gradient)
+found = find(residual, gradient, 10)
+settle(residual, gradient, found.indices, None, [found[:2]], 1.0, gradient)
 print((psutil.Process().memory_info().rss - before) / 2**20)
 """
 
+Figures = dict[str, dict[str, Any]]  # of benchmarks.synthetic, by method
 
-def of_loops() -> float:
-    """MB that hvd_dls takes in a process before it has seen a model."""
+
+def megabytes_of_package() -> float:
+    """Measures the memory of hvd_dls itself, with numba and its compiled loops."""
     done = subprocess.run(
-        [sys.executable, "-c", LOOPS],
-        env={**os.environ, **SETTINGS, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", COMPILE_ALL],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -64,82 +67,74 @@ def of_loops() -> float:
     return float(done.stdout)
 
 
-def peak(model: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one job."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "figures.json"
-        script = [sys.executable, "-m", "benchmarks.synthetic", "--model", model]
-        steps = ["--num-iters", "1", "--num-batches-per-iter", str(args.steps)]
-        command = [*launcher(args.ranks), *script, *WAYS[way], *steps, "--json", str(file)]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **SETTINGS, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if done.returncode:
-            sys.exit(f"memory: {model}, {way}: ended with {done.returncode}:\n{done.stdout}")
-        figures: dict[str, Any] = json.loads(file.read_text())
-        return figures
+def measure(model: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Runs a job; returns the figures of benchmarks.synthetic.
+
+    Args:
+        model: one of MODELS.
+        method: one of METHODS.
+        args: the command line.
+
+    Raises:
+        JobError: a rank ended with an error.
+    """
+    options = ["--model", model, *METHODS[method]]
+    options += ["--num-iters", "1", "--num-batches-per-iter", str(args.steps)]
+    title = f"{model}, {method}"
+    return run_job(launcher(args.ranks), "benchmarks.synthetic", options, title=title)
 
 
-def show(model: str, found: dict[str, dict[str, Any]]) -> None:
+def show(model: str, found: Figures) -> None:
+    """Prints a model's table."""
     entries = next(iter(found.values()))["entries"]
     gradients, dense = 4 * entries / 2**20, found["dense"]["peak_megabytes"]
     print(f"\n{model}: {entries:,} entries, gradients of {gradients:,.0f} MB\n")
     rows = []
-    for way, figures in found.items():
+    for method, figures in found.items():
         more = figures["peak_megabytes"] - dense
-        beside = "-" if way == "dense" else f"{more:+,.0f} MB ({more / gradients:+.2f})"
-        rows.append([way, f"{figures['peak_megabytes']:,.0f} MB", beside])
+        beside = "-" if method == "dense" else f"{more:+,.0f} MB ({more / gradients:+.2f})"
+        rows.append([method, f"{figures['peak_megabytes']:,.0f} MB", beside])
     print(markdown(["", "peak of rank 0", "beside dense (times the gradients)"], rows))
 
 
-def draw(jobs: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(jobs), figsize=(6 * len(jobs), 3.5), squeeze=False)
-    for axis, (model, found) in zip(axes[0], jobs.items(), strict=True):
+def draw(models: dict[str, Figures], path: Path) -> None:
+    """Draws each method's peak, a panel for each model."""
+    size = (6 * len(models), 3.5)
+    figure, axes = pyplot().subplots(1, len(models), figsize=size, squeeze=False)
+    for axis, (model, found) in zip(axes[0], models.items(), strict=True):
         axis.barh(list(found), [figures["peak_megabytes"] for figures in found.values()])
         axis.invert_yaxis()
         axis.set(title=model, xlabel="peak of rank 0, MB")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_picture(figure, path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Runs a job for each model and method, and shows their figures."""
+    parser = make_parser("memory", __doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet50", "bert-base"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="where to write all figures")
-    parser.add_argument("--picture", type=Path, help="where to draw them (matplotlib)")
+    add_output_options(parser)
     args = parser.parse_args()
-    jobs: dict[str, dict[str, dict[str, Any]]] = {}
-    with tqdm(total=len(args.models) * len(WAYS), unit="job", disable=None) as bar:
-        for model in args.models:
-            jobs[model] = {}
-            for way in WAYS:
-                bar.set_postfix_str(f"{model}, {way}")
-                jobs[model][way] = peak(model, way, args)
+    models: dict[str, Figures] = {model: {} for model in args.models}
+    with tqdm(total=len(models) * len(METHODS), unit="job", disable=None) as bar:
+        for model, found in models.items():
+            for method in METHODS:
+                bar.set_postfix_str(f"{model}, {method}")
+                try:
+                    found[method] = measure(model, method, args)
+                except JobError as problem:
+                    sys.exit(f"memory: {problem}")
                 bar.update()
-    for model, found in jobs.items():
+    for model, found in models.items():
         show(model, found)
-    loops = of_loops()
-    print(f"hvd_dls itself, with numba and its compiled loops: {loops:,.0f} MB of that")
+    package = megabytes_of_package()
+    print(f"hvd_dls itself, with numba and its compiled loops: {package:,.0f} MB of that")
     if args.json:
-        args.json.write_text(json.dumps({"peaks": jobs, "loops_megabytes": loops}, indent=1))
+        write_json({"peaks": models, "loops_megabytes": package}, args.json)
     if args.picture:
-        draw(jobs, args.picture)
+        draw(models, args.picture)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-#!/usr/bin/env python3
-"""How long a step takes over a slow network: dense, fp16, layer-wise top-k and DLS.
+"""Time of a step over slow links, for dense, fp16, layer-wise top-k and DLS.
 
     python -m benchmarks.network --json build/network.json --picture build/network.png
     python -m benchmarks.network --hosts 2 --model resnet50
 
-Makes hosts out of this machine, with links of the given rate in each direction (hosts.py; needs
-root), and runs one job of one rank a host for each number of hosts and each rate. In a job, all
-methods take turns with the same gradients, for several rounds; times are medians of all steps with
-quartiles behind, ratios those of medians in a round with the smallest and the largest behind. A
-step has no computation in it (see rounds.py): the ratio is that of exchanging gradients, and the
-most that a whole training step can win.
+Makes hosts out of this machine, with links of the given rate in each direction (benchmarks.hosts;
+needs root), and runs one job of one rank a host for each number of hosts and each rate. In a job,
+all methods take turns with the same gradients, for several rounds; times are medians of all steps
+with quartiles behind, ratios those of medians in a round with the smallest and the largest behind.
+A step has no computation in it (see benchmarks.rounds): the ratio is that of exchanging gradients,
+and the most that a whole training step can win.
 
 Bytes are those that a host's interface sent in a step, as the kernel counted them, beside what the
 telemetry says: payloads times (P - 1), for a ring allgather, and what goes to allreduce times
@@ -27,7 +26,6 @@ with sparse exchange, ratios are smaller here than they would be.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -35,13 +33,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common.reporting import markdown
-from benchmarks.common.shapes import MODELS
-from benchmarks.exchange import spread
+from benchmarks.common.command_line import add_output_options, make_parser
+from benchmarks.common.reporting import markdown, pyplot, save_picture, write_json
 from benchmarks.hosts import INTERFACE, Hosts, HostsError, bits_per_second
-from benchmarks.hosts.jobs import JobError, launcher, middle, ratio, run_job, steps_of, title_of
+from benchmarks.hosts.jobs import JobError, launcher, run_job
+from benchmarks.rounds.options import add_options, options_of
+from benchmarks.rounds.summary import (
+    format_profile,
+    format_range,
+    quartiles,
+    ratio,
+    steps_of,
+    title_of,
+)
 
-# Designed for: dense over DLS at least, on two hosts with a ResNet-50, by rate and density.
+# What DLS is designed for, at least: time of dense over time of DLS, on two hosts with a ResNet-50,
+# by rate and density.
 TARGETS = {
     ("1gbit", 0.01): 10,
     ("100mbit", 0.01): 35,
@@ -51,6 +58,7 @@ TARGETS = {
 
 
 def methods_of(args: argparse.Namespace) -> list[str]:
+    """Returns the methods to compare, as ``Method.parse`` takes them."""
     methods = ["nothing", "dense", "fp16"]
     for density in args.density:
         methods += [f"{kind}:{density:g}" for kind in ("layerwise", "dls")]
@@ -59,36 +67,47 @@ def methods_of(args: argparse.Namespace) -> list[str]:
 
 
 def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
-    options = ["--model", args.model, "--methods", *methods_of(args), "--interface", INTERFACE]
-    for name in ("rounds", "turn_seconds", "warmup", "profile_steps", "tail", "bucket_bytes"):
-        if getattr(args, name) is not None:
-            options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    """Runs a job for each number of hosts, rate and cycle time, and shows it."""
     jobs = []
     for count in args.hosts:
         for rate in args.rates:
             for cycle in args.cycle_times:
-                settings = {} if cycle is None else {"HOROVOD_CYCLE_TIME": f"{cycle:g}"}
-                title = f"{count} hosts, {rate}" + (f", cycle {cycle:g} ms" if cycle else "")
-                # Hosts of its own for each job: whatever goes wrong in one, the next starts clean.
-                with Hosts(count, rate) as hosts:
-                    command = launcher(count, *hosts.horovodrun_options())
-                    job = run_job(command, options, hosts[0].popen, settings, title)
-                job |= {"kind": "network", "rate": rate, "bits_per_second": bits_per_second(rate)}
-                job |= {"cycle_time": cycle}
-                job["rows"] = [row_of(job, method) for method in job["methods"]]
-                jobs.append(job)
-                show(job)
+                jobs.append(measure(args, count, rate, cycle))
+                show(jobs[-1])
     return jobs
 
 
+def measure(args: argparse.Namespace, count: int, rate: str, cycle: float | None) -> dict[str, Any]:
+    """Runs a job on new hosts; returns its figures.
+
+    Args:
+        args: the command line.
+        count: number of hosts.
+        rate: of their links.
+        cycle: HOROVOD_CYCLE_TIME in milliseconds; None: Horovod's default.
+    """
+    options = [*options_of(args), "--methods", *methods_of(args), "--interface", INTERFACE]
+    environment = {} if cycle is None else {"HOROVOD_CYCLE_TIME": f"{cycle:g}"}
+    title = f"{count} hosts, {rate}" + (f", cycle {cycle:g} ms" if cycle else "")
+    # Hosts of its own for each job: whatever goes wrong in one, the next starts clean.
+    with Hosts(count, rate) as hosts:
+        command = launcher(count, *hosts.horovodrun_options())
+        job = run_job(command, "benchmarks.rounds", options, hosts[0].popen, environment, title)
+    job |= {"kind": "network", "rate": rate, "bits_per_second": bits_per_second(rate)}
+    job |= {"cycle_time": cycle}
+    job["rows"] = [row_of(job, method) for method in job["methods"]]
+    return job
+
+
 def row_of(job: dict[str, Any], method: str) -> dict[str, Any]:
+    """Computes the figures of a method."""
     figures = job["methods"][method]
     counted = float(np.median(steps_of(job, method, "sent_bytes")))
     ours = float(np.median(steps_of(job, "nothing", "sent_bytes")))
     claimed = figures["claimed_wire_bytes"]
     row = {
         "method": method,
-        "step": middle(steps_of(job, method)),
+        "step": quartiles(steps_of(job, method)),
         "processor": float(np.median(steps_of(job, method, "cpu_seconds"))),
         "counted_bytes": counted,
         "claimed_bytes": claimed,
@@ -102,6 +121,7 @@ def row_of(job: dict[str, Any], method: str) -> dict[str, Any]:
 
 
 def show(job: dict[str, Any]) -> None:
+    """Prints a job's tables."""
     cycle = f", HOROVOD_CYCLE_TIME={job['cycle_time']:g}" if job["cycle_time"] else ""
     print(
         f"\n{job['ranks']} hosts, {job['rate']}: {job['model']}, {job['entries']:,} entries in "
@@ -113,9 +133,9 @@ def show(job: dict[str, Any]) -> None:
         lines.append(
             [
                 title_of(row["method"]),
-                spread(row["step"], 1e3),
-                spread(row.get("dense_over_this")),
-                spread(row.get("fp16_over_this")),
+                format_range(row["step"], 1e3),
+                format_range(row.get("dense_over_this")),
+                format_range(row.get("fp16_over_this")),
                 f"{row['counted_bytes'] / 1e3:,.0f}",
                 f"{row['claimed_bytes'] / 1e3:,.0f}",
                 "-" if difference is None else f"{difference:+.1%}",
@@ -128,16 +148,14 @@ def show(job: dict[str, Any]) -> None:
     cores = os.cpu_count() or 1
     if job["ranks"] > cores:
         print(f"{job['ranks']} hosts share {cores} cores: small operations are slow, see above.")
-    for method, figures in job["methods"].items():
-        if figures["profile_ms"] and ":" in method:
-            print(f"\nWhere a step with {title_of(method)} goes, rank 0, ms\n")
-            parts = figures["profile_ms"].items()
-            cells = [[part, f"{wall:.2f}", f"{cpu:.2f}"] for part, (wall, cpu) in parts]
-            print(markdown(["part", "clock", "processor"], cells))
+    for method in job["methods"]:
+        if ":" in method and (table := format_profile(job, method)):
+            print(f"\n{table}")
     sys.stdout.flush()
 
 
 def show_targets(jobs: list[dict[str, Any]]) -> None:
+    """Prints which TARGETS were met."""
     for job in jobs:
         if (job["model"], job["ranks"]) != ("resnet50", 2):
             continue
@@ -153,13 +171,9 @@ def show_targets(jobs: list[dict[str, Any]]) -> None:
 
 
 def draw(jobs: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draws each method's step, a panel for each job."""
     size = (6 * len(jobs) + 2, 0.45 * len(jobs[0]["rows"]) + 1.5)
-    figure, axes = plt.subplots(1, len(jobs), figsize=size, sharey=True, squeeze=False)
+    figure, axes = pyplot().subplots(1, len(jobs), figsize=size, sharey=True, squeeze=False)
     for axis, job in zip(axes[0], jobs, strict=True):
         rows = [row for row in job["rows"] if row["method"] != "nothing"]
         low, median, high = 1e3 * np.array([row["step"] for row in rows]).T
@@ -173,25 +187,17 @@ def draw(jobs: list[dict[str, Any]], path: Path) -> None:
     axes[0][0].invert_yaxis()
     figure.suptitle(f"{jobs[0]['model']}: step, and how many times as long dense takes")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parses the command line."""
+    parser = make_parser("network", __doc__)
+    add_options(parser, model="mlp10m", rounds=5)
     parser.add_argument("--hosts", type=int, nargs="+", default=[4], help="numbers of hosts")
     parser.add_argument("--rates", nargs="+", default=["1gbit", "100mbit"], help="as in 1gbit")
-    parser.add_argument("--model", choices=MODELS, default="mlp10m")
     parser.add_argument("--density", type=float, nargs="+", default=[0.01, 0.001])
     parser.add_argument("--values", default="bfloat16", help="the 16-bit type that is tried")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--turn-seconds", type=float, default=1.0, help="for a method in a round")
-    parser.add_argument("--warmup", type=int, default=20, help="steps for ratios to settle")
-    parser.add_argument("--profile-steps", type=int, help="further steps, to see inside")
-    parser.add_argument("--tail", default="normal", help="of the noise: normal, laplace, student")
-    parser.add_argument("--bucket-bytes", type=int)
     parser.add_argument(
         "--cycle-times",
         type=float,
@@ -199,12 +205,12 @@ def parse() -> argparse.Namespace:
         default=[None],
         help="HOROVOD_CYCLE_TIME, ms, one job for each (default: Horovod's, 1)",
     )
-    parser.add_argument("--json", type=Path, help="where to write all figures")
-    parser.add_argument("--picture", type=Path, help="where to draw them (matplotlib)")
+    add_output_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
+    """Runs all jobs and shows their figures."""
     args = parse()
     try:
         jobs = run_all(args)
@@ -212,8 +218,7 @@ def main() -> None:
         sys.exit(f"network: {problem}")
     show_targets(jobs)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"jobs": jobs}, indent=1))
+        write_json({"jobs": jobs}, args.json)
     if args.picture:
         draw(jobs, args.picture)
 

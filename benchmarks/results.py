@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Runs the benchmarks and rebuilds docs/results.md from what they print.
 
     python -m benchmarks.results                     # all, about an hour; the network needs root
@@ -10,16 +9,16 @@ Each benchmark's output is kept in build/results/: after an interruption, name t
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import subprocess
 import sys
 from datetime import date
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.paths import ROOT
+
 KEPT = ROOT / "build" / "results"
 PAGE = ROOT / "docs" / "results.md"
 INTRODUCTION = """# Results
@@ -30,12 +29,19 @@ of one run, taken in turn on the same data; spreads stand beside them.
 
 
 class Benchmark(NamedTuple):
-    """One section of the page."""
+    """One section of the page.
+
+    Attributes:
+        title: of the section.
+        options: of the command; {kept} is the folder of results.
+        about: what the section begins with.
+        module: the command; by default the one that is named like the section.
+    """
 
     title: str
-    command: str  # options of the script of the same name; {kept} is the folder of results
+    options: str
     about: str
-    script: str = ""
+    module: str = ""
 
 
 BENCHMARKS = {
@@ -68,28 +74,28 @@ BENCHMARKS = {
         "Two hosts, ResNet-50",
         "--hosts 2 --model resnet50 --rounds 4",
         "The same with a rank for each core of this machine.",
-        script="network",
+        module="network",
     ),
     "network8": Benchmark(
         "Eight hosts, a model of 1.2 million parameters",
         "--hosts 8 --model mlp1m --rates 1gbit 100mbit --density 0.01 --rounds 3",
         "Eight ranks share the few cores of this machine: what is measured is mostly the wait for "
         "one of them.",
-        script="network",
+        module="network",
     ),
     "cycle": Benchmark(
         "How often Horovod looks for work: HOROVOD_CYCLE_TIME",
         "--hosts 2 --model resnet50 --rates 1gbit --density 0.01 --rounds 3 --cycle-times 0.1 1 5",
         "The same as the two hosts above, with Horovod's background thread waking up more and less "
         "often than every millisecond, its default.",
-        script="network",
+        module="network",
     ),
     "threads": Benchmark(
         "Selection on two threads",
         "--threads 2 --sizes 1e6 1e7 2.5e7 1e8 --densities 1e-4 1e-3 1e-2 --data normal "
         "--repeats 3",
         "As above, but ours on two threads (option `threads`), too; all else is on one.",
-        script="selection",
+        module="selection",
     ),
     "memory": Benchmark(
         "Memory",
@@ -106,20 +112,23 @@ BENCHMARKS = {
 
 
 def command_of(name: str) -> list[str]:
+    """Returns the arguments of the Python interpreter that run a benchmark."""
     benchmark = BENCHMARKS[name]
-    options = benchmark.command.format(kept=KEPT.relative_to(ROOT)).split()
-    return ["-m", f"benchmarks.{benchmark.script or name}", *options]
+    options = benchmark.options.format(kept=KEPT.relative_to(ROOT)).split()
+    return ["-m", f"benchmarks.{benchmark.module or name}", *options]
 
 
 def run(name: str) -> bool:
-    """Runs one benchmark; what it prints is kept if it succeeds."""
+    """Runs a benchmark and keeps its output; returns whether there is any.
+
+    A benchmark that misses a target ends with an error, too, and its output is kept.
+    """
     files = ["--json", f"{KEPT}/{name}.json", "--picture", f"{ROOT}/docs/images/{name}.png"]
     command = [*command_of(name), *files]
     print(f"\n== {' '.join(command)}", file=sys.stderr, flush=True)
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -132,6 +141,7 @@ def run(name: str) -> bool:
 
 
 def build_page() -> None:
+    """Writes the page from all outputs that are kept."""
     parts = [INTRODUCTION]
     for name, benchmark in BENCHMARKS.items():
         kept = KEPT / f"{name}.txt"
@@ -147,7 +157,8 @@ def build_page() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Runs what was asked for and builds the page; returns the exit status."""
+    parser = make_parser("results", __doc__)
     parser.add_argument("--only", nargs="*", choices=BENCHMARKS, help="which to run (default: all)")
     options = parser.parse_args()
     KEPT.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Images per second with random gradients: what exchanging them costs on your network.
 
     horovodrun -np 2 python -m benchmarks.synthetic --model resnet50 --compression dls
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import resource
 import timeit
 from pathlib import Path
@@ -23,12 +21,14 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
+from benchmarks.common.command_line import add_output_options, make_parser
+from benchmarks.common.noise import TAILS
+from benchmarks.common.reporting import pyplot, save_picture, write_json
 from benchmarks.common.shapes import MODELS, entries
+from benchmarks.common.stopwatch import Stopwatch
 from benchmarks.common.synthetic_model import (
     COMPRESSIONS,
-    TAILS,
     Gradients,
-    Stopwatch,
     SyntheticModel,
     make_compression,
 )
@@ -36,11 +36,9 @@ from hvd_dls.config import INDEX_CODES, VALUES, DLSConfig
 from hvd_dls.torch import DLSCompressor
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def parse() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = make_parser("synthetic", __doc__)
     parser.add_argument("--fp16-allreduce", action="store_true", help="same as --compression fp16")
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument("--batch-size", type=int, default=32, help="images a rank and step")
@@ -57,8 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tail", choices=TAILS, default="normal", help="shape of the noise")
     parser.add_argument("--spread", type=float, default=100.0, help="between layers' scales")
     parser.add_argument("--threads", type=int, default=1, help="of torch on each rank")
-    parser.add_argument("--json", type=Path, help="where rank 0 writes all figures")
-    parser.add_argument("--picture", type=Path, help="where rank 0 draws the split (matplotlib)")
+    add_output_options(parser)
     args = parser.parse_args()
     if args.fp16_allreduce:
         args.compression = "fp16"
@@ -66,12 +63,24 @@ def arguments() -> argparse.Namespace:
 
 
 def log(text: str) -> None:
+    """Prints a line, on rank 0 only."""
     if hvd.rank() == 0:
         print(text, flush=True)
 
 
 class Benchmark:
-    """A synthetic model and its optimizer."""
+    """A synthetic model and its optimizer.
+
+    Args:
+        args: the command line.
+
+    Attributes:
+        gradients: all that the model's backward returns.
+        model: the synthetic model.
+        compression: what Horovod's optimizer has been given.
+        optimizer: Horovod's.
+        lengths: of payloads, by step; empty if nothing is sparse.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         shapes = MODELS[args.model]()
@@ -91,17 +100,18 @@ class Benchmark:
             named_parameters=named,
             compression=self.compression,
         )
-        self.lengths: list[int] = []  # of payloads, by step; none if not sparse
+        self.lengths: list[int] = []
 
     def step(self) -> None:
+        """Does a training step."""
         self.optimizer.zero_grad()
         self.model().backward()
         self.optimizer.step()
         if isinstance(self.compression, DLSCompressor) and (last := self.compression.last_step()):
             self.lengths.append(last.sparse_bytes)
 
-    def bytes_a_step(self) -> dict[str, float]:
-        """What a rank hands to Horovod."""
+    def bytes_per_step(self) -> dict[str, float]:
+        """Returns the bytes that a rank hands to Horovod in a step, by operation."""
         whole = 4 * sum(t.numel() for t in self.gradients.tensors)
         if not isinstance(self.compression, DLSCompressor):
             return {"allreduce": whole / (2 if self.compression is hvd.Compression.fp16 else 1)}
@@ -109,13 +119,17 @@ class Benchmark:
         dense = last.dense_bytes if last else whole
         return {"allgather": float(np.mean(self.lengths or [0])), "allreduce": float(dense)}
 
-    def cached(self) -> float | None:
-        """Share of steps with payloads as long as before: Horovod need not negotiate."""
+    def unchanged_lengths(self) -> float | None:
+        """Returns the share of steps with payloads as long as in the step before.
+
+        Horovod need not negotiate these.
+        """
         pairs = list(itertools.pairwise(self.lengths))
         return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the benchmark, printing Horovod's lines; returns all figures."""
     benchmark = Benchmark(args)
     log(f"Model: {args.model}")
     log(f"Batch size: {args.batch_size}")
@@ -145,13 +159,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "images_per_second": rates,
         "step_ms": 1e3 * seconds / steps,
         "split_ms": split,
-        "bytes": benchmark.bytes_a_step(),
-        "unchanged_lengths": benchmark.cached(),
+        "bytes": benchmark.bytes_per_step(),
+        "unchanged_lengths": benchmark.unchanged_lengths(),
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
 def show(result: dict[str, Any]) -> None:
+    """Prints what Horovod's benchmark does not: the parts of a step, bytes and memory."""
     log(f"\nStep: {result['step_ms']:.1f} ms on rank 0, of which")
     for label, milliseconds in result["split_ms"].items():
         log(f"  {milliseconds:8.2f} ms  {label}")
@@ -166,12 +181,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 2.5))
+    """Draws the parts of a step."""
+    figure, axis = pyplot().subplots(figsize=(9, 2.5))
     left = 0.0
     for label, milliseconds in result["split_ms"].items():
         axis.barh([0], [milliseconds], left=left, label=f"{label}: {milliseconds:.1f} ms")
@@ -179,21 +190,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axis.set(yticks=[], xlabel="milliseconds in a step", title=result["options"]["compression"])
     figure.legend(loc="outside lower center", ncols=3)
     figure.tight_layout(rect=(0, 0.35, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def main() -> None:
-    args = arguments()
+    """Runs the benchmark on each rank; rank 0 shows the figures."""
+    args = parse()
     hvd.init()
     torch.set_num_threads(args.threads)
     result = run(args)
     show(result)
     if hvd.rank() == 0:
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1))
+            write_json(result, args.json)
         if args.picture:
             draw(result, args.picture)
     hvd.shutdown()

@@ -1,23 +1,25 @@
-#!/usr/bin/env python3
 """Draws one step of a Horovod timeline: a lane for each operation, and backward behind them.
 
     python -m benchmarks.hosts --rate 100mbit -- horovodrun -np 2 --gloo --cache-capacity 0 \\
         --timeline-filename /tmp/timeline.json python -m benchmarks.timeline train
     python -m benchmarks.timeline draw /tmp/timeline.json timeline.png
 
-`train` is an example; the timeline of another torch job will do as well. With `--cache-capacity 0`
-Horovod writes down when each rank was ready; otherwise only for operations it sees the first time.
+`train` is an example; the timeline of any other torch job can be drawn, too. With
+`--cache-capacity 0` Horovod writes down when each rank was ready; otherwise only for operations
+that it sees the first time.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.reporting import pyplot, save_picture
 
 LAYERS, WIDTH, BATCH, STEPS = 6, 1024, 512, 8
 BUCKET = re.compile(r"allgather\.dls\.\w{8}\.\d+\.\d+")
@@ -29,7 +31,13 @@ COLORS = {
 
 
 class Phase(NamedTuple):
-    """What an operation did from `start` to `end`, in seconds; within another if `depth` > 0."""
+    """A phase of an operation.
+
+    Attributes:
+        name: as Horovod calls it.
+        depth: how many other phases it is a part of.
+        start, end: in seconds.
+    """
 
     name: str
     depth: int
@@ -52,18 +60,23 @@ class Operation(NamedTuple):
 
     @property
     def start(self) -> float:
+        """When the first rank asked for it, or when its first phase began."""
         return min([*self.ready.values(), *(phase.start for phase in self.phases)])
 
     @property
     def end(self) -> float:
+        """When its last phase ended."""
         return max(phase.end for phase in self.phases)
 
 
 def read(text: str) -> list[Operation]:
-    """All operations in a timeline, by their start.
+    """Reads a timeline.
 
     Args:
         text: what Horovod has written, which lacks its last bracket while the job runs.
+
+    Returns:
+        All operations, by their start.
     """
     text = text.strip().rstrip(",]").rstrip().rstrip(",")
     tensors: dict[int, str] = {}
@@ -91,7 +104,14 @@ def read(text: str) -> list[Operation]:
 
 
 def step_of(operations: Iterable[Operation], number: int) -> list[Operation]:
-    """The operations of one step: of every tensor that has so many, the last but `number`.
+    """Picks the operations of one step.
+
+    Args:
+        operations: of some steps.
+        number: of the step, counted from the last, which is 0.
+
+    Returns:
+        The operations of buckets, then all others, by their start.
 
     Raises:
         ValueError: there is no allgather of a bucket.
@@ -108,7 +128,7 @@ def step_of(operations: Iterable[Operation], number: int) -> list[Operation]:
 
 
 def kind(phase: Phase) -> str | None:
-    """Which of the colours a phase has; None for what surrounds the transfer."""
+    """Returns which of COLORS a phase has; None for what surrounds the transfer."""
     if phase.name.startswith("NEGOTIATE"):
         return "negotiation"
     found = re.fullmatch(r"(?:GLOO|MPI|NCCL)_(ALLGATHER|ALLREDUCE)", phase.name)
@@ -116,13 +136,10 @@ def kind(phase: Phase) -> str | None:
 
 
 def draw(operations: Sequence[Operation], file: Path) -> None:
-    """A picture of these operations, which are one step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draws operations, which are those of one step."""
     from matplotlib.patches import Patch
 
+    plt = pyplot()
     begin = min(operation.start for operation in operations)
     size = (11, 1.4 + 0.28 * len(operations))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
@@ -148,11 +165,11 @@ def draw(operations: Sequence[Operation], file: Path) -> None:
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
     axis.legend(handles=legend, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
-    figure.savefig(file, dpi=110)
+    save_picture(figure, file, dpi=110)
 
 
 def train() -> None:
-    """A few steps of a model whose layers are large enough to be seen."""
+    """Trains a model for a few steps, with layers that are large enough to be seen."""
     import horovod.torch as hvd
     import torch
     from torch import nn
@@ -180,9 +197,8 @@ def train() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Runs one of the commands; returns the exit status."""
+    parser = make_parser("timeline", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="a job to make a timeline of; run it with horovodrun")
     drawing = commands.add_parser("draw", help="draw a step of a timeline")

@@ -1,4 +1,4 @@
-"""Parameter shapes of well-known models, in their framework's (torch's) names, shapes and order.
+"""Parameter shapes of well-known models, with the names, shapes and order that torch has.
 
 Compression sees nothing of a model but its gradients, so shapes are all that a benchmark needs.
 """
@@ -13,7 +13,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def resnet50() -> Shapes:
-    """torchvision's: 161 tensors, 25.6 million entries."""
+    """Returns torchvision's ResNet-50: 161 tensors, 25.6 million entries."""
     shapes: Shapes = {"conv1.weight": (64, 3, 7, 7)} | _pair("bn1", 64)
     inputs = 64
     for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), 1):
@@ -31,7 +31,7 @@ def resnet50() -> Shapes:
 
 
 def vgg16() -> Shapes:
-    """torchvision's: 32 tensors, 138 million entries, three quarters of them in one layer."""
+    """Returns torchvision's VGG-16: 32 tensors, 138 million entries, most in one layer."""
     shapes: Shapes = {}
     inputs, number = 3, 0
     for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
@@ -46,7 +46,7 @@ def vgg16() -> Shapes:
 
 
 def bert_base() -> Shapes:
-    """Hugging Face's bert-base-uncased: 199 tensors, 109 million entries."""
+    """Returns Hugging Face's bert-base-uncased: 199 tensors, 109 million entries."""
     width, embeddings = 768, "embeddings"
     shapes: Shapes = {
         f"{embeddings}.word_embeddings.weight": (30522, width),
@@ -66,7 +66,7 @@ def bert_base() -> Shapes:
 
 
 def lstm() -> Shapes:
-    """Word language model of 2 x 1500 units over 10,000 words: 11 tensors, 66 million entries."""
+    """Returns a word language model: 2 x 1500 units, 10,000 words, 66 million entries."""
     words, width = 10_000, 1500
     shapes: Shapes = {"encoder.weight": (words, width)}
     for layer in (0, 1):
@@ -78,17 +78,17 @@ def lstm() -> Shapes:
 
 
 def mlp10m() -> Shapes:
-    """Six linear layers, 10.7 million entries."""
+    """Returns six linear layers, 10.7 million entries."""
     return _mlp(784, 1536, 1536, 1536, 1536, 1536, 10)
 
 
 def mlp1m() -> Shapes:
-    """Four linear layers, 1.3 million entries."""
+    """Returns four linear layers, 1.3 million entries."""
     return _mlp(784, 640, 640, 640, 10)
 
 
 def tiny() -> Shapes:
-    """For tests: six tensors, three of them large enough to be compressed."""
+    """Returns six tensors for tests, three of them large enough to be compressed."""
     shapes: Shapes = {"conv.weight": (32, 16, 3, 3)} | _pair("bn", 32)
     return shapes | {"hidden.weight": (64, 128)} | _linear("fc", 128, 40)
 
@@ -105,19 +105,22 @@ MODELS: dict[str, Callable[[], Shapes]] = {
 
 
 def entries(shapes: Shapes) -> int:
-    """Number of parameters in all."""
+    """Returns the number of parameters in all."""
     return sum(map(math.prod, shapes.values()))
 
 
 def _pair(name: str, width: int) -> Shapes:
+    """Returns the two vectors of a normalisation."""
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Shapes:
+    """Returns weight and bias of a linear layer."""
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
 def _mlp(*widths: int) -> Shapes:
+    """Returns linear layers from each width to the next."""
     shapes: Shapes = {}
     for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         shapes |= _linear(f"layer{number}", inputs, outputs)

@@ -58,7 +58,9 @@ class SimulatedJob:
             ]
             norms = {n: p.detach().double().norm().item() for n, p in self._parameters.items()}
             configs = [config] + [replace(config, measure_every=measure_all)] * (workers - 1)
-            self.sessions = [Session(layers, each, workers, norms) for each in configs]
+            self.sessions = [
+                Session(layers, own, workers, rank, norms) for rank, own in enumerate(configs)
+            ]
 
     def backward(self, loss_of: Callable[[int], torch.Tensor]) -> float:
         """Leaves in each parameter's ``.grad`` what a Horovod job would have there.

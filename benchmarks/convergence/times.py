@@ -10,7 +10,7 @@ from benchmarks.common.reporting import markdown
 from benchmarks.convergence.pictures import smooth
 from benchmarks.convergence.results import Group, Groups, Result
 from benchmarks.convergence.settings import WORKERS
-from benchmarks.cost_model import fit, points_of, terms_of
+from benchmarks.cost_model import factors_of, fit, points_of
 from benchmarks.hosts import bits_per_second
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def exchange_seconds(group: Group, terms: np.ndarray, rate: str) -> float:
     method = "dense" if group.density is None else f"dls:{group.density:g}"
     k = group.mean("entries_sent")
     bits = bits_per_second(rate)
-    return float(terms_of(method, ranks, n, k, wire, bits, shared=1.0) @ terms)
+    return float(factors_of(method, ranks, n, k, wire, bits, shared=1.0) @ terms)
 
 
 def time_to_target(groups: Groups, task: str, terms: np.ndarray) -> str:

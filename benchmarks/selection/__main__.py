@@ -1,220 +1,58 @@
-"""How fast are the k largest of residual + gradient found, against the usual ways of doing it?
+"""Time of finding the k largest entries of residual + gradient, beside the usual methods.
 
     python -m benchmarks.selection --quick
 
 One thread each (ours: --threads); all methods take turns, so that what else the machine does hits
-all alike.  The measure is np.add(residual, gradient, out=residual), which error feedback needs in
-any case.
+all alike. The unit is np.add(residual, gradient, out=residual), which error feedback needs in any
+case.
 
-Two times are taken of each method.  "select": the others add the gradient to the residual, select
-and clear what they selected; ours (``find``) only reads, and all writing is left to ``settle``.  So
+Two times are taken of each method. "select": the others add the gradient to the residual, select
+and clear what they selected; ours (``find``) only reads, and all writing is left to ``settle``. So
 the fair comparison is "step": the others also zero the gradient and scatter one rank's entries into
 it; ours is ``find`` and ``settle``, which do the same (and make the sketch, which others do not).
-The others' results are those of one step, too: DGC's is an approximation, kthvalue's may hold ties.
+The others do not all find the same: DGC's result is an approximation, kthvalue's may hold ties.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from hvd_dls.core.jit import HAVE_NUMBA
-from hvd_dls.core.selection import threads
-from hvd_dls.core.selection.passes import Found, find, settle
+from benchmarks.common.command_line import add_output_options, make_parser
+from benchmarks.common.internals import HAVE_NUMBA
+from benchmarks.common.reporting import pyplot, save_picture, write_json
+from benchmarks.selection.cases import DATA, Case
+from benchmarks.selection.methods import FLOOR, OURS, all_methods, find_finite
 
 SIZES = [1_000, 10_000, 100_000, 1_000_000, 10_000_000, 25_000_000, 100_000_000]
 DENSITIES = [1e-4, 1e-3, 1e-2, 0.1]
-FLOOR = "np.add"
-OURS = ["hvd_dls", "hvd_dls, first step", "hvd_dls, one thread"]
-
-
-class Case(NamedTuple):
-    """One step of one layer."""
-
-    residual: np.ndarray  # (n,) float32
-    gradient: np.ndarray  # (n,) float32
-    before: np.ndarray  # (n,) float32: residual + gradient one step before
-
-
-def find_finite(*arguments: Any) -> Found:
-    """``find``, of gradients without NaN and Inf."""
-    found = find(*arguments)
-    assert found is not None
-    return found
-
-
-# Data -------------------------------------------------------------------------------------------
-
-
-def normal(n: int) -> Case:
-    """Independent normal entries."""
-    rng = np.random.default_rng(0)
-    draw = [rng.standard_normal(n, dtype=np.float32) for _ in range(3)]
-    return Case(draw[0], 0.3 * draw[1], draw[0] + 0.3 * draw[2])
-
-
-def heavy(n: int) -> Case:
-    """Laplace entries of scales that spread over decades."""
-    rng = np.random.default_rng(0)
-    scale = np.exp(1.5 * rng.standard_normal(n, dtype=np.float32))
-    draw = [scale * rng.laplace(size=n).astype(np.float32) for _ in range(3)]
-    return Case(draw[0], 0.3 * draw[1], draw[0] + 0.3 * draw[2])
-
-
-def real(n: int) -> Case:
-    """Gradients and residuals of a small network's training: step after step, end to end."""
-    recorded = record()
-    return Case(*(np.resize(recorded[name], n) for name in Case._fields))
-
-
-@functools.cache
-def record(steps: int = 50, density: float = 0.01) -> dict[str, np.ndarray]:
-    """Trains a convolutional network (546,000 parameters) on sklearn's digits, with top-k."""
-    torch.manual_seed(0)
-    x, y = load_digits(return_X_y=True)
-    images, labels = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(y)
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 32, 3, padding=1),
-        torch.nn.ReLU(),
-        torch.nn.Conv2d(32, 64, 3, padding=1),
-        torch.nn.ReLU(),
-        torch.nn.Flatten(),
-        torch.nn.Linear(4096, 128),
-        torch.nn.ReLU(),
-        torch.nn.Linear(128, 10),
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in Case._fields}
-    residual = np.zeros(sum(p.numel() for p in model.parameters()), np.float32)
-    before = residual.copy()
-    for step in range(steps + 10):
-        batch = torch.randint(0, len(images), (32,))
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-        gradients = [p.grad.numpy().ravel() for p in model.parameters() if p.grad is not None]
-        gradient = np.concatenate(gradients)
-        if step >= 10:  # the residuals have filled
-            for name, values in zip(Case._fields, (residual, gradient, before), strict=True):
-                parts[name].append(values.copy())
-        before = residual + gradient
-        found = find_finite(residual, gradient, int(density * len(residual)))
-        settle(residual, gradient, found.indices, None, [], 1.0, np.empty_like(gradient))
-        optimizer.step()
-    return {name: np.concatenate(values) for name, values in parts.items()}
-
-
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
-DATA: dict[str, Callable[[int], Case]] = {"normal": normal, "heavy": heavy, "real": real}
-
-
-# Methods ----------------------------------------------------------------------------------------
-# Each yields when it has selected and again when the step is done.
-
-
-def floor(residual: np.ndarray, gradient: np.ndarray, k: int) -> Iterator[None]:
-    np.add(residual, gradient, out=residual)
-    yield
-    yield
-
-
-def ours(
-    last_threshold: float, count: int
-) -> Callable[[np.ndarray, np.ndarray, int], Iterator[None]]:
-    def method(residual: np.ndarray, gradient: np.ndarray, k: int) -> Iterator[None]:
-        threads.use(count)
-        found = find_finite(residual, gradient, k, last_threshold)
-        yield
-        sent = [(found.indices, found.values)]
-        settle(residual, gradient, found.indices, None, sent, 1.0, gradient)
-        yield
-
-    return method
-
-
-def argpartition(residual: np.ndarray, gradient: np.ndarray, k: int) -> Iterator[None]:
-    np.add(residual, gradient, out=residual)
-    indices = np.argpartition(np.abs(residual), len(residual) - k)[len(residual) - k :]
-    values = residual[indices]
-    residual[indices] = 0
-    yield
-    gradient[:] = 0
-    gradient[indices] += values
-    yield
-
-
-def in_torch(
-    select: Callable[[torch.Tensor, int], torch.Tensor],
-) -> Callable[[np.ndarray, np.ndarray, int], Iterator[None]]:
-    def method(residual: np.ndarray, gradient: np.ndarray, k: int) -> Iterator[None]:
-        own, new = torch.from_numpy(residual), torch.from_numpy(gradient)
-        own.add_(new)
-        indices = select(own.abs(), k)
-        values = own[indices]
-        own[indices] = 0
-        yield
-        new.zero_()
-        new.index_add_(0, indices, values)
-        yield
-
-    return method
-
-
-def topk(magnitudes: torch.Tensor, k: int) -> torch.Tensor:
-    return torch.topk(magnitudes, k, sorted=False).indices
-
-
-def kthvalue(magnitudes: torch.Tensor, k: int) -> torch.Tensor:
-    threshold = torch.kthvalue(magnitudes, len(magnitudes) - k + 1).values
-    return (magnitudes >= threshold).nonzero().view(-1)
-
-
-def dgc(magnitudes: torch.Tensor, k: int) -> torch.Tensor:
-    """Deep Gradient Compression (Lin et al. 2018): a threshold from a sample of 1 %, adapted."""
-    n = len(magnitudes)
-    sampled = magnitudes[torch.randint(0, 100, ()) % n :: 100] if n >= 10_000 else magnitudes
-    wanted = max(1, k * len(sampled) // n)
-    threshold = torch.topk(sampled, wanted, sorted=False).values.min()
-    indices = (magnitudes >= threshold).nonzero().view(-1)
-    for _ in range(10):
-        if len(indices) > 1.3 * k:
-            threshold = threshold * 1.3
-        elif len(indices) < 0.8 * k:
-            threshold = threshold * 0.8
-        else:
-            break
-        indices = (magnitudes >= threshold).nonzero().view(-1)
-    return indices[:k]
-
-
-# Measuring --------------------------------------------------------------------------------------
 
 
 def measure(
     case: Case, k: int, repeats: int, clock: Callable[[], float], count: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each method and repetition: "select" and "step"."""
+    """Measures all methods on one case.
+
+    Args:
+        case: the layer.
+        k: how many to select.
+        repeats: of each method.
+        clock: one of CLOCKS.
+        count: threads of this package's method.
+
+    Returns:
+        Seconds by method, by part ("select" or "step"), of each repetition.
+    """
     last = find_finite(np.zeros_like(case.before), case.before, k).threshold
-    methods = {
-        FLOOR: floor,
-        OURS[0]: ours(last, count),
-        OURS[1]: ours(0.0, count),
-        **({OURS[2]: ours(last, 1)} if count > 1 else {}),
-        "DGC's sample": in_torch(dgc),
-        "torch.topk": in_torch(topk),
-        "torch.kthvalue": in_torch(kthvalue),
-        "np.argpartition": argpartition,
-    }
+    methods = all_methods(last, count)
     taken: dict[str, dict[str, list[float]]] = {m: {"select": [], "step": []} for m in methods}
     residual, gradient = case.residual.copy(), case.gradient.copy()
     order = np.random.default_rng(0)
@@ -231,16 +69,18 @@ def measure(
 
 
 def repeats_for(n: int, least: int) -> int:
-    """Small layers are measured more often: they are noisier, and it costs nothing."""
+    """Returns how often to measure a layer: small ones are noisier, and repetition is cheap."""
     return max(least, min(300, 3_000_000 // n))
 
 
 def statistics(seconds: list[float]) -> dict[str, float]:
+    """Computes median, quartiles and extremes."""
     low, median, high = np.percentile(seconds, [25, 50, 75])
     return {"median": median, "low": low, "high": high, "min": min(seconds), "max": max(seconds)}
 
 
 def run(args: argparse.Namespace) -> list[dict]:
+    """Measures all cases; returns a row of figures for each."""
     cases = [(d, n, p) for d in args.data for n in args.sizes for p in args.densities]
     rows: list[dict] = []
     with tqdm(total=len(cases), unit="case", disable=None) as bar:
@@ -263,6 +103,7 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 
 def table(rows: list[dict], part: str) -> str:
+    """Formats a part's times of all cases and methods."""
     methods = list(rows[0]["s"])
     lines = [
         f"{part}: median µs ±% (half the spread between quartiles); ours as multiples of {FLOOR}, "
@@ -283,7 +124,7 @@ def table(rows: list[dict], part: str) -> str:
 
 
 def worst(rows: list[dict], part: str) -> str:
-    """The cases in which ours comes out worst against the best of the others."""
+    """Names the cases in which ours is slowest beside the best of the others."""
     ratios = []
     for row in rows:
         others = {m: s[part]["median"] for m, s in row["s"].items() if m not in (FLOOR, *OURS)}
@@ -295,16 +136,11 @@ def worst(rows: list[dict], part: str) -> str:
     )
 
 
-def picture(rows: list[dict], path: Path) -> None:
-    """Nanoseconds per entry of a step over the size: one panel per data and density."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(rows: list[dict], path: Path) -> None:
+    """Draws nanoseconds per entry of a step over the size, a panel per data and density."""
     kinds = list(dict.fromkeys(row["data"] for row in rows))
     densities = list(dict.fromkeys(row["density"] for row in rows))
-    figure, panels = plt.subplots(
+    figure, panels = pyplot().subplots(
         len(kinds),
         len(densities),
         figsize=(3.2 * len(densities) + 1, 2.8 * len(kinds) + 1),
@@ -336,13 +172,12 @@ def picture(rows: list[dict], path: Path) -> None:
         panel.set_ylabel("step: ns per entry")
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="lower center", ncol=4)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, dpi=110)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = make_parser("selection", __doc__)
     parser.add_argument("--sizes", type=float, nargs="+", help="entries of a layer")
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
@@ -352,8 +187,7 @@ def arguments() -> argparse.Namespace:
         "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that does other things"
     )
     parser.add_argument("--quick", action="store_true", help="sizes up to 25 million")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--picture", type=Path, help="also draw them here")
+    add_output_options(parser)
     args = parser.parse_args()
     if args.sizes is None:
         args.sizes = [n for n in SIZES if n <= 25_000_000] if args.quick else SIZES
@@ -363,7 +197,8 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
+    """Measures all cases and shows the figures."""
+    args = parse()
     torch.set_num_threads(1)
     rows = run(args)
     for part in ("select", "step"):
@@ -378,9 +213,9 @@ def main() -> None:
         "threads": args.threads,
     }
     if args.json:
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+        write_json({"about": about, "rows": rows}, args.json)
     if args.picture:
-        picture(rows, args.picture)
+        draw(rows, args.picture)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Bytes and nanoseconds an entry sent costs on the wire, beside the entropy bound and other codes.
+"""Bytes and time that an entry costs on the wire, beside the entropy bound and other codes.
 
     python -m benchmarks.wire --json build/wire.json --picture build/wire.png
 
@@ -15,240 +14,27 @@ Elias–Fano coder alone, in nanoseconds an entry, with the interquartile range 
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import platform
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from benchmarks.common.reporting import markdown
-from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
-from hvd_dls.core.balancing.sketch import WINDOW, Sketch
-from hvd_dls.core.jit import HAVE_NUMBA
-from hvd_dls.core.wire import elias_fano
-from hvd_dls.core.wire.payload import Bucket, pack, payload_bytes, unpack
+from benchmarks.common.command_line import add_output_options, make_parser
+from benchmarks.common.internals import HAVE_NUMBA
+from benchmarks.common.reporting import markdown, pyplot, save_picture, write_json
+from benchmarks.wire.index_sets import MODELS, clustered_gradient, digits_gradient, largest, uniform
+from benchmarks.wire.measuring import VALUE_BITS, measure
 
 DENSITIES = [1e-4, 1e-3, 1e-2, 1e-1]
-VALUE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-SECONDS = 0.3  # at most about, for one median
-SLACK = 1 / 32  # room a capacity may have above what is sent
 
 # Bytes an entry that the format was designed for: density, value bits -> at most.
 TARGETS = {(1e-2, 32): 5.3, (1e-2, 16): 3.3, (1e-3, 32): 5.8, (1e-3, 16): 3.8}
 
 
-class Found(NamedTuple):
-    indices: np.ndarray
-    values: np.ndarray
-    sketch: Sketch
-
-
-def resnet50() -> list[LayerSpec]:
-    """The convolutions and the classifier: 54 layers, 25.5 million entries."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7)]
-    inputs = 64
-    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
-        for block in range(blocks):
-            shapes += [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            if block == 0:
-                shapes.append((4 * width, inputs, 1, 1))
-            inputs = 4 * width
-    shapes.append((1000, inputs))
-    return [layer_spec(f"layer{i}", shape) for i, shape in enumerate(shapes)]
-
-
-MODELS = {
-    "ResNet-50": resnet50,
-    "one layer, 25M": lambda: [layer_spec("layer", (5000, 5000))],
-    "one layer, 1M": lambda: [layer_spec("layer", (1000, 1000))],
-    "one layer, 100k": lambda: [layer_spec("layer", (1000, 100))],
-}
-
-
-# Index sets: ascending positions in all layers one after another ---------------------------------
-
-
-def uniform(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    return np.sort(rng.choice(n, k, replace=False, shuffle=False))
-
-
-def clustered_gradient(layers: list[LayerSpec], rng: np.random.Generator) -> np.ndarray:
-    parts = []
-    for layer in layers:
-        rows = layer.shape[0]
-        columns = layer.size // rows
-        scales = np.exp(rng.normal(0, 1, (rows, 1))) * np.exp(rng.normal(0, 1, (1, columns)))
-        gradient = rng.standard_normal((rows, columns), np.float32) * scales.astype(np.float32)
-        parts.append(gradient.ravel() * np.float32(np.exp(rng.normal(0, 0.5))))
-    return np.concatenate(parts)
-
-
-def digits_gradient(steps: int = 30) -> tuple[list[LayerSpec], np.ndarray] | None:
-    """Layers and mean gradient of a network that is learning handwritten digits."""
-    try:
-        import torch
-        from sklearn.datasets import load_digits
-    except ImportError:
-        return None
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    data = load_digits()
-    images = torch.tensor(data.data / 16, dtype=torch.float32)
-    labels = torch.tensor(data.target)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(64, 1024),
-        torch.nn.ReLU(),
-        torch.nn.Linear(1024, 1024),
-        torch.nn.ReLU(),
-        torch.nn.Linear(1024, 10),
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(steps):
-        batch = slice(step * 32, (step + 1) * 32)
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-        optimizer.step()
-    weights = [(n, p) for n, p in model.named_parameters() if p.dim() == 2]
-    layers = [layer_spec(name, tuple(p.shape)) for name, p in weights]
-    gradients = [p.grad.numpy().ravel() for _, p in weights if p.grad is not None]
-    return layers, np.concatenate(gradients)
-
-
-def largest(gradient: np.ndarray, k: int) -> np.ndarray:
-    return np.sort(np.argpartition(np.abs(gradient), len(gradient) - k)[-k:])
-
-
-# Bits an index, other codes and the bound ---------------------------------------------------------
-
-
-def entropy_bound(n: int, k: int) -> float:
-    """log2(binomial(n, k)) / k."""
-    logs = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-    return logs / math.log(2) / k
-
-
-def u16_blocks(n: int, k: int) -> float:
-    """A 16-bit offset for each entry and a 32-bit count for each 65,536 positions."""
-    return 16 + 32 * math.ceil(n / 65_536) / k
-
-
-def golomb_rice(positions: np.ndarray) -> float:
-    """Gaps in unary above b bits and binary below, with the best b."""
-    gaps = np.diff(positions, prepend=-1) - 1
-    return min(b + 1 + float((gaps >> b).mean()) for b in range(33))
-
-
-# One row of the table -----------------------------------------------------------------------------
-
-
-def time_of(do: Callable[[], Any]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile, in seconds."""
-    do()
-    times: list[float] = []
-    end = time.perf_counter() + SECONDS
-    while len(times) < 7 or (time.perf_counter() < end and len(times) < 500):
-        start = time.perf_counter()
-        do()
-        times.append(time.perf_counter() - start)
-    low, middle, high = np.percentile(times, [25, 50, 75])
-    return float(low), float(middle), float(high)
-
-
-def measure(
-    model: str,
-    layers: list[LayerSpec],
-    kind: str,
-    density: float,
-    positions: np.ndarray,
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    bucket = Bucket(tuple(layers))
-    n, k_total = bucket.size, len(positions)
-    starts = np.searchsorted(positions, bucket.offsets)
-    k = np.diff(starts)
-    values = rng.standard_normal(k_total).astype(np.float32)
-    sketch = Sketch(1000, rng.integers(0, 100_000, WINDOW))
-    found = [
-        Found((positions[a:b] - offset).astype(np.uint32), values[a:b], sketch)
-        for a, b, offset in zip(starts, starts[1:], bucket.offsets, strict=False)
-    ]
-    bits = {
-        "bound": entropy_bound(n, k_total),
-        "elias-fano": 8 * sum(elias_fano.lengths(n, k_total)) / k_total,
-        "golomb-rice": golomb_rice(positions),
-        "u16 blocks": u16_blocks(n, k_total),
-        "u32": 32.0,
-        "int64": 64.0,
-    }
-    row: dict[str, Any] = {
-        "model": model,
-        "n": n,
-        "layers": len(layers),
-        "set": kind,
-        "density": density,
-        "k": k_total,
-        "index_bits": bits,
-        "bytes": {},
-        "bytes_with_slack": {},
-        "nanoseconds": {"elias-fano": coder_times(bucket, found, starts)},
-    }
-    for name in VALUE_BITS:
-        bucket = Bucket(tuple(layers), name)
-        row["bytes"][name] = payload_bytes(bucket, k_total) / k_total
-        room = min(n, math.ceil(k_total * (1 + SLACK)))
-        row["bytes_with_slack"][name] = payload_bytes(bucket, room) / k_total
-        row["nanoseconds"][name] = payload_times(bucket, k, found)
-    row["nanoseconds"]["float32, plain"] = payload_times(
-        Bucket(tuple(layers), "float32", "plain"), k, found
-    )
-    return row
-
-
-def per_entry(times: tuple[float, float, float], k: int) -> list[float]:
-    return [1e9 * t / k for t in times]
-
-
-def coder_times(bucket: Bucket, found: list[Found], starts: np.ndarray) -> dict[str, list[float]]:
-    indices = np.concatenate([f.indices for f in found])
-    low = elias_fano.low_bits(bucket.size, len(indices))
-    lower, upper = (
-        np.zeros(n // 8, np.uint64) for n in elias_fano.lengths(bucket.size, len(indices))
-    )
-    decoded = np.empty_like(indices)
-
-    def encode() -> None:
-        lower[:], upper[:] = 0, 0
-        answer = elias_fano.encode(indices, starts, bucket.offsets, low, lower, upper)
-        assert answer == elias_fano.GOOD
-
-    def decode() -> None:
-        answer = elias_fano.decode(lower, upper, starts, bucket.offsets, low, decoded)
-        assert answer == elias_fano.GOOD
-
-    times = time_of(encode), time_of(decode)
-    assert np.array_equal(indices, decoded)
-    return {
-        what: per_entry(t, len(indices))
-        for what, t in zip(("encode", "decode"), times, strict=True)
-    }
-
-
-def payload_times(bucket: Bucket, k: np.ndarray, found: list[Found]) -> dict[str, list[float]]:
-    total = int(k.sum())
-    gathered = pack(bucket, k, found).payload
-    return {
-        "pack": per_entry(time_of(lambda: pack(bucket, k, found)), total),
-        "unpack": per_entry(time_of(lambda: unpack(bucket, k, gathered, 1)), total),
-    }
-
-
 def measure_all(models: list[str], seed: int) -> list[dict[str, Any]]:
+    """Measures all index sets of all models; returns a row of figures for each."""
     rows = []
     for model in models:
         print(f"{model} ...", file=sys.stderr)
@@ -269,14 +55,13 @@ def measure_all(models: list[str], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-# What is shown ------------------------------------------------------------------------------------
-
-
 def name_of(row: dict[str, Any]) -> list[str]:
+    """Returns the first cells of a row, which say what was measured."""
     return [row["model"], row["set"], f"{row['density']:g}", f"{row['k']:,}"]
 
 
 def show_bytes(rows: list[dict[str, Any]]) -> None:
+    """Prints bytes an entry, beside other codes and the bound."""
     others = ["bound", "golomb-rice", "u16 blocks", "u32", "int64"]
     head = ["model", "set", "density", "K", "ours: fp32", "with slack", "entries alone", *others]
     head += ["ours: 16 bit", "with slack", "bound"]
@@ -292,6 +77,7 @@ def show_bytes(rows: list[dict[str, Any]]) -> None:
 
 
 def show_times(rows: list[dict[str, Any]]) -> None:
+    """Prints nanoseconds an entry."""
     columns = [("elias-fano", "encode"), ("elias-fano", "decode")]
     columns += [
         (kind, what)
@@ -309,6 +95,7 @@ def show_times(rows: list[dict[str, Any]]) -> None:
 
 
 def show_targets(rows: list[dict[str, Any]]) -> bool:
+    """Prints which TARGETS were met; returns whether all were."""
     met = True
     for row in rows:
         for kind, bits in VALUE_BITS.items():
@@ -324,15 +111,11 @@ def show_targets(rows: list[dict[str, Any]]) -> bool:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draws bytes an entry over the density, for uniform index sets of the first model."""
     first = rows[0]["model"]
     rows = [row for row in rows if row["model"] == first and row["set"] == "uniform"]
     x = [row["density"] for row in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 5), sharey=True)
     for axis, kind in zip(axes, ("float32", "bfloat16"), strict=True):
         value = VALUE_BITS[kind]
         axis.plot(x, [row["bytes"][kind] for row in rows], "o-", lw=2.5, label="this format, whole")
@@ -355,25 +138,23 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=3)
     figure.suptitle(f"{first}: {rows[0]['n'] / 1e6:.1f}M entries in {rows[0]['layers']} layers")
     figure.tight_layout(rect=(0, 0.1, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    """Measures all index sets and shows the figures; fails if a target was missed."""
+    parser = make_parser("wire", __doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to write all figures")
-    parser.add_argument("--picture", type=Path, help="where to draw bytes an entry (matplotlib)")
+    add_output_options(parser)
     args = parser.parse_args()
     rows = measure_all(args.models, args.seed)
     show_bytes(rows)
     show_times(rows)
     met = show_targets(rows)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         about = {"numba": HAVE_NUMBA, "numpy": np.__version__, "python": platform.python_version()}
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+        write_json({"about": about, "rows": rows}, args.json)
     if args.picture:
         draw(rows, args.picture)
     sys.exit(not met)

@@ -1,0 +1,170 @@
+"""Methods to exchange gradients, and one step of each."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+
+from benchmarks.common.shapes import Shapes
+from benchmarks.common.synthetic_model import (
+    Gradients,
+    NoUpdate,
+    SyntheticModel,
+    make_compression,
+)
+from benchmarks.rounds.measuring import interface_bytes, wait_for_all
+from hvd_dls.torch import DLSCompressor
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method to exchange gradients.
+
+    Attributes:
+        compression: "nothing" (no exchange at all), "none" (dense, as they are), "fp16",
+            "layerwise" or "dls".
+        density: of the sparse ones.
+        values: type of the values they send.
+    """
+
+    compression: str
+    density: float | None = None
+    values: str = "float32"
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Parses "dense", "fp16", "nothing", "layerwise:0.01", "dls:0.01", "dls:0.01:bfloat16"."""
+        kind, *rest = text.split(":")
+        if kind in ("layerwise", "dls") and rest:
+            return cls(kind, float(rest[0]), *rest[1:])
+        return cls({"dense": "none"}.get(kind, kind))
+
+    @property
+    def name(self) -> str:
+        """The method as ``parse`` takes it."""
+        if self.density is None:
+            return {"none": "dense"}.get(self.compression, self.compression)
+        values = "" if self.values == "float32" else f":{self.values}"
+        return f"{self.compression}:{self.density:g}{values}"
+
+
+class RunningMethod:
+    """A method with its own model, optimizer and compressor; all methods share their gradients.
+
+    Args:
+        method: which one.
+        shapes: of the parameters.
+        gradients: of these shapes.
+        bucket_bytes: option of the compressor; None: its default.
+
+    Attributes:
+        method: which one.
+        compression: what Horovod's optimizer has been given; None for "nothing".
+        records: what the compressor sent in each step; empty if it is not ours.
+    """
+
+    def __init__(
+        self, method: Method, shapes: Shapes, gradients: Gradients, bucket_bytes: int | None
+    ) -> None:
+        self.method, self._gradients = method, gradients
+        # Names of its own, so that Horovod's response cache knows each method's tensors.
+        named = {f"{method.name}/{name}": shape for name, shape in shapes.items()}
+        self._model = SyntheticModel(named, gradients.last_drawn, stand_in=True)
+        self._parameters = [p for _, p in self._model.named_parameters()]
+        self._optimizer: Any = NoUpdate(self._parameters)
+        self.compression: Any = None
+        self.records: list[dict[str, float]] = []
+        if method.compression != "nothing":
+            self.compression = self._wrap_optimizer(bucket_bytes)
+
+    def _wrap_optimizer(self, bucket_bytes: int | None) -> Any:
+        """Puts Horovod's optimizer around ours; returns its compression."""
+        options: dict[str, Any] = {}
+        if self.method.density is not None:
+            options = {
+                "density": self.method.density,
+                "values": self.method.values,
+                "named_parameters": self._model.named_parameters(),
+            }
+            options |= {"bucket_bytes": bucket_bytes} if bucket_bytes else {}
+        compression = make_compression(self.method.compression, **options)
+        self._optimizer = hvd.DistributedOptimizer(
+            self._optimizer,
+            named_parameters=self._model.named_parameters(),
+            compression=compression,
+        )
+        return compression
+
+    def step(self, interface: str | None = None) -> list[float]:
+        """Does one step with new gradients.
+
+        Args:
+            interface: whose bytes to count.
+
+        Returns:
+            Seconds by the clock, seconds of this process on all processors, and the bytes that
+            the interface received and sent from the step's beginning until all ranks were done.
+        """
+        self._gradients.draw_all()
+        for parameter in self._parameters:
+            parameter.grad = None
+        loss = self._model()
+        wait_for_all()
+        before = interface_bytes(interface)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        loss.backward()
+        self._optimizer.step()
+        taken = [time.perf_counter() - start, time.process_time() - cpu_start]
+        wait_for_all()
+        counted = interface_bytes(interface) - before
+        if isinstance(self.compression, DLSCompressor):
+            self._record_step()
+        return [*taken, *counted]
+
+    def _record_step(self) -> None:
+        record = self.compression.last_step()
+        self.records.append(
+            {
+                "sparse_bytes": record.sparse_bytes,
+                "dense_bytes": record.dense_bytes,
+                "entries": int(record.k.sum()),
+                "spread": record.threshold_spread(),
+            }
+        )
+
+    def handed_over(self) -> dict[str, float]:
+        """Returns the bytes a rank hands to allgather and allreduce in a step, and the entries."""
+        whole = 4.0 * sum(p.numel() for p in self._parameters)
+        plain = {"nothing": 0.0, "none": whole, "fp16": whole / 2}
+        if self.method.compression in plain:
+            return {"allgather": 0.0, "allreduce": plain[self.method.compression], "entries": 0.0}
+        mean = {key: np.mean([r[key] for r in self.records]) for key in self.records[0]}
+        # What is sparse has a placeholder to reduce, a float64.
+        placeholders = 8.0 * len(self.compression.last_step().names)
+        return {
+            "allgather": float(mean["sparse_bytes"]),
+            "allreduce": float(mean["dense_bytes"]) + placeholders,
+            "entries": float(mean["entries"]),
+        }
+
+    def unchanged_lengths(self) -> float | None:
+        """Returns the share of steps with payloads as long as in the step before."""
+        lengths = [r["sparse_bytes"] for r in self.records]
+        pairs = list(itertools.pairwise(lengths))
+        return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
+
+
+def ring_bytes(handed_over: dict[str, float], ranks: int) -> float:
+    """Returns the bytes a rank sends in a step by ring algorithms, without any headers.
+
+    Args:
+        handed_over: see ``RunningMethod.handed_over``.
+        ranks: number of ranks.
+    """
+    gathered = handed_over["allgather"] * (ranks - 1)
+    return gathered + handed_over["allreduce"] * 2 * (ranks - 1) / ranks
