@@ -92,7 +92,7 @@ class BaseCompressor:
         Raises:
             DLSError: called while gradients are being written.
         """
-        models = [binding.state_dict() for binding in self._living()]
+        models = [binding.state_dict() for binding in self._living() if binding.session]
         return {"version": STATE_VERSION, "models": [*models, *self._loaded]}
 
     @InstanceOrDefault
@@ -108,7 +108,7 @@ class BaseCompressor:
                 has trained already, on all ranks alike (a RanksDisagreeError where the state is
                 good but another rank's is not), else in its first step.
         """
-        living = self._living()
+        living = [binding for binding in self._living() if binding.session]
         waiting: list[Mapping[str, Any]] = []
         chosen: list[Mapping[str, Any]] = []
         error: DLSError | None = None
@@ -132,7 +132,7 @@ class BaseCompressor:
             raise error
         for binding, saved in zip(living, chosen, strict=True):
             binding.load_state_dict(saved)
-        self._loaded = waiting
+        self._loaded[:] = waiting  # models without a session look here
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Spark and Ray pickle the compressor before training starts: options are all there is.

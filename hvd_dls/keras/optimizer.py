@@ -255,7 +255,7 @@ class _Reduction:
         binding.marks_skipped = self.may_skip or self._scales_loss
         if self._scales_loss and binding.loss_scale is None:
             binding.loss_scale = self._loss_scale
-        binding.start(self._process_set)
+        binding.start(self._process_set, self._op)
         dense = [
             (v, g)
             for v, g in zip(variables, gradients, strict=True)

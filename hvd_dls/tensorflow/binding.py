@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from hvd_dls.adapter import BaseBinding
+from hvd_dls.adapter import BaseBinding, World
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection.backend import Backend
@@ -55,6 +55,7 @@ class Binding(BaseBinding):
         self._references = [weakref.ref(v) for v in variables]
         self.config = config
         self.process_set: hvd.ProcessSet = hvd.global_process_set
+        self._op: int = hvd.Average
         self.lock = StepLock()
         self.deferred = DeferredError()
         self.devices: dict[str, Device] = {}
@@ -76,28 +77,55 @@ class Binding(BaseBinding):
     # The session ----------------------------------------------------------------------------------
 
     @tf.autograph.experimental.do_not_convert
-    def start(self, process_set: hvd.ProcessSet) -> None:
+    def start(self, process_set: hvd.ProcessSet, op: int = hvd.Average) -> None:
         """Makes the session, if there is none yet; on all ranks, which all trace the same.
 
-        Raises:
-            DLSError: see ``BaseBinding._start_session``.
-        """
-        if self.session is None:
-            self.process_set = process_set
-            with tf.init_scope():  # arrays made on a device must not become part of a graph
-                self._start_session(process_set.size(), hvd.local_size())
+        Args:
+            process_set: the ranks that exchange gradients.
+            op: with which Horovod reduces them.
 
-    def begin_step(self) -> None:
-        """Prepares for the first gradient of a step."""
-        assert self.session is not None
+        Raises:
+            DLSError: see ``BaseBinding.agree``.
+        """
+        self.process_set, self._op = process_set, op
+        if not self.agreed:
+            with tf.init_scope():  # arrays made on a device must not become part of a graph
+                self._agree()
+
+    def _agree(self) -> None:
+        process_set = self.process_set
+        world = World(
+            rank=process_set.rank(),
+            size=process_set.size(),
+            local_size=hvd.local_size(),
+            set_id=process_set.process_set_id,
+            averages=self._op == hvd.Average,
+        )
+        self.abandon()  # Horovod was shut down: nobody waits any more
+        self.agree(world)
+
+    def begin_step(self, layers: Collection[str]) -> None:
+        """Prepares for the first gradient of a step.
+
+        Args:
+            layers: that take part.  If one of them is in a step already, an error has ended that
+                step before its end, and it is abandoned.
+        """
         with self.lock:
+            if not self.agreed:  # ``hvd.init()`` was called since the function was traced
+                self._agree()
+            session = self.session
+            assert session is not None
+            if any(session.has(name) for name in layers):
+                session.abandon()
             self.deferred.begin_step()
-            self._follow_loss_scale(self.session)
+            self._follow_loss_scale(session)
+            session.marks_skipped |= self.marks_skipped
 
     @property
     def skipped_value(self) -> float:
         """What replaces each entry of a gradient whose step is skipped."""
-        return np.inf if self.marks_skipped or self.loss_scale is not None else 0.0
+        return np.inf if self.session and self.session.marks_skipped else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the session's state: NumPy arrays and plain values only."""

@@ -145,7 +145,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
                     )
                 return None
         binding = self.binding_of(variables)
-        binding.start(call.process_set)
+        binding.start(call.process_set, call.op)
         return Exchange(binding, call.dense_variables, call.dense_gradients, call.grouped)
 
     def binding_of(self, variables: list[Any]) -> Binding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hvd_dls.errors import NonFiniteGradientError
+from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
 class DeferredError:
@@ -19,12 +19,20 @@ class DeferredError:
     """
 
     def __init__(self) -> None:
-        self.error: NonFiniteGradientError | None = None
+        self.error: DLSError | NonFiniteGradientError | None = None
         self._reduced = 0
 
     def begin_step(self) -> None:
         """Forgets the error of the step before."""
         self._reduced, self.error = 0, None
+
+    @contextmanager
+    def errors_kept(self) -> Iterator[None]:
+        """Context whose errors are kept for the step's last gradient."""
+        try:
+            yield
+        except (DLSError, NonFiniteGradientError) as error:
+            self.error = error
 
     @contextmanager
     def gradient_of(self, n_gradients: int) -> Iterator[None]:
@@ -35,11 +43,10 @@ class DeferredError:
 
         Raises:
             NonFiniteGradientError: in the context of the step's last gradient.
+            DLSError: as well.
         """
-        try:
+        with self.errors_kept():
             yield
-        except NonFiniteGradientError as error:
-            self.error = error
         self._reduced += 1
         if self._reduced == n_gradients and self.error is not None:
             raise self.error

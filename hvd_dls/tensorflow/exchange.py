@@ -43,7 +43,6 @@ class Exchange:
 
     Attributes:
         binding: the model.
-        session: of the model.
         layers: names of the model's layers that take part.
         n_gradients: number of all dense gradients of the call, compressed or not.
         checked: () int64 tensor, computed once the variables are known to be the model's.
@@ -61,7 +60,6 @@ class Exchange:
     ) -> None:
         assert binding.session is not None
         self.binding = binding
-        self.session: Session = binding.session
         named = zip(map(binding.name_of, variables), variables, gradients, strict=True)
         members = {
             name: (variable, gradient)
@@ -84,6 +82,12 @@ class Exchange:
             }
             self.received = self._receive(gathered) if gathered else self.checked
 
+    @property
+    def session(self) -> Session:
+        """Of the model: another one once ``hvd.init()`` was called again."""
+        assert self.binding.session is not None
+        return self.binding.session
+
     def _check(self, variables: dict[str, Any], in_graph: bool) -> tf.Tensor:
         """Compares a step's variables with those traced, and begins the step."""
         handles = [
@@ -96,7 +100,7 @@ class Exchange:
         def check(*current: tf.Tensor) -> np.int64:
             if [identity(handle) for handle in current] != traced:
                 raise DLSError(_OTHER_MODEL)
-            self.binding.begin_step()
+            self.binding.begin_step(self.layers)
             return np.int64(0)
 
         if in_graph:
@@ -118,6 +122,7 @@ class Exchange:
         on_device = [name for name in compressed if name in binding.devices]
 
         def compress(checked: np.ndarray, finite: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
+            session = self.session
             with binding.lock:
                 for name, is_finite in zip(watched, finite, strict=True):
                     session.note(name, bool(is_finite))
@@ -163,10 +168,11 @@ class Exchange:
         TensorFlow copies them to the host behind the device's work and calls the bucket's function
         when they have arrived, so nothing but the payload waits for the device.
         """
-        backend, session = self.binding.devices[name], self.session
+        backend = self.binding.devices[name]
         dtypes = backend.parts(self.binding.layer(name).work_dtype)
 
         def compress(checked: tf.Tensor, array: tf.Tensor) -> Sequence[tf.Tensor]:
+            session = self.session
             with self.binding.lock:
                 if session.dense_step:
                     session.note(name, finite=True)  # its sum is checked later
@@ -186,10 +192,11 @@ class Exchange:
 
     def _receive(self, gathered: dict[int | None, tf.Tensor]) -> tf.Tensor:
         """Waits for all buckets: a step changes nothing before all payloads have arrived."""
-        buckets, session = list(gathered), self.session
+        buckets = list(gathered)
 
         def receive(*arrays: np.ndarray) -> np.int64:
-            with self.binding.lock:
+            session, deferred = self.session, self.binding.deferred
+            with self.binding.lock, deferred.errors_kept():
                 if not session.dense_step:
                     for bucket, array in zip(buckets, arrays, strict=True):
                         if bucket is not None:

@@ -52,10 +52,11 @@ class DenseContext(NamedTuple):
     def decompress(self, reduced: tf.Tensor) -> tf.Tensor:
         """See ``Context``."""
         exchange, name = self.exchange, self.name
-        binding, session = exchange.binding, exchange.session
+        binding = exchange.binding
         executor = binding.executor_of(name) if exchange.may_go_dense else HOST
 
         def accept(received: Any, whole: Any) -> bool:
+            session = exchange.session
             with binding.lock, binding.deferred.gradient_of(exchange.n_gradients):
                 if binding.deferred.error is None and name is not None:
                     flat = executor.flatten(whole) if session.dense_step else None
@@ -88,11 +89,12 @@ class SparseContext(NamedTuple):
     def decompress(self, reduced: tf.Tensor) -> tf.Tensor:
         """Sums all ranks' entries, scaled as Horovod scaled the placeholder: see ``Context``."""
         exchange, name = self.exchange, self.name
-        binding, session = exchange.binding, exchange.session
+        binding = exchange.binding
         executor, layer = binding.executor_of(name), binding.layer(name)
         dtype = binding.exchanged_dtype(name, self.dtype)
 
         def sum_up(received: Any, reduced: Any) -> Any:
+            session = exchange.session
             total = executor.empty(layer.size, dtype)
             deferred = binding.deferred
             with binding.lock, deferred.gradient_of(exchange.n_gradients):
@@ -166,13 +168,13 @@ def horovod_dtype(dtype: tf.DType) -> tf.DType:
 
 def _corrected(gradient: tf.Tensor, name: str, exchange: Exchange) -> tf.Tensor:
     """Applies clipping and momentum to a gradient that goes dense."""
-    binding, session = exchange.binding, exchange.session
+    binding = exchange.binding
     executor = binding.executor_of(name)
     work_dtype = tf.as_dtype(binding.layer(name).work_dtype)
 
     def correct(checked: Any, array: Any) -> Any:
         with binding.lock:
-            corrected = session.correct(name, executor.flatten(array))
+            corrected = exchange.session.correct(name, executor.flatten(array))
         return executor.reshape(corrected, array.shape)
 
     with tf.device(executor.device):
@@ -182,13 +184,14 @@ def _corrected(gradient: tf.Tensor, name: str, exchange: Exchange) -> tf.Tensor:
 
 def _placeholder_or_whole(gradient: tf.Tensor, name: str, exchange: Exchange) -> tf.Tensor:
     """Chooses in each step what is sent: the whole gradient (n,) in a dense one, else 1.0 (1,)."""
-    binding, session = exchange.binding, exchange.session
+    binding = exchange.binding
     executor = binding.executor_of(name)
     dtype = tf.as_dtype(binding.layer(name).work_dtype)
     if exchange.grouped:
         dtype = horovod_dtype(gradient.dtype)
 
     def choose(checked: Any, array: Any) -> Any:
+        session = exchange.session
         with binding.lock:
             if session.is_sparse(name):
                 return np.ones(1, dtype.as_numpy_dtype)

@@ -54,6 +54,8 @@ class SessionClock:
         clocks = [payload.clock for payload in payloads]
         if all(clock == own for clock in clocks):
             return
+        if all(clock.step == own.step for clock in clocks):
+            self._attempt = max(clock.attempt for clock in clocks)  # to be the same from now on
         others = ", ".join(
             f"rank {rank} in step {clock.step + 1}, attempt {clock.attempt + 1}"
             for rank, clock in enumerate(clocks)
