@@ -84,7 +84,7 @@ def compressor(args):
 def record_of(compression, model):
     """One step as a dictionary: what was sent, and how good the choice was."""
     step = compression.last_step() if isinstance(compression, DLSCompressor) else None
-    if step is None:  # dense, as is the first step of any compressor that finds its parameters
+    if step is None:  # dense
         width = 2 if compression is hvd.Compression.fp16 else 4
         return {"bytes": width * sum(p.numel() for p in model.parameters())}
     return {
