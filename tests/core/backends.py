@@ -56,7 +56,7 @@ def make_sessions(framework, backends, itemsize=4, **options):
     shapes = SHAPES[framework.name]
     layers = [layer_spec(name, s, framework.name, itemsize) for name, s in shapes.items()]
     config = DLSConfig(density=0.05, cost_rule=False, bucket_bytes=40_000, **options)
-    return [Session(layers, config, RANKS, backends=backends) for _ in range(RANKS)]
+    return [Session(layers, config, RANKS, r, backends=backends) for r in range(RANKS)]
 
 
 def check_sessions(framework, device, backend, names, dtype, options):
@@ -86,7 +86,7 @@ def check_sessions(framework, device, backend, names, dtype, options):
     for one, two in zip(host, other, strict=True):
         for name, residual in one.residuals.items():
             residual[:] = rng.standard_normal(len(residual))
-            two._backends[name].load(two.residuals[name], residual)
+            two.memory.backends[name].load(two.residuals[name], residual)
     for step in range(8):
         gradients = []
         for _ in range(RANKS):

@@ -377,7 +377,9 @@ def test_a_layer_that_sends_nothing_leaves_all_in_its_residual(dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.uint16])
-def test_what_does_not_count_is_infinite(dtype):
-    out = np.zeros(7, dtype)
+def test_what_does_not_count_is_infinite_or_zero(dtype):
+    out = np.ones(7, dtype)
     passes.fill(out, np.inf)
     assert np.isposinf(load(out)).all()
+    passes.fill(out, 0.0)
+    assert out.tobytes() == bytes(out.nbytes)

@@ -99,7 +99,7 @@ def test_global_is_ideal_on_each_rank(seed, density, warmup_steps):
     sessions = make_sessions(
         2, strategy="global", density=density, measure_every=1, warmup_steps=warmup_steps
     )
-    assert len(sessions[0].buckets) == 1
+    assert len(sessions[0].routing.buckets) == 1
     for _ in range(5):
         gradients = [draw_gradients(rng, session) for session in sessions]
         before = [copies(session.residuals) for session in sessions]

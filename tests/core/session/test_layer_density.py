@@ -160,7 +160,7 @@ def test_they_stay_fixed_while_the_others_share(
 
 def test_they_stay_fixed_when_the_budgets_of_buckets_move():
     sessions = make_sessions(2, layer_density={"conv1*": 0.2}, density=0.05, bucket_bytes=90_000)
-    assert [len(bucket.layers) for bucket in sessions[0].buckets] == [1, 3]
+    assert [len(bucket.layers) for bucket in sessions[0].routing.buckets] == [1, 3]
     rng, sent = np.random.default_rng(0), []
     for number in range(12):
         gradients = [draw_gradients(rng, session) for session in sessions]
