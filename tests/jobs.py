@@ -7,12 +7,24 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Seconds, each of them a sign of something that hangs: on a machine that is busy with other things,
+# all takes ten times as long.  What is inside ends first, so that its output is seen:
+CONNECTION = 600  # ranks wait so long for each other; Horovod's own limits are 30
+RANK_TEST = 1200  # a test inside a job; the stacks of all threads are shown
+JOB = 1800  # a job with one program
+TEST_JOB = 3600  # a job that runs tests; pytest's own limit, in setup.cfg, is larger
+
+# The jobs that a demo or benchmark starts by itself inherit these, too.
+os.environ.setdefault("HOROVOD_START_TIMEOUT", str(CONNECTION))
+os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(CONNECTION))
 
 
 def controller() -> str:
@@ -29,8 +41,90 @@ def needs(*frameworks: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
 
 
+class Job:
+    """A program on several processes of this machine, started by horovodrun; for ``with``.
+
+    Args:
+        ranks: number of processes.
+        command: arguments of the Python interpreter.
+        env: environment variables besides this process's own.
+    """
+
+    def __init__(self, ranks: int, command: list[str], env: dict[str, str] | None = None) -> None:
+        launcher = Path(sys.executable).with_name("horovodrun")
+        self._ranks = ranks
+        # Not a pipe: a process that outlives the job would keep it open.
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [str(launcher), "-np", str(ranks), f"--{controller()}", sys.executable, *command],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "PYTHONPATH": str(ROOT),
+                "HVD_DLS_TEST_RANKS": str(ranks),  # known before hvd.init(), with either controller
+                **(env or {}),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends all processes of the job, if it still runs."""
+        self._kill()
+        self._output.close()
+
+    def runs(self) -> bool:
+        """Whether the job has not ended."""
+        return self._process.poll() is None
+
+    def output(self) -> str:
+        """What the job has printed so far, each line with its rank."""
+        size = os.fstat(self._output.fileno()).st_size
+        # The processes write where this file's position is: it must not move.
+        return os.pread(self._output.fileno(), size, 0).decode(errors="replace")
+
+    def wait(self, time_limit: float) -> str:
+        """Waits for the job's end.
+
+        Args:
+            time_limit: seconds after which every process of the job is killed.
+
+        Returns:
+            What the job printed.
+
+        Fails the test, showing that output, if a rank exits with an error or the time is up.
+        """
+        problem = ""
+        try:
+            if status := self._process.wait(time_limit):
+                problem = f"job of {self._ranks} ranks ended with {status}"
+        except subprocess.TimeoutExpired:
+            self._kill()
+            problem = f"{self._ranks} ranks still ran after {time_limit} s"
+        if problem:
+            pytest.fail(f"{problem}:\n{self.output()}", pytrace=False)
+        return self.output()
+
+    def _kill(self) -> None:
+        if not self.runs():
+            return
+        launcher = psutil.Process(self._process.pid)
+        processes = [launcher, *launcher.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+
+
 def horovodrun(
-    ranks: int, command: list[str], time_limit: float = 120, env: dict[str, str] | None = None
+    ranks: int, command: list[str], time_limit: float = JOB, env: dict[str, str] | None = None
 ) -> str:
     """Runs ``command`` on ``ranks`` processes of this machine.
 
@@ -45,45 +139,17 @@ def horovodrun(
 
     Fails the test, showing that output, if a rank exits with an error or the time is up.
     """
-    launcher = Path(sys.executable).with_name("horovodrun")
-    job = subprocess.Popen(
-        [str(launcher), "-np", str(ranks), f"--{controller()}", sys.executable, *command],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "PYTHONPATH": str(ROOT),
-            "HVD_DLS_TEST_RANKS": str(ranks),  # known before hvd.init(), with either controller
-            **(env or {}),
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = job.communicate(timeout=time_limit)
-    except subprocess.TimeoutExpired:
-        _kill_with_children(job.pid)
-        output, _ = job.communicate()
-        pytest.fail(f"{ranks} ranks still ran after {time_limit} s:\n{output}", pytrace=False)
-    if job.returncode:
-        pytest.fail(f"job of {ranks} ranks ended with {job.returncode}:\n{output}", pytrace=False)
-    return output
+    with Job(ranks, command, env) as job:
+        return job.wait(time_limit)
 
 
 def pytest_on_ranks(
-    ranks: int, *paths: str, time_limit: float = 280, env: dict[str, str] | None = None
+    ranks: int, *paths: str, time_limit: float = TEST_JOB, env: dict[str, str] | None = None
 ) -> str:
-    """Runs test files with pytest on every rank at once; the first failure ends the job."""
+    """Runs test files with pytest on every rank at once; the first failure ends the job.
+
+    So does a test that hangs: it shows the stacks of all threads.
+    """
     options = ["-x", "-q", "--color=no", "-p", "no:cacheprovider"]
+    options += [f"--timeout={RANK_TEST}", "--timeout-method=thread"]
     return horovodrun(ranks, ["-m", "pytest", *options, *paths], time_limit, env)
-
-
-def _kill_with_children(pid: int) -> None:
-    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()

@@ -110,7 +110,7 @@ def test_payloads_ratios_and_averages_are_the_same_in_both(tmp_path, dtype, stra
     for framework, program in (("torch", TORCH), ("tensorflow", TENSORFLOW)):
         file = tmp_path / f"with_{framework}.py"
         file.write_text(common + program)
-        horovodrun(2, [str(file), framework], time_limit=120)
+        horovodrun(2, [str(file), framework])
     for rank in range(2):
         of_torch, of_tensorflow = (
             json.loads((tmp_path / f"{framework}.{rank}.json").read_text())

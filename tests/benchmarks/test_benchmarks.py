@@ -19,7 +19,7 @@ import pytest
 from benchmarks import cost_model, wire
 from benchmarks.common import shapes
 from benchmarks.hosts import jobs, why_not
-from tests.jobs import ROOT, horovodrun, needs
+from tests.jobs import JOB, ROOT, horovodrun, needs
 
 needs_hosts = pytest.mark.skipif(
     why_not() is not None, reason=f"no hosts can be made here: {why_not()}"
@@ -37,7 +37,7 @@ def run(*command: str) -> str:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=JOB,
     )
     assert job.returncode == 0, job.stdout + job.stderr
     return job.stdout

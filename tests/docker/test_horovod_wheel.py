@@ -178,7 +178,7 @@ def test_leftovers_of_a_killed_build_are_removed(tmp_path):
 
 
 def test_two_at_once_build_once(tmp_path, capsys):
-    build = FakeBuilder(seconds=0.3)
+    build = FakeBuilder(seconds=2)
     wheels = []
     threads = [
         threading.Thread(
@@ -359,7 +359,7 @@ def test_failure_shows_the_end_of_the_log(tmp_path):
 
 def test_interrupt_ends_the_whole_process_group(tmp_path):
     shell = shutil.which("sh")
-    command = [shell, "-c", "sleep 60 & echo $!; wait"]
+    command = [shell, "-c", "sleep 3600 & echo $!; wait"]
     seen = []
 
     def interrupt(line):
@@ -369,9 +369,9 @@ def test_interrupt_ends_the_whole_process_group(tmp_path):
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         wheel_script.run_logged(command, tmp_path / "log", interrupt)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 600
     process = Path(f"/proc/{seen[0]}/stat")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 600
     while process.exists() and " Z " not in process.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not process.exists() or " Z " in process.read_text()

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from tests.jobs import ROOT
+from tests.jobs import JOB, ROOT
 
 
 def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path):
@@ -14,7 +14,7 @@ def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=JOB,
     )
     assert job.returncode == 0, job.stdout + job.stderr
     rows = dict(re.findall(r"^\| (dense|layer-wise top-k|DLS) \| (.*) \|$", job.stdout, re.M))

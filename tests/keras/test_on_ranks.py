@@ -12,36 +12,29 @@ pytestmark = needs("tensorflow")
 HERE = "tests/keras/with_ranks"
 
 
-@pytest.mark.timeout(900)
 def test_keras_3_on_two_ranks():
-    output = pytest_on_ranks(2, f"{HERE}/test_keras3.py", time_limit=840)
+    output = pytest_on_ranks(2, f"{HERE}/test_keras3.py")
     assert output.count(" passed") == 2, output
 
 
-@pytest.mark.timeout(600)
 def test_keras_3_on_four_ranks():
     chosen = (
         "dls and (fit_with_a_smaller or custom_loop or process_sets) or options0 or nothing_is_lost"
     )
-    output = pytest_on_ranks(4, f"{HERE}/test_keras3.py", "-k", chosen, time_limit=540)
+    output = pytest_on_ranks(4, f"{HERE}/test_keras3.py", "-k", chosen)
     assert output.count(" passed") == 4, output
 
 
-@pytest.mark.timeout(600)
 def test_tf_keras_on_two_ranks():
-    output = pytest_on_ranks(
-        2, f"{HERE}/test_tf_keras.py", time_limit=540, env={"TF_USE_LEGACY_KERAS": "1"}
-    )
+    output = pytest_on_ranks(2, f"{HERE}/test_tf_keras.py", env={"TF_USE_LEGACY_KERAS": "1"})
     assert output.count(" passed") == 2, output
 
 
-@pytest.mark.timeout(600)
 def test_tf_keras_on_four_ranks():
     names = ["fit[class]", "nothing_is_lost", "density_one_is_dense", "custom_loop_with_tape"]
     output = pytest_on_ranks(
         4,
         *(f"{HERE}/test_tf_keras.py::test_{name}" for name in names),
-        time_limit=540,
         env={"TF_USE_LEGACY_KERAS": "1"},
     )
     assert output.count(" passed") == 4, output

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks.hosts import Hosts, bits_per_second
-from tests.jobs import needs
+from tests.jobs import JOB, needs
 from tests.multihost import launch
 
 pytestmark = launch.needs_hosts
@@ -53,7 +53,6 @@ def seen():
     return {}
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "job", [pytest.param(job, marks=needs(job.framework), id=str(job)) for job in JOBS]
 )
@@ -63,7 +62,7 @@ def test_the_laws_hold_and_links_carry_what_the_compressor_says(job, hosts, seen
     before = [host.counters() for host in hosts]
     program = f"{job.framework}_program.py"
     command = launch.horovodrun(hosts, job.controller, job.per_host, program, tmp_path)
-    reports = launch.run(hosts, command, tmp_path, time_limit=350)
+    reports = launch.run(hosts, command, tmp_path, time_limit=JOB)
     after = [host.counters() for host in hosts]
 
     placed = [report["host"] for report in reports]

@@ -18,7 +18,6 @@ def test_tensorflow2_digits(tmp_path):
         2,
         ["examples/tensorflow2_digits.py", "--compression", "dls", "--density", "0.02",
          "--epochs", "8", "--lr", "0.05", "--records", str(records), "--no-cuda"],
-        time_limit=280,
     )  # fmt: skip
     assert accuracy(output) > 0.85
     steps = [json.loads(line) for line in records.read_text().splitlines()]
@@ -33,7 +32,6 @@ def test_keras_digits(example):
     output = horovodrun(
         2,
         [f"examples/{example}", "--density", "0.05", "--epochs", "8", "--lr", "0.1", "--no-cuda"],
-        time_limit=280,
         env={"TF_USE_LEGACY_KERAS": "1"} if example.startswith("tf_keras") else None,
     )
     assert accuracy(output) > 0.85
@@ -45,7 +43,6 @@ def test_tensorflow2_synthetic_benchmark():
         ["examples/tensorflow2_synthetic_benchmark.py", "--model", "MobileNetV2", "--no-cuda",
          "--image-size", "32", "--batch-size", "2", "--num-warmup-batches", "1",
          "--num-batches-per-iter", "1", "--num-iters", "2"],
-        time_limit=280,
     )  # fmt: skip
     assert re.search(r"Iter #1: [\d.]+ img/sec per CPU", output)
     assert re.search(r"Total img/sec on 2 CPU\(s\): [\d.]+ \+-[\d.]+", output)

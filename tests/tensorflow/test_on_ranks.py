@@ -1,7 +1,5 @@
 """Everything in with_ranks/, as real horovodrun jobs of 2 and 4 ranks; and with_one_rank/."""
 
-import pytest
-
 from tests.jobs import needs, pytest_on_ranks
 
 pytestmark = needs("tensorflow")
@@ -15,13 +13,11 @@ def test_tensorflow_in_a_process_of_its_own():
     assert output.count(" passed") == 1, output
 
 
-@pytest.mark.timeout(900)
 def test_tensorflow_on_two_ranks():
-    output = pytest_on_ranks(2, HERE, time_limit=840)
+    output = pytest_on_ranks(2, HERE)
     assert output.count(" passed") == 2, output
 
 
-@pytest.mark.timeout(900)
 def test_tensorflow_on_four_ranks_with_one_thread_for_operations():
     """With one thread, an operation that waits for another rank would wait for ever."""
     output = pytest_on_ranks(
@@ -36,7 +32,6 @@ def test_tensorflow_on_four_ranks_with_one_thread_for_operations():
         ),
         f"{HERE}/test_horovod_options.py::test_process_sets",
         f"{HERE}/test_horovod_options.py::test_two_models_in_one_function",
-        time_limit=840,
         env={"TF_NUM_INTEROP_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"},
     )
     assert output.count(" passed") == 4, output

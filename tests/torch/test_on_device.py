@@ -296,7 +296,7 @@ def test_a_gpu_is_not_waited_for(dtype):
     backend.find(residual, gradient, 30_000).result()  # what is slow once is behind us
     torch.cuda.synchronize()
     with no_waiting():
-        for _ in range(20):
+        for _ in range(200):
             busy = busy @ busy
         corrected = backend.correct(gradient, residual, torch.empty_like(residual), config)
         results = [

@@ -51,7 +51,7 @@ except HorovodInternalError as error:
     controller() == "mpi", reason="over MPI, Horovod hangs when a rank joins during an allgather"
 )
 def test_joining_while_others_train_ends_with_an_explanation():
-    output = horovodrun(2, ["-c", JOIN], time_limit=60)
+    output = horovodrun(2, ["-c", JOIN])
     assert "Give every rank the same number of batches" in output
 
 
@@ -75,5 +75,5 @@ except DLSError as error:
 
 
 def test_every_rank_gets_its_own_refusal_however_late_it_is():
-    output = horovodrun(2, ["-c", REFUSED], time_limit=60)
+    output = horovodrun(2, ["-c", REFUSED])
     assert all(f"refused on rank {rank} momentum=0.9" in output for rank in range(2)), output

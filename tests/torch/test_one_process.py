@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.jobs import ROOT, needs
+from tests.jobs import JOB, ROOT, needs
 
 pytestmark = needs("torch")
 
@@ -89,6 +89,6 @@ assert gone() is None and compressor._bindings[0].parameters() == []
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_in_one_process(program):
     job = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=JOB
     )
     assert job.returncode == 0, job.stderr
