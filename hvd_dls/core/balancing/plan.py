@@ -163,5 +163,7 @@ def shared_out(
     if len(rows):
         sizes = np.where(live, plan.sizes, 0)[rows]
         least = np.minimum(config.min_k, sizes)
-        k[rows] = apportion(wanted * live[rows], plan.budget(density, attendance), least, sizes)
+        # The budget of all layers has room for these; that of the ones that ever came may not.
+        total = max(plan.budget(density, attendance), int(least.sum()))
+        k[rows] = apportion(wanted * live[rows], total, least, sizes)
     return k
