@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import horovod.torch as hvd
@@ -52,7 +52,8 @@ class Binding(BaseBinding):
         self._on_device: dict[str, Device] = {}  # layers whose gradients do not come to the host
         self._optimizer: Any = lambda: None  # weak reference to Horovod's, of the step in progress
         self._handles: Any = None  # its record of that step
-        self._leaving = False  # whether a step is being given up
+        self._leaving = False  # whether reductions of a step that is given up are being begun
+        self._left: Callable[[], None] | None = None  # what is still to be done for such a step
 
     @property
     def alive(self) -> bool:
@@ -83,6 +84,8 @@ class Binding(BaseBinding):
         """
         if self._leaving:
             return self._nothing(name, gradient)
+        if self._left is not None:  # interrupted, the last time
+            self._left()
         session = self._session_of_step(optimizer, name, gradient)
         parameter = self.parameters.get(name)
         frozen = parameter is not None and not parameter.requires_grad
@@ -227,16 +230,23 @@ class Binding(BaseBinding):
 
     def _leave_horovod(self, missed: Collection[str] = ()) -> None:
         """Brings Horovod's part of a step to its end, and has Horovod's optimizer forget it."""
-        optimizer, record = self._optimizer(), self._handles
-        if optimizer is not None and record is not None:
-            without = {id(self.parameters.get(name)) for name in missed}
-            self._leaving = True
-            try:
-                bookkeeping.hand_over_rest(optimizer, record, without)
-            finally:
-                self._leaving = False
-            bookkeeping.wait_for(record)
+        of, record = self._optimizer, self._handles
+        without = {id(self.parameters.get(name)) for name in missed}
         self._forget_in_horovod()
+
+        def leave() -> None:
+            optimizer = of()
+            if optimizer is not None and record is not None:
+                self._leaving = True
+                try:
+                    bookkeeping.hand_over_rest(optimizer, record, without)
+                finally:
+                    self._leaving = False
+                bookkeeping.wait_for(record)
+            self._left = None
+
+        self._left = leave
+        leave()
 
     def _forget_in_horovod(self) -> None:
         optimizer = self._optimizer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Collection
@@ -31,12 +32,12 @@ def hand_over_rest(optimizer: Any, record: dict[Any, Any], without: Collection[i
     if optimizer._groups is not None:  # Horovod begins groups only when they are complete
         return
     begun = {id(p) for p, (handle, _) in record.items() if handle is not None}
-    try:
-        for parameter in optimizer._requires_update:
-            if id(parameter) not in begun and id(parameter) not in without:
+    for _, parameter in names_and_parameters(optimizer):  # in the same order on all ranks
+        if id(parameter) not in begun and id(parameter) not in without:
+            # It fails if an interrupt came between the reduction's begin and Horovod's record of
+            # it, and for all of them if Horovod was shut down.
+            with contextlib.suppress(*_FAILED):
                 record[parameter] = optimizer._allreduce_grad_async(parameter)
-    except _FAILED:
-        return
 
 
 def wait_for(record: dict[Any, Any]) -> None:
