@@ -13,6 +13,7 @@ from hvd_dls.core.balancing.budgets import Budgets
 from hvd_dls.core.balancing.curves import SketchedCurves
 from hvd_dls.core.balancing.plan import Plan, shared_out
 from hvd_dls.core.balancing.schedule import density_at
+from hvd_dls.errors import StateMismatchError
 
 
 class Controller:
@@ -67,6 +68,30 @@ class Controller:
             ]
         )
 
+    def check(self, state: np.ndarray) -> None:
+        """Whether a ``state()``, sound in all else, shares out what there is to be shared out.
+
+        Raises:
+            StateMismatchError: layers send more or less than that.
+        """
+        step, layers = int(state[0]), len(self.k)
+        k, wanted, *attendance = state[2 : 2 + 5 * layers].reshape(5, layers)
+        there = Attendance(layers)
+        there.restore(np.stack(attendance))
+        rows, density = self._plan.sharing, self._density_of(step)
+        for entries in (k, wanted):
+            if (wrong := np.flatnonzero((entries > 0) & ~there.live)).size:
+                name = self._plan.sparse[wrong[0]].name
+                raise StateMismatchError(
+                    f"layer {name!r} stayed away, but sends entries in the saved state"
+                )
+            expected = shared_out(self._plan, self._config, density, entries[rows], there)
+            if entries[rows].sum() != expected[rows].sum():
+                raise StateMismatchError(
+                    f"layers send {entries[rows].sum()} entries in the saved state, expected "
+                    f"{expected[rows].sum()}"
+                )
+
     def restore(self, state: np.ndarray) -> None:
         """Goes on from a ``state()``; from its k and attendance alone if it has other buckets."""
         state, layers, buckets = np.array(state, np.int64), len(self.k), len(self.budgets.budgets)
@@ -96,7 +121,16 @@ class Controller:
     @property
     def density(self) -> float:
         """Density of the current step, or of the first sparse one."""
-        return density_at(self._config, max(self.step - self.dense_steps, 0))
+        return self._density_of(self.step)
+
+    def _density_of(self, step: int) -> float:
+        return density_at(self._config, max(step - self.dense_steps, 0))
+
+    def start_at(self, step: int) -> None:
+        """Goes on behind another step than the first, with the ratios of the first."""
+        self.step = step
+        wanted = self.wanted[self._plan.sharing]
+        self.start_from(shared_out(self._plan, self._config, self.density, wanted, self.attendance))
 
     def start_from(self, k: np.ndarray) -> None:
         """Takes (L,) entries for the step to come."""

@@ -52,10 +52,9 @@ class BaselineStrategy:
         k = shared_out(self._plan, self._config, density, norms, attendance)
         self._k: dict[str, int] = dict(zip(self._names, k.tolist(), strict=True))
 
-    def restore(self, norms: Sequence[float], density: float) -> None:
-        """Goes on from saved ``norms`` with a step of this density."""
-        self.norms = dict(zip(self._names, map(float, norms), strict=True))
-        self.start_step(density)
+    def scale(self, factor: float) -> None:
+        """Has ``norms`` follow the loss scale, which not all layers may see in the next step."""
+        self.norms = {name: factor * norm for name, norm in self.norms.items()}
 
     def k_of(self, name: str, residual: np.ndarray, gradient: np.ndarray, loss_scale: float) -> int:
         """Entries that a layer sends, by the strategies "norm" and "hard"."""

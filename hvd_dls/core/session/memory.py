@@ -82,11 +82,16 @@ class Memory:
             for name, array in arrays.items():
                 self.backends[name].scale(array, factor)
         self.thresholds = {name: factor * value for name, value in self.thresholds.items()}
+        if self.baseline is not None:
+            self.baseline.scale(factor)
         self.loss_scale = loss_scale
 
     def agree(self, agreed: np.ndarray) -> None:
         """Takes over another rank's ``controller.state()``."""
         self.controller.restore(agreed)
+        self._start_baseline()
+
+    def _start_baseline(self) -> None:
         if self.baseline is not None:
             self.baseline.start_step(self.controller.density, self.controller.attendance)
 
@@ -99,7 +104,6 @@ class Memory:
                 divided by it, so that what waits weighs as much as it did.
         """
         self.loss_scale = other.loss_scale
-        self.controller.step = other.controller.step
         waiting = other.residuals | other.leftovers
         for name, array in waiting.items():
             backend = self.backends[name]
@@ -118,8 +122,10 @@ class Memory:
         if [x.name for x in self.layers] == [x.name for x in other.layers]:
             self.controller.restore(other.controller.state())
             if self.baseline is not None and other.baseline is not None:
-                norms = list(other.baseline.norms.values())
-                self.baseline.restore(norms, self.controller.density)
+                self.baseline.norms = dict(other.baseline.norms)
+        else:
+            self.controller.start_at(other.controller.step)
+        self._start_baseline()
 
     def with_leftover(self, name: str, gradient: Array) -> Array:
         """A dense gradient, and what once waited in its residual, added in place."""
@@ -136,7 +142,7 @@ class Memory:
         """Plain values and arrays; the large ones are not copied."""
         config = asdict(self.config)
         stable = {layer.name: layer.stable_name for layer in self.plan.layers}
-        residuals, velocities = self.residuals, self.correction.velocities
+        residuals, velocities = self.residuals | self.leftovers, self.correction.velocities
         return {
             "version": STATE_VERSION,
             "rank": self.rank,
@@ -163,18 +169,25 @@ class Memory:
             StateMismatchError: it belongs to other layers, another configuration, another rank or
                 another number of ranks, or is damaged; the message names the first difference.
         """
-        return check_state(state, self.state(), self.plan.sizes)
+        state = check_state(state, self.state(), self.plan.sizes)
+        self.controller.check(np.asarray(state["ratios"], np.int64))
+        return state
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state that ``check`` returned, copying it."""
         self.controller.restore(np.asarray(state["ratios"], np.int64))
         self.thresholds = dict(zip(self.residuals, map(float, state["thresholds"]), strict=True))
         if self.baseline is not None:
-            self.baseline.restore(state["norms"], self.controller.density)
+            self.baseline.norms = dict(zip(self.residuals, map(float, state["norms"]), strict=True))
+        self._start_baseline()
         self.loss_scale = float(state["loss_scale"])
-        self.leftovers = {}
+        self.leftovers = {
+            layer.name: self.backends[layer.name].zeros(layer.size, layer.work_dtype)
+            for layer, _ in self.plan.dense
+            if layer.stable_name in state["residuals"]
+        }
         stable = {layer.name: layer.stable_name for layer in self.plan.layers}
-        velocities = self.correction.velocities
-        for part, own in (("residuals", self.residuals), ("velocities", velocities)):
+        residuals, velocities = self.residuals | self.leftovers, self.correction.velocities
+        for part, own in (("residuals", residuals), ("velocities", velocities)):
             for name, array in own.items():
                 self.backends[name].load(array, state[part][stable[name]])

@@ -42,6 +42,19 @@ def check_state(
     Raises:
         StateMismatchError: naming the first difference, or what is wrong.
     """
+    try:
+        return _checked(state, own, sizes)
+    except StateMismatchError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise StateMismatchError(
+            f"the saved state is damaged: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _checked(
+    state: Mapping[str, Any], own: Mapping[str, Any], sizes: np.ndarray
+) -> Mapping[str, Any]:
     if not isinstance(state, Mapping) or state.get("version") not in (_OLDEST, STATE_VERSION):
         version = state.get("version") if isinstance(state, Mapping) else state
         raise StateMismatchError(f"saved state has version {version}, expected {STATE_VERSION}")
@@ -99,18 +112,25 @@ def _check_layers(saved: Mapping[str, list[Any]], own: Mapping[str, list[Any]]) 
 
 
 def _check_arrays(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Residuals and velocities: as many, as long, and finite."""
-    for part in ("residuals", "velocities"):
-        if len(state[part]) != len(own[part]):
-            raise StateMismatchError(
-                f"the saved state has {len(state[part])} {part}, expected {len(own[part])}"
-            )
-        for name, array in own[part].items():
-            saved = np.asarray(state[part].get(name, ()))
-            if saved.shape != tuple(array.shape):
+    """Residuals and velocities: of these layers, as long, and finite.
+
+    Layers that go dense may have residuals, too: of times when they did not.
+    """
+    lengths = {name: math.prod(shape) for name, shape in own["parameters"]}
+    compressed = dict(own["layers"])
+    for part, needed in (("residuals", compressed), ("velocities", own["velocities"])):
+        there = state[part]
+        for name in needed:
+            if name not in there:
+                raise StateMismatchError(f"layer {name!r}: the saved state lacks its {part}")
+        for name, array in there.items():
+            if name not in (lengths if part == "residuals" else needed):
+                raise StateMismatchError(f"{part} of layer {name!r} are saved, not there now")
+            saved = np.asarray(array)
+            if saved.shape != (lengths[name],):
                 raise StateMismatchError(
                     f"layer {name!r}: {part} saved in shape {saved.shape}, expected "
-                    f"{tuple(array.shape)}"
+                    f"({lengths[name]},)"
                 )
             if not np.issubdtype(saved.dtype, np.floating):
                 raise StateMismatchError(f"layer {name!r}: {part} saved as {saved.dtype}")
@@ -142,10 +162,11 @@ def _check_numbers(state: Mapping[str, Any], own: Mapping[str, Any], sizes: np.n
     if not (isinstance(loss_scale, (int, float)) and 0 < loss_scale < math.inf):
         raise StateMismatchError(f"the saved loss_scale is {loss_scale}, expected a number > 0")
     layers, ratios = len(sizes), np.asarray(state["ratios"])
-    if ratios.dtype.kind not in "iu" or ratios.ndim != 1 or len(ratios) < 2 + 5 * layers:
+    rest = ratios.size - (2 + 5 * layers)  # two numbers for each bucket
+    if ratios.dtype.kind not in "iu" or ratios.ndim != 1 or rest < 0 or rest % 2:
         raise StateMismatchError(
             f"the saved ratios are {ratios.size} numbers of {ratios.dtype}, expected "
-            f"{2 + 5 * layers} whole numbers or more"
+            f"{2 + 5 * layers} whole numbers, and two for each bucket"
         )
     if ratios[0] < 0 or ratios[0] != state["step"]:
         raise StateMismatchError(f"saved in step {state['step']}, with ratios of {ratios[0]}")
@@ -158,5 +179,14 @@ def _check_numbers(state: Mapping[str, Any], own: Mapping[str, Any], sizes: np.n
                 f"layer {names[where]!r}: sends {k[where]} entries in the saved state, but has "
                 f"{sizes[where]}"
             )
-    if (ratios[2 + 2 * layers : 2 + 5 * layers] < 0).any():
-        raise StateMismatchError("the saved state has a layer that stayed away for < 0 steps")
+    away, patience, seen = ratios[2 + 2 * layers : 2 + 5 * layers].reshape(3, layers)
+    good = (away >= 0) & (patience > 0) & (seen >= 0) & (seen <= 1)
+    if not good.all():
+        where = int(np.argmin(good))
+        raise StateMismatchError(
+            f"layer {names[where]!r}: stayed away for {away[where]} of {patience[where]} steps in "
+            f"the saved state, and came before: {seen[where]}"
+        )
+    means = ratios[len(ratios) - rest // 2 :].astype(np.int64).view(np.float64)
+    if not np.isfinite(means).all():
+        raise StateMismatchError(f"the saved means of the buckets' entries are {means.tolist()}")
