@@ -52,6 +52,7 @@ class Binding(BaseBinding):
         self._on_device: dict[str, Device] = {}  # layers whose gradients do not come to the host
         self._optimizer: Any = lambda: None  # weak reference to Horovod's, of the step in progress
         self._handles: Any = None  # its record of that step
+        self._came_in: dict[str, torch.Tensor] = {}  # gradients of the step in progress
         self._leaving = False  # whether reductions of a step that is given up are being begun
         self._left: Callable[[], None] | None = None  # what is still to be done for such a step
 
@@ -88,19 +89,15 @@ class Binding(BaseBinding):
             self._left()
         session = self._session_of_step(optimizer, name, gradient)
         parameter = self.parameters.get(name)
-        frozen = parameter is not None and not parameter.requires_grad
-        if frozen:
-            session.leave_out(name)
-            self._send_ready(session)
+        if parameter is not None and not parameter.requires_grad:
+            if not session.has(name):
+                session.leave_out(name)
+                self._send_ready(session)
             return self._nothing(name, gradient)
+        if not session.has(name):
+            self._come_in(session, name, gradient)
         if session.is_sparse(name):
-            flat = self.flat(name, gradient)
-            session.compress(name, self.array(name, flat))
-            self._send_ready(session)
-            placeholder = torch.ones(1, dtype=torch.float64)
-            return placeholder, InFlight(self, name, gradient, flat, placeholder)
-        session.note(name, session.dense_step or self._finite(session, name, gradient))
-        self._send_ready(session)
+            return self._placeholder(name, gradient)
         whole = gradient
         if session.corrects:
             flat = self.flat(name, gradient)
@@ -109,14 +106,27 @@ class Binding(BaseBinding):
         whole, _ = send_dense(whole)
         return whole, Dense(gradient.dtype, whole, self, name)
 
+    def _come_in(self, session: Session, name: str, gradient: torch.Tensor) -> None:
+        """Hands a gradient to the session, and sends the buckets that are complete with it."""
+        if session.is_sparse(name):
+            session.compress(name, self.array(name, self.flat(name, gradient)))
+        else:
+            session.note(name, session.dense_step or self._finite(session, name, gradient))
+        self._came_in[name] = gradient
+        self._send_ready(session)
+
+    def _placeholder(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, InFlight]:
+        placeholder = torch.ones(1, dtype=torch.float64)
+        flat = self.flat(name, gradient)
+        return placeholder, InFlight(self, name, gradient, flat, placeholder)
+
     def _nothing(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, InFlight | Dense]:
         """What ``compress`` returns of a layer of which this rank sends nothing."""
         assert self.session is not None
         if not self.session.is_sparse(name):
             whole, sent = send_dense(torch.zeros_like(gradient))
             return whole, sent._replace(binding=self, name=name)
-        placeholder = torch.ones(1, dtype=torch.float64)
-        return placeholder, InFlight(self, name, gradient, self.flat(name, gradient), placeholder)
+        return self._placeholder(name, gradient)
 
     def decompress(self, reduced_one: torch.Tensor | None, sent: InFlight) -> torch.Tensor:
         """All ranks' entries in the gradient's own memory, scaled as Horovod scaled the 1.0."""
@@ -176,13 +186,29 @@ class Binding(BaseBinding):
         assert session is not None
         # Horovod's optimizer has another record of handles once it has forgotten a step.
         other = self._optimizer() is not optimizer or self._handles is not optimizer._handles
-        if session.in_step and (other or session.has(name)):
+        if session.in_step and (other or self._is_new(name, gradient, optimizer)):
             self.abandon()
         if not session.in_step:
             self._optimizer, self._handles = weakref.ref(optimizer), optimizer._handles
+            self._came_in = {}
             self._follow_loss_scale(session)
             session.begin(session.missed | self._frozen_now())
         return session
+
+    def _is_new(self, name: str, gradient: torch.Tensor, optimizer: Any) -> bool:
+        """Whether a gradient that comes in cannot be of the step in progress.
+
+        One that Horovod hands over again is: an interrupt came before it had recorded the first.
+        """
+        assert self.session is not None
+        if not self.session.has(name) or self._came_in.get(name, gradient) is gradient:
+            return False
+        if optimizer._handles:
+            raise DLSError(
+                f"layer {name!r}: two gradients in one step; call zero_grad(), backward() and "
+                "step() in turns, or compression.abandon_step() after an exception"
+            )
+        return True
 
     def _start(self, optimizer: Any) -> None:
         """Agrees with the other ranks: at the first gradient, when all have come this far."""
