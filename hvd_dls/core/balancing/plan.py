@@ -98,7 +98,7 @@ def initial_k(
         return shared_out(plan, config, density_at(config, 0), sizes)
     chain = plan.sparse
     if config.prior == "paper":  # Eq. 8 and 9 lead from each layer to the next, dense or not
-        chain = tuple(layer for layer in plan.layers if layer.kind != VECTOR)
+        chain = tuple(x for x in plan.layers if x.kind != VECTOR and x.size)
     of_chain = None if norms is None else np.array([norms[layer.name] for layer in chain])
     variances = PRIORS[config.prior](chain, of_chain)
     sigma = {x.name: np.sqrt(v) for x, v in zip(chain, variances, strict=True)}
