@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hvd_dls.core.balancing.controller import Controller
 from hvd_dls.core.wire.layout import Clock
-from hvd_dls.core.wire.payload import Payload
+from hvd_dls.core.wire.payload import Payload, Told
 from hvd_dls.errors import RanksDisagreeError
 
 _MODULO = 1 << 32  # of step numbers in a payload
@@ -38,7 +38,7 @@ class SessionClock:
         """This attempt failed: on all ranks, once they hear of it."""
         self._attempt += 1
 
-    def check(self, payloads: Sequence[Payload]) -> None:
+    def check(self, payloads: Sequence[Payload | Told]) -> None:
         """Compares what all ranks' payloads say.
 
         Raises:

@@ -19,6 +19,7 @@ from hvd_dls.core.selection.passes import nothing_found
 from hvd_dls.core.session import log
 from hvd_dls.core.session.clock import SessionClock
 from hvd_dls.core.session.ending import end_step
+from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.memory import Memory
 from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.session.recorder import Recorder
@@ -27,8 +28,8 @@ from hvd_dls.core.session.step import Step
 from hvd_dls.core.session.telemetry import StepRecord
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE
 from hvd_dls.core.wire.pack import pack, pack_abandoned
-from hvd_dls.core.wire.unpack import unpack, unpack_varying
-from hvd_dls.errors import DLSError, NonFiniteGradientError
+from hvd_dls.core.wire.unpack import headers_in, unpack, unpack_varying
+from hvd_dls.errors import DLSError, NonFiniteGradientError, PayloadError
 
 
 class Session:
@@ -83,6 +84,7 @@ class Session:
         self._clock = SessionClock(self.memory.controller)
         self._step = Step(self.routing)
         self._refused = False
+        self._writing: str | None = None  # what is being changed, and is spoiled if that fails
         self.skipped = 0
         self.marks_skipped = False
         self.untouched: frozenset[str] = frozenset()
@@ -158,7 +160,7 @@ class Session:
         if self.in_step:
             raise DLSError("a step is in progress: end it or abandon it before another begins")
         self._step = Step(self.routing, away)
-        self._refused = False
+        self._begin()
 
     def compress(self, name: str, gradient: Array) -> int | None:
         """Looks for the largest entries of a layer's residual plus its gradient.
@@ -245,8 +247,12 @@ class Session:
 
     def _arrive(self, name: str, left_out: bool = False) -> None:
         if not self.in_step:
-            self._refused = False
+            self._begin()
         self._step.arrive(name, left_out)
+
+    def _begin(self) -> None:
+        self._check_sound()
+        self._refused, self.untouched = False, frozenset()
 
     def _complete(self, name: str) -> int | None:
         return None if self.memory.controller.dense else self._step.complete_with(name)
@@ -275,7 +281,8 @@ class Session:
         """
         step, of = self._step, self.routing.buckets[bucket]
         for name in step.working_on(bucket):
-            self._heard_of(name, step.futures.pop(name).result())
+            self._heard_of(name, step.futures[name].result())
+            del step.futures[name]  # not before: waiting may be interrupted
         if self.memory.baseline is not None and self.memory.baseline.needs_all:
             together = self.memory.baseline.k_together(self.residuals, step.gradients)
             for name, k in together.items():
@@ -305,10 +312,15 @@ class Session:
                 it here, too.
         """
         of = self.routing.buckets[bucket]
-        if self.memory.baseline is not None:
-            payloads = unpack_varying(of, gathered, self.world_size)
-        else:
-            payloads = unpack(of, self._k_of(bucket), gathered, self.world_size)
+        try:
+            if self.memory.baseline is not None:
+                payloads = unpack_varying(of, gathered, self.world_size)
+            else:
+                payloads = unpack(of, self._k_of(bucket), gathered, self.world_size)
+        except PayloadError:
+            # Ranks in other steps send other numbers of entries.
+            self._clock.check(headers_in(of, gathered, self.world_size))
+            raise
         self._clock.check(payloads)
         self._step.received[bucket] = payloads
 
@@ -332,12 +344,15 @@ class Session:
         step, backend = self._step, self._backends[name]
         if name not in step.arrived or name in step.settled:
             raise DLSError(f"layer {name!r}: decompressed, but not on its way")
+        if name not in step.gradients and not (name in step.left_out and self.may_be_sparse(name)):
+            raise DLSError(f"layer {name!r}: decompressed, but it went dense")
         self._check_arrived()
-        if step.refused:
-            backend.fill(out, np.inf if self.marks_skipped else 0.0)
-        else:
-            self._settle(name, out, scale)
-        self._settled(name)
+        with Uninterrupted():
+            if step.refused:
+                backend.fill(out, np.inf if self.marks_skipped else 0.0)
+            else:
+                self._settle(name, out, scale)
+            self._settled(name)
 
     def accept(self, name: str, reduced: Array | None = None) -> bool:
         """Takes note that a layer that went dense has been reduced; with the last, ends the step.
@@ -355,6 +370,8 @@ class Session:
         step = self._step
         if name not in step.arrived or name in step.settled:
             raise DLSError(f"layer {name!r}: reduced, but not on its way")
+        if name in step.gradients:
+            raise DLSError(f"layer {name!r}: reduced, but it was compressed")
         if not self.dense_step:
             self._check_arrived()
         elif reduced is not None:
@@ -365,7 +382,8 @@ class Session:
             elif self.memory.controller.measures_now and name in self._layers:
                 step.whole[name] = backend.histogram(reduced)
         counts = step.refused is None
-        self._settled(name)
+        with Uninterrupted():
+            self._settled(name)
         return counts
 
     def _settle(self, name: str, out: Array, scale: float) -> None:
@@ -382,18 +400,20 @@ class Session:
         assert found is not None  # or the step would have been refused
         kept = step.kept[bucket][position]
         gradient = step.gradients[name]
+        self._writing = f"residuals of layer {name!r}"
         backend.settle(residual, gradient, found.indices, kept, received, scale, out)
         if self.memory.baseline is not None:
             self.memory.baseline.take_note(name, residual, found.values)
+        self._writing = None
 
     # The end of a step --------------------------------------------------------------------------
 
     def abandon(self) -> dict[int, np.ndarray]:
         """Gives the step in progress up: residuals and velocities are as they were before it.
 
-        If some layer has been settled already, other ranks count the step as one that was made; so
-        it is brought to its end, from what has come in.  If it is one that is skipped, it is
-        skipped.
+        If some layer's sum has been written already, other ranks count the step as one that was
+        made; so it is brought to its end, from what has come in.  If it is one that is skipped, it
+        is skipped.  (In a ``dense_step`` nothing is written before the end.)
 
         Returns:
             Payloads to be sent, by bucket, of those that were not sent: they tell the other ranks,
@@ -402,21 +422,28 @@ class Session:
         step, farewell = self._step, dict[int, np.ndarray]()
         if not step.arrived:
             return farewell
-        if step.refused is not None:
-            self._end_refused(step)
-        elif step.settled:
-            for name in sorted(step.arrived - step.settled):
-                if name in step.gradients:
-                    layer = self._layers[name]
-                    out = self._backends[name].zeros(layer.size, layer.work_dtype)
-                    self._settle(name, out, 1.0)
-                self._settled(name)
+        if self._writing is not None:
+            self._forget_step()
+        elif step.settled and not self.dense_step:
+            self._bring_to_end(step)
         else:
             if not self.memory.controller.dense:
                 farewell = self._farewell()
             self._clock.abandon()
             self._forget_step()
         return farewell
+
+    def _bring_to_end(self, step: Step) -> None:
+        if step.refused is not None:
+            self._end_refused(step)
+            return
+        for name in sorted(step.arrived - step.settled):
+            with Uninterrupted():
+                if name in step.gradients:
+                    layer = self._layers[name]
+                    out = self._backends[name].zeros(layer.size, layer.work_dtype)
+                    self._settle(name, out, 1.0)
+                self._settled(name)
 
     def _farewell(self) -> dict[int, np.ndarray]:
         own_k = self.memory.baseline is not None
@@ -460,7 +487,9 @@ class Session:
         everyone = frozenset(layer.name for layer in self.plan.layers)
         self.missed = everyone - step.arrived
         self._step = Step(self.routing)
+        self._writing = "velocities and ratios"
         self.last_step = end_step(self.memory, self._recorder, step)
+        self._writing = None
         self._clock.start_step()
 
     def _end_refused(self, step: Step) -> None:
@@ -476,6 +505,14 @@ class Session:
     def _forget_step(self) -> None:
         self._step = Step(self.routing)
         self.memory.correction.forget()
+
+    def _check_sound(self) -> None:
+        """Refuses to go on from what an error has left half written."""
+        if self._writing is not None:
+            raise DLSError(
+                f"an error came while {self._writing} were being written, so what this rank "
+                "remembers cannot be used: load a saved state on all ranks, or begin anew"
+            )
 
     def _k_of(self, bucket: int) -> np.ndarray:
         k: np.ndarray = self.k[self.routing.rows[bucket]]
@@ -541,6 +578,7 @@ class Session:
 
     def inherit(self, other: Session, factor: float = 1.0) -> None:
         """Takes over what another session of the same model remembers: see ``Memory.inherit``."""
+        other._check_sound()
         self.memory.inherit(other.memory, factor)
         self.skipped, self.last_step = other.skipped, other.last_step
         self.marks_skipped = other.marks_skipped
@@ -558,6 +596,7 @@ class Session:
                 "state_dict() while gradients are being written: call it after optimizer.step(), "
                 "or after abandon_step()"
             )
+        self._check_sound()
         return self.memory.state()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -572,5 +611,7 @@ class Session:
         """
         state = self.memory.check(state)
         self._forget_step()
+        self._writing = "loaded residuals"
         self.memory.load(state)
+        self._writing = None
         self._clock.start_step()

@@ -35,6 +35,13 @@ class Packed(NamedTuple):
     kept: list[np.ndarray | None]  # (k,) float32 a layer; None: nothing, or the layer is not sent
 
 
+class Told(NamedTuple):
+    """What a payload's header tells of its sender."""
+
+    clock: Clock
+    abandoned: bool
+
+
 class Payload(NamedTuple):
     """One rank's part of a gathered buffer; values and indices may be views into it."""
 

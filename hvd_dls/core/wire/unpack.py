@@ -19,7 +19,7 @@ from hvd_dls.core.wire.layout import (
     parts_of,
     payload_bytes,
 )
-from hvd_dls.core.wire.payload import Payload, checked_k, first_wrong, starts_of
+from hvd_dls.core.wire.payload import Payload, Told, checked_k, first_wrong, starts_of
 from hvd_dls.core.wire.values import decode_counts, decode_values
 from hvd_dls.errors import PayloadError
 
@@ -93,6 +93,38 @@ def unpack_varying(bucket: Bucket, gathered: np.ndarray, world_size: int) -> lis
             f"{world_size} ranks"
         )
     return payloads
+
+
+def headers_in(bucket: Bucket, gathered: np.ndarray, world_size: int) -> list[Told]:
+    """When each rank made its payload, if no more is sure than that these are payloads.
+
+    Args:
+        bucket: whose payloads they should be.
+        gathered: uint8, payloads in rank order, each as long as it says.
+        world_size: number of ranks.
+
+    Returns:
+        What each rank tells; nothing if they are something else.
+    """
+    told: list[Told] = []
+    start = 0
+    for _ in range(world_size):
+        raw = gathered[start : start + HEADER.itemsize]
+        if raw.dtype != np.uint8 or len(raw) < HEADER.itemsize:
+            return []
+        header = raw.copy().view(HEADER)[0]
+        capacity = int(header["capacity"])
+        expected = header_of(bucket, capacity)
+        own = ("entries", "abandoned", "step", "attempt")
+        if any(
+            header[field] != expected[field] for field in HEADER.names or () if field not in own
+        ):
+            return []
+        told.append(
+            Told(Clock(int(header["step"]), int(header["attempt"])), bool(header["abandoned"]))
+        )
+        start += payload_bytes(bucket, capacity)
+    return told if start == len(gathered) else []
 
 
 def _check_headers(bucket: Bucket, capacity: int, headers: np.ndarray, first_rank: int) -> None:
