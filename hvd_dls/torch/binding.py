@@ -314,7 +314,7 @@ class Binding(BaseBinding):
             raise joined.explained(error, self._handles, one) from error
 
     def _gather(self, name: str, array: np.ndarray) -> np.ndarray:
-        return exchange.finish(exchange.start(name, array, self._process_set))
+        return exchange.gather(name, array, self._process_set)
 
     def _norms(self) -> dict[str, float]:
         return {n: p.detach().double().norm().item() for n, p in self.parameters.named()}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
 import torch
 from horovod.common.exceptions import HorovodInternalError
+
+from hvd_dls.adapter import epoch
 
 _POLL = 2e-4  # seconds between two looks
 
@@ -38,6 +41,31 @@ def finish(handle: int) -> np.ndarray:
         time.sleep(_POLL)
     gathered: torch.Tensor = hvd.synchronize(handle)
     return gathered.numpy()
+
+
+# Operations of ``gather`` that an interrupt left unfinished, by name and process set.
+_unfinished: dict[tuple[str, int], tuple[Any, int]] = {}
+
+
+def gather(name: str, array: np.ndarray, process_set: hvd.ProcessSet) -> np.ndarray:
+    """All ranks' arrays (uint8), of any lengths, one after the other in rank order.
+
+    If an interrupt ended the wait before, it goes on: what was sent then is what counts.
+
+    Raises:
+        HorovodInternalError: see ``finish``.
+    """
+    key = (name, process_set.process_set_id)
+    begun = _unfinished.get(key)
+    if begun is None or begun[0] is not epoch():
+        begun = _unfinished[key] = epoch(), start(name, array, process_set)
+    try:
+        gathered = finish(begun[1])
+    except HorovodInternalError:
+        del _unfinished[key]
+        raise
+    del _unfinished[key]
+    return gathered
 
 
 class Exchange:

@@ -1,8 +1,8 @@
 """One process: options hold as they do on several, with nothing sent.
 
 Horovod does not give gradients to a compressor then.  So that a script that is debugged on one
-process trains the same way as on two, they pass here, right before the weights are updated.  By then
-whoever scales the loss (``torch.amp.GradScaler``) has divided them by its scale.
+process trains the same way as on two, they pass here, right before the weights are updated.  By
+then whoever scales the loss (``torch.amp.GradScaler``) has divided them by its scale.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def test_ranks_with_other_options_are_named():
     model = net()
     density = 0.05 if hvd.rank() == 0 else 0.06
     compression = DLSCompressor(model.named_parameters(), density=density, **SPARSE)
-    with pytest.raises(DLSError, match="rank 1 has option density: 0.06, rank 0: 0.05"):
+    with pytest.raises(DLSError, match=r"rank 1 has option density: 0\.06, rank 0: 0\.05"):
         train(model, wrap(model, compression), range(1))
 
 

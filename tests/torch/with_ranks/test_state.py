@@ -83,7 +83,8 @@ def test_a_state_of_other_layers_options_or_ranks_is_refused_by_name():
     _, compression = trained()
     before = saved(compression.state_dict())
     _, wider = trained(width=64)
-    with pytest.raises(StateMismatchError, match=r"'1.weight' was saved in shape \[64, 48\], it has \[32, 48\]"):
+    wrong = r"'1.weight' was saved in shape \[64, 48\], it has \[32, 48\]"
+    with pytest.raises(StateMismatchError, match=wrong):
         compression.load_state_dict(wider.state_dict())
     _, denser = trained(density=0.1)
     with pytest.raises(StateMismatchError, match=r"density=0.1.*0.05"):
