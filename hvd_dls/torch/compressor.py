@@ -14,7 +14,7 @@ import torch
 from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
 from hvd_dls.torch import horovod_frames
 from hvd_dls.torch.binding import Binding
-from hvd_dls.torch.bookkeeping import names_and_parameters
+from hvd_dls.torch.bookkeeping import forget_step, names_and_parameters, wait_for
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
 from hvd_dls.torch.parameters import NamedParameter, Parameters, checked
 from hvd_dls.torch.refusals import refuse_optimizer
@@ -114,6 +114,16 @@ class DLSCompressor(BaseCompressor):
         if ctx.binding is not None:
             return ctx.binding.decompress_dense(tensor, ctx)
         return (ctx.whole if tensor is None else tensor).to(ctx.dtype)
+
+    @InstanceOrDefault
+    def abandon_step(self) -> None:
+        """See ``BaseCompressor``; Horovod's optimizers forget the step, too."""
+        for binding in self._bindings:
+            binding.abandon()
+        for optimizer in list(self._by_optimizer):  # also where no gradient has come that far
+            record = optimizer._handles
+            forget_step(optimizer)
+            wait_for(record)
 
     # Finding the parameters ---------------------------------------------------------------------
 
