@@ -1,0 +1,230 @@
+"""The first half of a step: gradients come in, payloads go out, all ranks' payloads come in.
+
+Nothing that outlives the step changes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from hvd_dls.core.selection.backend import Array, Future
+from hvd_dls.core.selection.passes import nothing_found
+from hvd_dls.core.session.base import SessionBase
+from hvd_dls.core.session.step import Step
+from hvd_dls.core.wire.layout import ABSENT
+from hvd_dls.core.wire.pack import pack, pack_abandoned
+from hvd_dls.core.wire.unpack import headers_in, unpack, unpack_varying
+from hvd_dls.errors import DLSError, PayloadError
+
+
+class Gathering(SessionBase):
+    """Gathers a step's gradients and payloads: see ``Session``."""
+
+    def begin(self, away: Collection[str] = ()) -> None:
+        """Begins a step; not needed if there is nothing to say.
+
+        Args:
+            away: names of layers whose buckets need not wait for them: frozen ones, for example.
+
+        Raises:
+            DLSError: a step is in progress.
+        """
+        if self.in_step:
+            raise DLSError("a step is in progress: end it or abandon it before another begins")
+        self._step = Step(self.routing, away)
+        self._begin()
+
+    def compress(self, name: str, gradient: Array) -> int | None:
+        """Looks for the largest entries of a layer's residual plus its gradient.
+
+        Args:
+            name: of a layer that ``is_sparse``.
+            gradient: (n,) contiguous, of the layer's work dtype, float16, or uint16 (the bits of
+                bfloat16), or what the layer's backend takes; it must not change before
+                ``decompress``.
+
+        Returns:
+            The number of the bucket that is complete with this layer and should be sent, or None.
+            (With layers on a device ``ready`` tells what can be sent without waiting for it.)
+
+        Raises:
+            DLSError: the layer has been in this step already, or the gradient has another size.
+        """
+        if gradient.shape != (self._layers[name].size,):
+            raise DLSError(
+                f"layer {name!r}: gradient of shape {gradient.shape}, expected "
+                f"({self._layers[name].size},)"
+            )
+        self._arrive(name)
+        correction, baseline = self.memory.correction, self.memory.baseline
+        if correction.active:
+            gradient = correction.apply(name, gradient, self.loss_scale)
+        self._step.gradients[name] = gradient
+        if baseline is None:
+            self._find(name, self.memory.controller.k_of(name))
+        elif not baseline.needs_all:
+            k = baseline.k_of(name, self.residuals[name], gradient, self.loss_scale)
+            self._find(name, k)
+        return self._complete(name)
+
+    def correct(self, name: str, gradient: Array) -> Array:
+        """What to send of a layer that goes dense, if ``corrects``.
+
+        Args:
+            name: of a layer.
+            gradient: as for ``compress``.
+
+        Returns:
+            (n,) of the work dtype, the caller's to change.
+        """
+        corrected = self.memory.correction.apply(name, gradient, self.loss_scale)
+        if not self.config.nesterov:
+            corrected = self._backends[name].copy(corrected)
+        return self.memory.with_leftover(name, corrected)
+
+    def note(self, name: str, finite: bool | Future[bool]) -> int | None:
+        """Takes note of a layer that goes dense.
+
+        Args:
+            name: of a layer that is not ``is_sparse``.
+            finite: whether its gradient is free of NaN and Inf on this rank.
+
+        Returns:
+            As ``compress``.
+
+        Raises:
+            DLSError: the layer has been in this step already.
+        """
+        self._arrive(name)
+        if isinstance(finite, Future):
+            self._step.futures[name] = finite
+        elif not finite:
+            self._step.not_finite.add(name)
+        return self._complete(name)
+
+    def leave_out(self, name: str) -> int | None:
+        """Takes note of a layer that takes no part on this rank: it is frozen, for example.
+
+        Nothing is sent of it, and its residual and velocity stay as they are.  In the end it goes
+        through ``decompress`` or ``accept`` like the others: other ranks may have sent something.
+
+        Returns:
+            As ``compress``.
+
+        Raises:
+            DLSError: the layer has been in this step already.
+        """
+        self._arrive(name, left_out=True)
+        return self._complete(name)
+
+    def _arrive(self, name: str, left_out: bool = False) -> None:
+        if not self.in_step:
+            self._begin()
+        self._step.arrive(name, left_out)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers have come in, and so all buckets have been or can be sent."""
+        return self._step.complete
+
+    def ready(self) -> list[int]:
+        """Buckets that are complete, have not been sent, and need not be waited for: send them."""
+        return self._step.ready()
+
+    def future_of(self, name: str) -> Future[Any]:
+        """What a device is still working on, of a layer that has come in and was not sent yet."""
+        return self._step.futures[name]
+
+    def unfinished(self) -> list[int]:
+        """Buckets with some layers in this step that have not been sent: send them now."""
+        return [bucket for bucket in self._step.begun if bucket not in self._step.sent]
+
+    def payload(self, bucket: int) -> np.ndarray:
+        """What this rank sends of a bucket: uint8; as long as every other rank's if they agree.
+
+        Waits for devices that are still working on it.
+        """
+        step, of = self._step, self.routing.buckets[bucket]
+        for name in step.working_on(bucket):
+            self._heard_of(name, step.futures[name].result())
+            del step.futures[name]  # not before: waiting may be interrupted
+        if self.memory.baseline is not None and self.memory.baseline.needs_all:
+            together = self.memory.baseline.k_together(self.residuals, step.gradients)
+            for name, k in together.items():
+                self._find(name, k)
+        found = [step.found.get(layer.name, ABSENT) for layer in of.layers]
+        if self.memory.baseline is None:
+            k_of_layers = self._k_of(bucket)
+        else:  # this rank's own; of a layer that is not finite or absent, nothing
+            there = [f if f is not ABSENT and f is not None else None for f in found]
+            k_of_layers = np.array([0 if f is None else len(f.indices) for f in there])
+        watched = step.status_of_watched(bucket)
+        packed = pack(of, k_of_layers, found, watched, self._clock.now)
+        step.sent[bucket] = len(packed.payload)
+        step.kept[bucket] = packed.kept
+        return packed.payload
+
+    def receive(self, bucket: int, gathered: np.ndarray) -> None:
+        """Takes what all ranks sent of a bucket.
+
+        Args:
+            bucket: its number.
+            gathered: uint8, all payloads in rank order.
+
+        Raises:
+            PayloadError: the payloads are not this bucket's.
+            RanksDisagreeError: some rank has abandoned this step, or is in another one: ``abandon``
+                it here, too.
+        """
+        of = self.routing.buckets[bucket]
+        try:
+            if self.memory.baseline is not None:
+                payloads = unpack_varying(of, gathered, self.world_size)
+            else:
+                payloads = unpack(of, self._k_of(bucket), gathered, self.world_size)
+        except PayloadError:
+            # Ranks in other steps send other numbers of entries.
+            self._clock.check(headers_in(of, gathered, self.world_size))
+            raise
+        self._clock.check(payloads)
+        self._step.received[bucket] = payloads
+
+    def _farewell(self) -> dict[int, np.ndarray]:
+        own_k = self.memory.baseline is not None
+        return {
+            number: pack_abandoned(
+                bucket, 0 * self._k_of(number) if own_k else self._k_of(number), self._clock.now
+            )
+            for number, bucket in enumerate(self.routing.buckets)
+            if number not in self._step.sent
+            if number in self._step.begun or not self.routing.members[number] <= self.missed
+        }
+
+    def _find(self, name: str, k: int) -> None:
+        self._step.k[name] = k
+        found = self._backends[name].find(
+            self.residuals[name],
+            self._step.gradients[name],
+            max(k, 1),
+            self.memory.thresholds[name],
+        )
+        if isinstance(found, Future):
+            assert self.memory.baseline is None  # these strategies look at residuals, on the host
+            self._step.futures[name] = found
+        else:
+            self._heard_of(name, found)
+
+    def _heard_of(self, name: str, result: Any) -> None:
+        """Takes the result of ``find``, or of whether a layer that goes dense is finite."""
+        step = self._step
+        if name in step.gradients:
+            found = result
+            step.found[name] = found if step.k[name] or found is None else nothing_found(found)
+        elif not result:
+            step.not_finite.add(name)
+
+    def _complete(self, name: str) -> int | None:
+        return None if self.memory.controller.dense else self._step.complete_with(name)
