@@ -84,15 +84,19 @@ class Rank:
                 (bucket, self.network.send(self.session.rank, bucket, payload))
             )
 
+    def send_rest(self) -> None:
+        """Sends buckets of which some layers do not come in."""
+        for bucket in self.session.unfinished():
+            self._send(bucket)
+
     def receive(self) -> None:
-        """Sends what is unfinished, and takes all that is on its way.
+        """Sends the rest, and takes all that is on its way.
 
         Raises:
             WaitingError: some of it has not arrived.
             DLSError: see ``Session.receive``.
         """
-        for bucket in self.session.unfinished():
-            self._send(bucket)
+        self.send_rest()
         while self._outstanding:
             bucket, number = self._outstanding[0]
             gathered = self.network.gathered(bucket, number)
