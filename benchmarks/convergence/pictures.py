@@ -1,4 +1,4 @@
-"""The pictures of docs/convergence.md."""
+"""Pictures of docs/convergence.md."""
 
 from __future__ import annotations
 
@@ -8,40 +8,43 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.reporting import pyplot, save_picture
 from benchmarks.convergence.results import CORRECTED, Group, Groups, unit
 from benchmarks.convergence.settings import DENSITIES, SETTINGS, STRATEGIES
 from benchmarks.convergence.tasks import TASKS
 
 
 def smooth(values: Sequence[float] | np.ndarray, points: int) -> np.ndarray:
-    """Running median of so many points, an odd number; of fewer at the ends."""
+    """Computes the running median of so many points, an odd number; of fewer at the ends."""
     array = np.array(values, float)
     half = points // 2
     return np.array([np.median(array[max(0, i - half) : i + half + 1]) for i in range(len(array))])
 
 
-def colour(setting: str) -> str:
-    """Of a strategy, the same in all pictures."""
+def color(setting: str) -> str:
+    """Returns the colour of a setting's strategy, which is the same in all pictures."""
     return f"C{[*STRATEGIES, 'dense'].index(setting.split('-')[0])}"
 
 
 def draw_metrics(groups: Groups, axes: Any, task: str) -> None:
-    shown_groups = groups.some(task, "strategies", "plain")
+    """Draws the final metric of each run of a task, a row for each setting."""
+    rows = groups.select(task, "strategies", "plain")
     factor = 100 if TASKS[task].accuracy else 1
-    for row, group in enumerate(shown_groups):
+    for row, group in enumerate(rows):
         values = factor * group.values()
-        axes.plot(values, [row] * len(values), "o", color=colour(group.setting), ms=4, alpha=0.6)
+        axes.plot(values, [row] * len(values), "o", color=color(group.setting), ms=4, alpha=0.6)
         if len(values):
-            axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=colour(group.setting))
+            axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=color(group.setting))
     if (dense := groups.get(task, "dense")) and len(dense.values()):
         axes.axvline(factor * dense.values().mean(), color="black", lw=0.8, ls=":")
-    labels = [g.title + ("" if g.density is None else f", {g.density:.1%}") for g in shown_groups]
+    labels = [g.title + ("" if g.density is None else f", {g.density:.1%}") for g in rows]
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.set(title=task, xlabel=unit(TASKS[task]))
 
 
 def draw_curves(groups: Groups, axes: Any, task: str, density: float) -> None:
+    """Draws the held-out loss over the steps, mean over seeds, a line for each setting."""
     names = [f"{strategy}-{density:g}" for strategy in STRATEGIES]
     for name in ["dense", *(name + CORRECTED for name in names), *names]:
         if (group := groups.get(task, name)) is None or not group.finished:
@@ -50,13 +53,12 @@ def draw_curves(groups: Groups, axes: Any, task: str, density: float) -> None:
         steps = group.finished[0]["curve"]["step"]
         plain = SETTINGS[name].section == "plain"
         label = None if plain else group.title.split(",")[0]
-        axes.plot(
-            steps, curves.mean(axis=0), ":" if plain else "-", color=colour(name), label=label
-        )
+        axes.plot(steps, curves.mean(axis=0), ":" if plain else "-", color=color(name), label=label)
     axes.set(title=f"{task}, {density:.1%}", xlabel="step", ylabel="held-out loss", yscale="log")
 
 
 def draw_quality(groups: Groups, axes: Any, task: str, density: float, what: str) -> None:
+    """Draws "energy" or "misallocation" over the steps, a line for each strategy."""
     for strategy, title in STRATEGIES.items():
         group = groups.get(task, f"{strategy}-{density:g}{CORRECTED}")
         if group is None or not group.finished or strategy in ("global", "hard"):
@@ -66,7 +68,7 @@ def draw_quality(groups: Groups, axes: Any, task: str, density: float, what: str
         axes.plot(
             steps,
             smooth(curves.mean(axis=0), 2 * (len(steps) // 50) + 1),
-            color=colour(strategy),
+            color=color(strategy),
             label=title,
             lw=1,
         )
@@ -74,7 +76,7 @@ def draw_quality(groups: Groups, axes: Any, task: str, density: float, what: str
 
 
 def draw_layers(group: Group, axes: Sequence[Any]) -> None:
-    """Thresholds above, ratios below."""
+    """Draws all layers' thresholds on the first axes and their ratios on the second."""
     layers = group.results[0]["layers"]
     ratios = np.array(layers["k"], float) / layers["sizes"]
     for column, name in enumerate(layers["names"]):
@@ -86,18 +88,20 @@ def draw_layers(group: Group, axes: Sequence[Any]) -> None:
 
 
 def draw(groups: Groups, folder: Path) -> dict[str, str]:
-    """Draws all pictures; file names and what they show."""
-    import matplotlib
+    """Draws all pictures.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Args:
+        groups: all results.
+        folder: where the pictures go.
 
+    Returns:
+        Markdown that shows each picture, by its name.
+    """
+    plt = pyplot()
     tasks, drawn = groups.tasks(), {}
-    folder.mkdir(parents=True, exist_ok=True)
 
     def keep(figure: Any, name: str, about: str) -> None:
-        figure.savefig(folder / f"convergence-{name}.png", dpi=110)
-        plt.close(figure)
+        save_picture(figure, folder / f"convergence-{name}.png", dpi=110)
         drawn[name] = f"![{about}](images/convergence-{name}.png)\n"
 
     def grid(

@@ -1,27 +1,21 @@
-"""The ways to train that convergence.py compares, and which of them each task is trained in.
+"""The settings that are compared, and which of them each task is trained with.
 
-A new way to train is a new line in SETTINGS.
+A new setting is a new line in ``_settings`` or ``_variants``.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterable, Iterator
-from fnmatch import fnmatch
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from benchmarks.convergence.tasks import TASKS
 from hvd_dls.config import DLSConfig
 
-VERSION = 1  # of what a run does and keeps
 MOMENTUM = 0.9
 WORKERS = 4
 SEEDS = (0, 1, 2)
-MORE_SEEDS = (3, 4)
+MORE_SEEDS = (3, 4)  # of the settings in NEAR_NOISE
 DENSITIES = (0.01, 0.001)
 WARMUP = {0.01: 0.1, 0.001: 0.3}  # share of the steps, by density
 STRATEGIES = {
@@ -34,15 +28,15 @@ STRATEGIES = {
 
 
 class Setting(NamedTuple):
-    """A way to train.
+    """Options of a training.
 
     Attributes:
-        title: as tables call it.
+        title: its name in tables.
         options: of the compressor; None: dense.
         section: of the page; decides which tasks it is tried with.
-        momentum: where it lives: in the "optimizer", or in the "compressor" (then ``options`` get
-            it, and the optimizer has none).
-        warmup: share of the steps in which the density goes down.
+        momentum: where momentum is kept: "optimizer", or "compressor" (then ``options`` get it,
+            and the optimizer has none).
+        warmup: share of the steps in which the density falls.
         rate: factor on the task's learning rate.
         longer: whether it trains for more steps, as the task says.
         masking: of momentum correction; None: the task's.
@@ -63,6 +57,7 @@ class Setting(NamedTuple):
 
 
 def _settings() -> Iterator[tuple[str, Setting]]:
+    """Yields names and settings: dense, and all strategies at all densities."""
     yield "dense", Setting("dense", None)
     for density, (strategy, title) in itertools.product(DENSITIES, STRATEGIES.items()):
         setting = Setting(title, {"strategy": strategy, "density": density})
@@ -79,6 +74,7 @@ def _settings() -> Iterator[tuple[str, Setting]]:
 
 
 def _variants() -> Iterator[tuple[str, Setting]]:
+    """Yields names and settings that differ from those of ``_settings`` in one option."""
     for prior in ("paper", "weight_norm", "uniform", "measured"):
         if prior != DLSConfig().prior:  # which is plain DLS
             options = {"density": 0.01, "prior": prior}
@@ -128,6 +124,7 @@ def _variants() -> Iterator[tuple[str, Setting]]:
 
 
 SETTINGS = dict(_settings())
+# Tasks that the settings of a section are tried with.
 TASKS_OF = {
     "strategies": tuple(TASKS),
     "plain": ("digits", "images", "text"),
@@ -147,7 +144,7 @@ MORE_WORKERS = {
     for name in ("dense", "dls-0.01-corrected", "layerwise-0.01-corrected")
 } | {("digits", "global-0.01-corrected"): (8,)}
 
-# Settings, by task, that differ by little more than their seeds make them: they get MORE_SEEDS.
+# Settings, by task, whose results differ by little more than those of two seeds do.
 NEAR_NOISE = {
     (task, name)
     for task in ("digits", "images", "text")
@@ -156,90 +153,3 @@ NEAR_NOISE = {
         *(f"{s}-{d:g}-corrected" for s in ("dls", "layerwise", "global") for d in DENSITIES),
     )
 }
-
-
-class Run(NamedTuple):
-    """One training."""
-
-    task: str
-    setting: str
-    workers: int
-    seed: int
-
-    def file(self, folder: Path) -> Path:
-        return folder / self.task / f"{self.setting}-{self.workers}-{self.seed}.json"
-
-    def needs(self) -> Run | None:
-        """A run that must be there first: a constant threshold is DLS's."""
-        options = SETTINGS[self.setting].options or {}
-        if options.get("strategy") != "hard":
-            return None
-        return self._replace(setting=self.setting.replace("hard", "dls"))
-
-
-def all_runs(tasks: Iterable[str], settings: Iterable[str], seeds: Iterable[int]) -> list[Run]:
-    """Seed by seed; what a run needs comes before it, asked for or not."""
-    runs: dict[Run, None] = {}
-    for seed, task, (name, setting) in itertools.product(seeds, tasks, SETTINGS.items()):
-        if task not in TASKS_OF[setting.section] or not any(fnmatch(name, p) for p in settings):
-            continue
-        if setting.masking == TASKS[task].masking:  # the usual
-            continue
-        for workers in (WORKERS, *MORE_WORKERS.get((task, name), ())):
-            run = Run(task, name, workers, seed)
-            runs |= {needed: None for needed in (run.needs(), run) if needed}
-    return list(runs)
-
-
-def usual_runs(tasks: Iterable[str], settings: Iterable[str]) -> list[Run]:
-    """With the seeds that the page has."""
-    more = all_runs(tasks, settings, MORE_SEEDS)
-    return all_runs(tasks, settings, SEEDS) + [
-        run for run in more if (run.task, run.setting) in NEAR_NOISE and run.workers == WORKERS
-    ]
-
-
-def description(run: Run, steps: int | None, folder: Path) -> dict[str, Any]:
-    """All that a run's result follows from."""
-    task, setting = TASKS[run.task], SETTINGS[run.setting]
-    steps = steps or (task.longer if setting.longer else 1) * task.steps
-    options = None
-    if setting.options is not None:
-        options = dict(setting.options)
-        if setting.warmup:
-            options["warmup_steps"] = round(setting.warmup * steps)
-        if setting.momentum == "compressor":
-            options["momentum"] = MOMENTUM
-            if not (task.masking if setting.masking is None else setting.masking):
-                options["momentum_masking"] = False
-        if setting.dense_output:
-            options["layer_density"] = {task.output: "dense"}
-        if needed := run.needs():
-            options["threshold"] = usual_threshold(json.loads(needed.file(folder).read_text()))
-    # "adam" stands only where it is so: results from before there was a choice still count.
-    return {
-        "version": VERSION,
-        **run._asdict(),
-        "steps": steps,
-        "rate": setting.rate * (task.adam_rate if setting.adam else task.rate),
-        "batch": task.batch,
-        "options": options,
-        "optimizer_momentum": MOMENTUM if setting.momentum == "optimizer" else 0.0,
-    } | ({"adam": True} if setting.adam else {})
-
-
-def read(run: Run, steps: int | None, folder: Path) -> dict[str, Any] | None:
-    """A run's result, if it is there and what it was made of is what it would be made of now."""
-    file = run.file(folder)
-    needed = run.needs()
-    if not file.exists() or (needed and not needed.file(folder).exists()):
-        return None
-    result: dict[str, Any] = json.loads(file.read_text())
-    return result if result["about"] == description(run, steps, folder) else None
-
-
-def usual_threshold(result: dict[str, Any]) -> float:
-    """Median over the second half of a run of the layers' mean threshold."""
-    layers = result["layers"]
-    means = np.mean(layers["thresholds"], axis=1)
-    return float(np.median(means[len(means) // 2 :]))

@@ -1,9 +1,9 @@
-"""The workers of a training job, simulated in one process: the way of a gradient without Horovod.
+"""Simulates the workers of a training job in one process, without Horovod.
 
 Every worker has the session it would have as a rank of a real job, and all share one model: they
-compute their gradients in turn, with the same weights, and what a real job would leave in every
-rank's ``.grad`` stands in the model's at the end.  With two workers that is the same to the bit;
-with more, sums of what goes dense are added up in rank order, Horovod's rings in another.
+compute their gradients in turn, with the same weights, and the model's ``.grad`` gets what a real
+job would leave in every rank's.  With two workers that is the same to the bit; with more, sums of
+what goes dense are added up in rank order here, and in another order by Horovod.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.common.internals import Session, layer_spec
 from hvd_dls.config import DLSConfig
-from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.session.session import Session
 
 Gradients = dict[str, np.ndarray]  # (n,) of each parameter, by name
 
 
 class SimulatedJob:
-    """Some workers that train one model.
+    """A number of workers that train one model.
 
     Running statistics of batch norm are those of worker 0, as its checkpoint would have them.
 
     Args:
-        model: all of whose parameters take part in each step.
+        model: all of its parameters take part in each step.
         workers: how many there are, P.
         config: the compressor's options; None: dense.
-        measure_all: every how many steps all workers measure quality; in the others, worker 0 does.
+        measure_all: all workers measure the quality of their selection in every so many steps; in
+            the others, worker 0 does as ``config`` says.
 
     Attributes:
-        sessions: of each worker; none if dense.
-        gradient_seconds: what each worker's latest loss and gradient took.
+        workers: how many there are.
+        sessions: of each worker; empty if dense.
+        gradient_seconds: of each worker's last loss and gradient.
     """
 
     def __init__(
@@ -63,16 +64,16 @@ class SimulatedJob:
             ]
 
     def backward(self, loss_of: Callable[[int], torch.Tensor]) -> float:
-        """Leaves in each parameter's ``.grad`` what a Horovod job would have there.
+        """Computes all workers' gradients, exchanges them, and sets each parameter's ``.grad``.
 
         Args:
-            loss_of: the loss of a worker's own mini-batch, by the worker's number.
+            loss_of: computes the loss of a worker's mini-batch, given the worker's number.
 
         Returns:
             Mean of the losses.
 
         Raises:
-            NonFiniteGradientError: as ``Session.decompress``.
+            NonFiniteGradientError: see ``Session.decompress``.
         """
         gradients, losses, buffers = [], [], []
         for worker in range(self.workers):
@@ -94,9 +95,9 @@ class SimulatedJob:
 
 
 def averages(gradients: list[Gradients]) -> Gradients:
-    """What Horovod's allreduce makes of all workers' gradients: sums, added up in rank order, / P.
+    """Computes what Horovod's allreduce returns: sums, added up in rank order, divided by P.
 
-    With P a power of two it is the same whether a sum is divided or multiplied.
+    (With P a power of two it is the same whether a sum is divided or multiplied.)
     """
     reduced = {}
     for name, first in gradients[0].items():
@@ -108,17 +109,20 @@ def averages(gradients: list[Gradients]) -> Gradients:
 
 
 def exchange(sessions: list[Session], gradients: list[Gradients]) -> Gradients:
-    """One step of all workers, from their gradients to what all of them get.
+    """Exchanges the gradients of a step.
 
     Args:
         sessions: of each worker.
         gradients: of each worker; they are overwritten.
+
+    Returns:
+        What every worker gets.
     """
     return exchange_all(sessions, gradients)[0]
 
 
 def exchange_all(sessions: list[Session], gradients: list[Gradients]) -> list[Gradients]:
-    """As ``exchange``: what each worker gets, by its own reckoning, which is the same."""
+    """Exchanges as ``exchange``; returns what each worker computes, which is the same."""
     names = list(reversed(gradients[0]))  # as backward reaches them
     sparse = [name for name in names if sessions[0].is_sparse(name)]
     sent = [_send(session, own, names) for session, own in zip(sessions, gradients, strict=True)]
@@ -129,19 +133,29 @@ def exchange_all(sessions: list[Session], gradients: list[Gradients]) -> list[Gr
             session.receive(bucket, np.concatenate([payloads[bucket] for payloads in sent]))
         result = {}
         dense_step = session.dense_step
+        skipped = np.inf if session.marks_skipped else 0.0
         for name in names:
             if name in sparse:
                 session.decompress(name, own[name], 1 / len(sessions))
                 result[name] = own[name]
             else:
                 counts = session.accept(name, reduced[name] if dense_step else None)
-                result[name] = reduced[name] if counts else np.full_like(reduced[name], np.inf)
+                result[name] = reduced[name] if counts else np.full_like(reduced[name], skipped)
         results.append(result)
     return results
 
 
 def _send(session: Session, gradients: Gradients, names: list[str]) -> dict[int, np.ndarray]:
-    """What a worker sends, by bucket; what goes dense is corrected where it stands."""
+    """Compresses a worker's gradients.
+
+    Args:
+        session: of the worker.
+        gradients: those that go dense are replaced if the session corrects them.
+        names: of all layers, in the order in which backward reaches them.
+
+    Returns:
+        The payload of each bucket.
+    """
     sent = {}
     for name in names:
         gradient = gradients[name]
@@ -158,6 +172,7 @@ def _send(session: Session, gradients: Gradients, names: list[str]) -> dict[int,
 
 
 def _flat(gradient: torch.Tensor | None) -> np.ndarray:
+    """Returns a gradient as (n,) array that shares its memory."""
     assert gradient is not None, "a parameter took no part"
     flat: np.ndarray = gradient.detach().reshape(-1).numpy()
     return flat

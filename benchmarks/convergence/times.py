@@ -1,11 +1,10 @@
-"""How long it takes to reach a loss, at several link rates: a part of docs/convergence.md."""
+"""Time to reach a loss, at several link rates: a section of docs/convergence.md."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
+from benchmarks.common.paths import ROOT
 from benchmarks.common.reporting import markdown
 from benchmarks.convergence.pictures import smooth
 from benchmarks.convergence.results import Group, Groups, Result
@@ -13,48 +12,53 @@ from benchmarks.convergence.settings import WORKERS
 from benchmarks.cost_model import factors_of, fit, points_of
 from benchmarks.hosts import bits_per_second
 
-ROOT = Path(__file__).resolve().parents[2]
 MEASURED = [ROOT / "build" / "results" / name for name in ("exchange.json", "network.json")]
 RATES = ("100mbit", "1gbit", "10gbit")
 TARGET_AT = 0.8  # of dense training: the loss that others are timed to
 
 
 def section(groups: Groups) -> list[str]:
-    """Text, and a table for each task."""
+    """Returns the section: its text, and a table for each task."""
     terms = fitted_terms()
     if terms is None:
         return ["Left out: `benchmarks/results.py` has left no measurements in build/results.\n"]
-    said = f"""Steps until the held-out loss is what dense training of the same seed has after
+    text = f"""Steps until the held-out loss is what dense training of the same seed has after
 {TARGET_AT:.0%} of its steps (curves are running medians of five points; the median over seeds),
 times what a step takes: computing, as measured here, and the exchange between {WORKERS} hosts, as
 the model of `benchmarks/cost_model.py` has it with the bytes counted here. That model is fitted to
 nets of millions of parameters, knows no latency and no overlap, and charges every way of choosing
 as DLS's.
 """
-    return [said, *(time_to_target(groups, task, terms) for task in groups.tasks())]
+    return [text, *(time_to_target(groups, task, terms) for task in groups.tasks())]
 
 
 def held_out(result: Result) -> np.ndarray:
-    """The curve of held-out losses, each the median of five points; inf where it is not finite."""
+    """Returns the curve of held-out losses, smoothed; inf where it is not finite."""
     losses = [np.inf if loss is None else loss for loss in result["curve"]["loss"]]
     return smooth(losses, 5)
 
 
 def steps_to(result: Result, target: float) -> float:
-    """Steps until the held-out loss is no higher; inf if it never is."""
+    """Returns the steps until the held-out loss is no higher than a target; inf if it never is."""
     reached = np.flatnonzero(held_out(result) <= target)
     return float(result["curve"]["step"][reached[0]]) if len(reached) else np.inf
 
 
 def loss_at(result: Result, part: float) -> float:
-    """Held-out loss at a part of the training."""
+    """Returns the held-out loss when a part of the training, from 0 to 1, is done."""
     losses = held_out(result)
     position = int(np.searchsorted(result["curve"]["step"], part * result["about"]["steps"]))
     return float(losses[min(position, len(losses) - 1)])
 
 
 def exchange_seconds(group: Group, terms: np.ndarray, rate: str) -> float:
-    """What cost_model.py says of the exchange of a step, with the bytes that were measured."""
+    """Computes the time of a step's exchange by the cost model, with the bytes that were sent.
+
+    Args:
+        group: of runs.
+        terms: fitted.
+        rate: of the links.
+    """
     ranks, n, result = group.workers, group.results[0]["entries"], group.results[0]
     placeholders = 8 * len(result["layers"]["names"])
     reduced = group.mean("dense_bytes") + placeholders
@@ -66,13 +70,14 @@ def exchange_seconds(group: Group, terms: np.ndarray, rate: str) -> float:
 
 
 def time_to_target(groups: Groups, task: str, terms: np.ndarray) -> str:
+    """Formats the table of a task; empty without dense results."""
     dense = groups.get(task, "dense")
     if dense is None or not dense.finished:
         return ""
     targets = {r["about"]["seed"]: loss_at(r, TARGET_AT) for r in dense.finished}
     computing = float(np.median([result["gradient_seconds"] for result in dense.results]))
     rows = []
-    for group in groups.some(task, "strategies", "plain"):
+    for group in groups.select(task, "strategies", "plain"):
         seeded = [r for r in group.results if r["about"]["seed"] in targets]
         if not seeded:
             continue
@@ -94,11 +99,11 @@ def time_to_target(groups: Groups, task: str, terms: np.ndarray) -> str:
         "steps",
         *(f"{r}, s" for r in RATES),
     ]
-    said = f"Computing a gradient: {1e3 * computing:.0f} ms a step, for all alike.\n\n"
-    return said + markdown(head, rows)
+    text = f"Computing a gradient: {1e3 * computing:.0f} ms a step, for all alike.\n\n"
+    return text + markdown(head, rows)
 
 
 def fitted_terms() -> np.ndarray | None:
-    """The cost model's terms, if there are measurements."""
+    """Fits the cost model's terms; None if there are no measurements."""
     files = [file for file in MEASURED if file.exists()]
     return fit([point for file in files for point in points_of(file)]) if files else None

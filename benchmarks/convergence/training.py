@@ -1,4 +1,4 @@
-"""One training of convergence.py, from what it follows from to all that it tells."""
+"""One run: a training from its description to all figures that are kept of it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,27 @@ from hvd_dls.errors import NonFiniteGradientError
 
 POINTS = 50  # of each curve
 MEASURE_ALL = 10  # steps between two in which all workers' choices are compared
-LOOKED_AT = 250  # held-out examples of each point of a curve; the end looks at all
+FEW_EXAMPLES = 250  # held-out examples for each point of a curve; the end takes all
 
 
-class Kept:
-    """What a run tells, as it goes on."""
+class History:
+    """Figures that a run collects as it goes on.
+
+    Args:
+        names: of the compressed layers.
+        sizes: of these layers.
+
+    Attributes:
+        curve: losses and accuracy, POINTS times.
+        layers: k and thresholds of each layer, POINTS times.
+        quality: what worker 0 measured of its selection, in each step.
+        shared: misallocation beside the mean of all workers' ideals, every MEASURE_ALL steps; and
+            what worker 0's own would be ("least").
+        bytes: sparse and dense, of each step.
+        entries: sent in each step.
+        gradient_seconds: of each step, the median over workers.
+        losses: of each step.
+    """
 
     def __init__(self, names: list[str], sizes: list[int]) -> None:
         self.curve: dict[str, list[float]] = {
@@ -36,12 +52,19 @@ class Kept:
         }  # fmt: skip
         self.quality: dict[str, list[float]] = {"step": [], "energy": [], "misallocation": []}
         self.shared: dict[str, list[float]] = {"step": [], "misallocation": [], "least": []}
-        self.bytes: list[list[float]] = []  # sparse and dense, of each step
+        self.bytes: list[list[float]] = []
         self.entries: list[float] = []
         self.gradient_seconds: list[float] = []
         self.losses: list[float] = []
 
-    def step(self, job: SimulatedJob, dense_bytes: int, training_loss: float) -> None:
+    def add_step(self, job: SimulatedJob, dense_bytes: int, training_loss: float) -> None:
+        """Adds a step.
+
+        Args:
+            job: after the step.
+            dense_bytes: of the whole gradient, which is what is sent without compression.
+            training_loss: mean over workers.
+        """
         self.losses.append(training_loss)
         self.gradient_seconds.append(float(np.median(job.gradient_seconds)))
         records = [session.last_step for session in job.sessions]
@@ -65,9 +88,15 @@ class Kept:
             self.bytes.append(np.mean(sent, axis=0).tolist())
             self.entries.append(float(np.mean([r.k.sum() for r in records if r is not None])))
 
-    def point(self, job: SimulatedJob, found: tuple[float, float]) -> None:
+    def add_point(self, job: SimulatedJob, held_out: tuple[float, float]) -> None:
+        """Adds a point of the curves.
+
+        Args:
+            job: after the last step.
+            held_out: loss and accuracy.
+        """
         since = int(self.curve["step"][-1]) if self.curve["step"] else 0
-        values = (len(self.losses), float(np.mean(self.losses[since:])), *found)
+        values = (len(self.losses), float(np.mean(self.losses[since:])), *held_out)
         for column, value in zip(self.curve.values(), values, strict=True):
             column.append(value)
         if job.sessions and (record := job.sessions[0].last_step) is not None:
@@ -77,10 +106,18 @@ class Kept:
 
 
 def train(about: dict[str, Any]) -> dict[str, Any]:
-    """Trains as a ``description`` says; its figures."""
+    """Trains a model.
+
+    Args:
+        about: the ``description`` of a run.
+
+    Returns:
+        All figures, as JSON can hold them.
+    """
     task, steps = TASKS[about["task"]], about["steps"]
     data = data_of(task.name)
-    few = data.validation.part(slice(None, None, max(1, len(data.validation.inputs) // LOOKED_AT)))
+    every = max(1, len(data.validation.inputs) // FEW_EXAMPLES)
+    few = data.validation.part(slice(None, None, every))
     model = task.make_model(about["seed"])
     config = None
     if about["options"] is not None:
@@ -88,7 +125,7 @@ def train(about: dict[str, Any]) -> dict[str, Any]:
     job = SimulatedJob(model, about["workers"], config, MEASURE_ALL)
     optimizer = optimizer_of(about, model)
     sparse = job.sessions[0].plan.sparse if job.sessions else ()
-    kept = Kept([layer.name for layer in sparse], [layer.size for layer in sparse])
+    history = History([layer.name for layer in sparse], [layer.size for layer in sparse])
     entries = sum(p.numel() for p in model.parameters())
     diverged, start = None, time.perf_counter()
 
@@ -102,13 +139,13 @@ def train(about: dict[str, Any]) -> dict[str, Any]:
             diverged = step
             break
         optimizer.step()
-        kept.step(job, 4 * entries, training_loss)
+        history.add_step(job, 4 * entries, training_loss)
         if (step + 1) * POINTS // steps > step * POINTS // steps:
-            kept.point(job, evaluate(model, few))
+            history.add_point(job, evaluate(model, few))
 
     final = (None, None) if diverged is not None else evaluate(model, data.validation)
     seconds = time.perf_counter() - start
-    sparse_bytes, dense_bytes = np.mean(kept.bytes or [[0, 0]], axis=0).tolist()
+    sparse_bytes, dense_bytes = np.mean(history.bytes or [[0, 0]], axis=0).tolist()
     return {
         "about": about,
         "config": None if config is None else vars(config),
@@ -116,22 +153,22 @@ def train(about: dict[str, Any]) -> dict[str, Any]:
         "loss": finite(final[0]),
         "accuracy": finite(final[1]),
         "entries": entries,
-        "entries_sent": float(np.mean(kept.entries)) if kept.entries else float(entries),
+        "entries_sent": float(np.mean(history.entries)) if history.entries else float(entries),
         "sparse_bytes": sparse_bytes,
         "dense_bytes": dense_bytes,
-        "curve": {name: [*map(finite, column)] for name, column in kept.curve.items()},
-        "quality": kept.quality,
-        "shared": kept.shared,
-        "layers": kept.layers,
+        "curve": {name: [*map(finite, column)] for name, column in history.curve.items()},
+        "quality": history.quality,
+        "shared": history.shared,
+        "layers": history.layers,
         "seconds": seconds,
-        "gradient_seconds": float(np.median(kept.gradient_seconds or [0.0])),
+        "gradient_seconds": float(np.median(history.gradient_seconds or [0.0])),
         "parameters_sha256": sha256(model),
         "machine": machine(),
     }
 
 
 def optimizer_of(about: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
-    """With a learning rate that is set before each step."""
+    """Makes the optimizer; its learning rate is set before each step."""
     if about.get("adam"):
         # Its first moment is momentum, and may be in the compressor instead.
         return torch.optim.Adam(model.parameters(), betas=(about["optimizer_momentum"], 0.999))
@@ -139,18 +176,19 @@ def optimizer_of(about: dict[str, Any], model: nn.Module) -> torch.optim.Optimiz
 
 
 def worker_loss(task: Task, model: nn.Module, data: Data, about: dict[str, Any], step: int) -> Any:
-    """The loss of a step, by the worker's number."""
+    """Returns a function that computes the loss of a step, given the worker's number."""
     seed, workers = about["seed"], about["workers"]
     return lambda worker: loss(task, model, batch(task, data.training, seed, step, worker, workers))
 
 
 @lru_cache(maxsize=1)
 def data_of(task: str) -> Data:
+    """Makes the data of a task, or returns what was made last."""
     return TASKS[task].data()
 
 
 def sha256(model: nn.Module) -> str:
-    """Of all parameters' and buffers' bits."""
+    """Returns the SHA-256 of all parameters and buffers, bit by bit."""
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.numpy().tobytes())
@@ -158,11 +196,12 @@ def sha256(model: nn.Module) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """JSON knows no NaN."""
+    """Returns a number, or None for NaN and Inf, which JSON does not know."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def machine() -> dict[str, Any]:
+    """Describes the machine and the versions of what computes."""
     return {
         "cores": os.cpu_count(),
         "processor": platform.machine(),

@@ -1,0 +1,51 @@
+"""The cost model: its fit and its predictions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+
+from benchmarks import cost_model
+from tests.benchmarks.running import PNG, run
+from tests.jobs import needs
+
+
+@needs("torch", "horovod")
+def test_the_cost_model_reads_measurements_and_draws(exchange_file, tmp_path):
+    options = ["--model", "resnet50", "--ranks", "16", "1024", "--picture", str(tmp_path / "c.png")]
+    output = run("-m", "benchmarks.cost_model", str(exchange_file), *options)
+    assert re.search(r"^Errors: median \d+%", output, re.M)
+    # A hundredth of the entries from 1024 ranks is ten times the model.
+    assert "Loses on every link against an ideal allreduce: 1024 ranks at 0.01" in output
+    assert (tmp_path / "c.png").read_bytes().startswith(PNG)
+
+
+def test_the_cost_models_fit_finds_the_terms_that_made_the_times():
+    terms = np.array([0.01, 0.002, 4e-9, 2e-9, 1.5e-9, 1e-8, 1.05])
+    points = []
+    sizes = {"dense": (0, 1e8), "fp16": (0, 5e7), "dls:0.01": (2e5, 1e6), "dls:0.001": (2e4, 2e5)}
+    for ranks, bits, n in itertools.product((2, 4, 8), (1e8, 1e9, None), (10_000_000, 25_000_000)):
+        for method, (k, sent) in sizes.items():
+            x = cost_model.factors_of(method, ranks, n, k, sent, bits, ranks / 2)
+            points.append(cost_model.Point("", ranks, method, float(x @ terms), x))
+    np.testing.assert_allclose(cost_model.fit(points), terms, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "low", "high"),
+    [
+        ((0.0, 8e8), (0.05, 1e8), 0, 1.4e10),  # less to send, more to do: up to some speed
+        ((0.1, 8e8), (0.05, 1e8), 0, math.inf),  # less of both
+        ((0.0, 8e8), (0.05, 9e8), math.inf, math.inf),  # more of both
+        ((0.1, 8e8), (0.05, 9e8), 2e9, math.inf),  # more to send, less to do
+    ],
+)
+def test_the_crossover_is_where_both_take_as_long(dense, sparse, low, high):
+    dense, sparse = cost_model.Costs(*dense), cost_model.Costs(*sparse)
+    assert cost_model.crossover(dense, sparse) == pytest.approx((low, high))
+    for bits in {low, high} - {0, math.inf}:
+        assert dense.at(bits) == pytest.approx(sparse.at(bits))
