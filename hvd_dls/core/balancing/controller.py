@@ -99,10 +99,11 @@ class Controller:
         self.k, self.wanted, *attendance = state[2 : 2 + 5 * layers].reshape(5, layers)
         self.attendance.restore(np.stack(attendance))
         self.budgets.restart(self.k, self.attendance.live)
-        if len(state) == 2 + 5 * layers + 2 * buckets:
+        of_buckets = state[2 + 5 * layers :]
+        if len(of_buckets) == 2 * buckets:
             self.budgets.steps = int(state[1])
-            self.budgets.budgets = state[-2 * buckets : len(state) - buckets]
-            self.budgets.mean = state[len(state) - buckets :].view(np.float64)
+            self.budgets.budgets = of_buckets[:buckets]
+            self.budgets.mean = of_buckets[buckets:].view(np.float64)
 
     def k_of(self, name: str) -> int:
         """Entries the layer sends in the current step."""
