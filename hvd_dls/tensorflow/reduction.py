@@ -152,7 +152,10 @@ def compress_gradient(
         sent = tf.identity(_placeholder_or_whole(gradient, name, exchange), name=operation_name)
     else:
         dtype = horovod_dtype(gradient.dtype) if exchange.grouped else tf.float64
-        sent = tf.ones([1], dtype, name=operation_name)
+        # Not before the gradient is there: if a step fails in forward or backward, no rank must be
+        # left with an operation that others never began.
+        with tf.control_dependencies([exchange.checked, gradient]):
+            sent = tf.identity(tf.ones([1], dtype), name=operation_name)
     return sent, SparseContext(exchange, name, gradient.dtype)
 
 
