@@ -17,33 +17,47 @@ from hvd_dls.keras.backend import require_tensorflow_backend
 require_tensorflow_backend()
 
 from horovod.tensorflow import (
+    Adasum,
     Average,
     Compression,
     ProcessSet,
     Sum,
     add_process_set,
-    allgather,
-    allreduce,
-    broadcast,
     broadcast_object,
+    ccl_built,
     cross_rank,
     cross_size,
+    cuda_built,
+    ddl_built,
     global_process_set,
+    gloo_built,
+    gloo_enabled,
     init,
     is_initialized,
     local_rank,
     local_size,
+    mpi_built,
+    mpi_enabled,
+    mpi_threads_supported,
+    nccl_built,
     rank,
     remove_process_set,
+    rocm_built,
     shutdown,
     size,
+    start_timeline,
+    stop_timeline,
 )
 
 from hvd_dls.keras import callbacks
-from hvd_dls.keras.optimizer import DistributedOptimizer, load_model
+from hvd_dls.keras.broadcasting import broadcast_global_variables, broadcast_variables
+from hvd_dls.keras.collectives import allgather, allreduce, broadcast, reducescatter
+from hvd_dls.keras.loading import load_model
+from hvd_dls.keras.optimizer import DistributedOptimizer
 from hvd_dls.tensorflow import DLSCompressor
 
 __all__ = [
+    "Adasum",
     "Average",
     "Compression",
     "DLSCompressor",
@@ -54,18 +68,33 @@ __all__ = [
     "allgather",
     "allreduce",
     "broadcast",
+    "broadcast_global_variables",
     "broadcast_object",
+    "broadcast_variables",
     "callbacks",
+    "ccl_built",
     "cross_rank",
     "cross_size",
+    "cuda_built",
+    "ddl_built",
     "global_process_set",
+    "gloo_built",
+    "gloo_enabled",
     "init",
     "is_initialized",
     "load_model",
     "local_rank",
     "local_size",
+    "mpi_built",
+    "mpi_enabled",
+    "mpi_threads_supported",
+    "nccl_built",
     "rank",
+    "reducescatter",
     "remove_process_set",
+    "rocm_built",
     "shutdown",
     "size",
+    "start_timeline",
+    "stop_timeline",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
+from hvd_dls.keras.broadcasting import broadcast_variables
 from hvd_dls.tensorflow.handles import handle_of, identity
 
 __all__ = [
@@ -59,16 +60,13 @@ class BroadcastGlobalVariablesCallback(tf.keras.callbacks.Callback):
         self.broadcast_done = True
         of_optimizer = self.model.optimizer.variables
         of_optimizer = of_optimizer() if callable(of_optimizer) else of_optimizer
+        shared = [
+            variable
+            for variable in [*self.model.weights, *of_optimizer]
+            if identity(handle_of(variable)) not in self._local
+        ]
         with tf.device(self.device):
-            for variable in [*self.model.weights, *of_optimizer]:
-                if identity(handle_of(variable)) not in self._local:
-                    variable.assign(_broadcast(variable, self.root_rank))
-
-
-def _broadcast(variable: Any, root_rank: int) -> tf.Tensor:
-    value = tf.convert_to_tensor(variable)
-    wide = tf.float32 if value.dtype == tf.bfloat16 else value.dtype  # Horovod refuses bfloat16
-    return tf.cast(hvd.broadcast(tf.cast(value, wide), root_rank), value.dtype)
+            broadcast_variables(shared, self.root_rank)
 
 
 class MetricAverageCallback(tf.keras.callbacks.Callback):

@@ -1,20 +1,39 @@
-"""Everything in with_ranks/, as real horovodrun jobs, for Keras 3 and tf_keras."""
+"""All of with_ranks/ and with_one_rank/, as real horovodrun jobs, for Keras 3 and tf_keras."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.jobs import needs, pytest_on_ranks
+from tests.jobs import horovodrun, needs, pytest_on_ranks
 
 pytestmark = needs("tensorflow")
 
 HERE = "tests/keras/with_ranks"
 
 
-def test_keras_3_on_two_ranks():
-    output = pytest_on_ranks(2, f"{HERE}/test_keras3.py")
+@pytest.mark.parametrize(
+    "file",
+    ["test_keras3", "test_accumulation", "test_lifecycle", "test_like_horovod", "test_names",
+     "test_nonfinite_embeddings"],
+)  # fmt: skip
+def test_keras_3_on_two_ranks(file):
+    output = pytest_on_ranks(2, f"{HERE}/{file}.py")
     assert output.count(" passed") == 2, output
+
+
+def test_keras_3_in_one_process():
+    output = pytest_on_ranks(1, "tests/keras/with_one_rank")
+    assert output.count(" passed") == 1, output
+
+
+@pytest.mark.parametrize("options", [[], ["--dls"]])
+def test_horovods_own_example(options, tmp_path):
+    output = horovodrun(2, ["tests/keras/like_horovods_example.py", str(tmp_path), *options])
+    accuracies = [float(found) for found in re.findall(r"accuracy (0\.\d+)\n", output)]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 0.6
 
 
 def test_keras_3_on_four_ranks():

@@ -1,0 +1,238 @@
+"""All gradients of a step in, their averages over ranks out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from hvd_dls.keras.finiteness import (
+    count_skipped,
+    first_not_finite,
+    overflowed,
+    raise_not_finite,
+)
+from hvd_dls.keras.gradient_allreduce import Allreduce
+from hvd_dls.keras.layers import is_compressed, make_layers
+from hvd_dls.keras.names import unique_name
+from hvd_dls.keras.xla import refuse_jit
+from hvd_dls.tensorflow.binding import Binding
+from hvd_dls.tensorflow.compressor import DLSCompressor
+
+
+class Reduced(NamedTuple):
+    """What comes out of a step.
+
+    Attributes:
+        gradients: in the order in which they went in.
+        counts: () bool: whether they are to be applied; if not, no entry is finite.
+    """
+
+    gradients: list[Any]
+    counts: tf.Tensor
+
+
+class Reduction:
+    """Averages an optimizer's gradients over ranks.
+
+    Args:
+        optimizer: the distributed optimizer.
+        name: prefix of the names of Horovod's operations.
+        compression: hvd.Compression.none or fp16, or a DLSCompressor.
+        sparse_as_dense: whether IndexedSlices are made tensors before.
+        allreduce: how each gradient is reduced.
+
+    Attributes:
+        scales_loss: whether the optimizer scales the loss, and so runs into overflow on purpose
+            and skips these steps itself.
+        may_skip: whether steps may come out that are to be skipped, and not by the optimizer.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        name: str,
+        compression: Any,
+        sparse_as_dense: bool,
+        allreduce: Allreduce,
+    ) -> None:
+        if isinstance(compression, type) and issubclass(compression, DLSCompressor):
+            compression = compression._default()
+        self.scales_loss = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        self._compressor = compression if isinstance(compression, DLSCompressor) else None
+        skips = self._compressor is not None and self._compressor.config.nonfinite == "skip"
+        self.may_skip = skips and not self.scales_loss
+        self._optimizer = optimizer
+        self._name = name
+        self._compression = compression
+        self._sparse_as_dense = sparse_as_dense
+        self._allreduce = allreduce
+        self._traced: dict[tuple[int, ...], Any] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether gradients come out of this process that are others than went in.
+
+        In one process the compressor clips gradients, adds momentum and looks for NaN, as in
+        several.
+        """
+        process_set = self._allreduce.process_set
+        if not process_set.included():
+            return False
+        return self._compressor is not None or _elastic() or process_set.size() > 1
+
+    def __call__(self, gradients: list[Any], variables: list[Any]) -> Reduced:
+        """Reduces the gradients of these variables; None stays None.
+
+        Raises:
+            DLSError: see ``Binding.start`` and ``refuse_jit``.
+        """
+        if not tf.executing_eagerly():
+            refuse_jit()
+            return self._reduce(gradients, variables)
+        # Traced, so that all gradients are on their way at once.
+        key = tuple(map(id, variables))
+        if key not in self._traced:
+
+            @tf.function(autograph=False)
+            def reduce(gradients: list[Any]) -> Reduced:
+                return self._reduce(gradients, variables)
+
+            self._traced[key] = reduce
+        reduced: Reduced = self._traced[key](gradients)
+        return reduced
+
+    def finite_on_all_ranks(self, gradients: Sequence[Any]) -> tf.Tensor:
+        """() bool: whether no rank's gradients hold NaN or Inf; the same on all ranks."""
+        present = [g for g in gradients if g is not None]
+        name = unique_name(f"{self._name}.all_finite")
+        return tf.reduce_all(first_not_finite(present, name, self._allreduce.process_set) < 0)
+
+    def _reduce(self, gradients: list[Any], variables: list[Any]) -> Reduced:
+        name = unique_name(self._name)
+        if self._sparse_as_dense:
+            gradients = [
+                tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients
+            ]
+        binding = self._start_binding(gradients, variables)
+        asked = self._not_looked_at(gradients, variables, binding)
+        if not asked:
+            return self._exchange(gradients, variables, binding, name)
+        first = first_not_finite(
+            [gradients[i] for i in asked], f"{name}.finite", self._allreduce.process_set
+        )
+        names = [_name_of(variables[i]) for i in asked]
+        if not self.scales_loss and not self.may_skip:
+            with tf.control_dependencies([raise_not_finite(first, names)]):
+                gradients = [None if g is None else tf.identity(g) for g in gradients]
+            return self._exchange(gradients, variables, binding, name)
+        present = [i for i, g in enumerate(gradients) if g is not None]
+
+        def exchange() -> tuple[list[Any], tf.Tensor]:
+            reduced = self._exchange(gradients, variables, binding, name)
+            return [reduced.gradients[i] for i in present], reduced.counts
+
+        def skip() -> tuple[list[Any], tf.Tensor]:
+            with tf.control_dependencies([count_skipped(binding, first, names)]):
+                return [overflowed(gradients[i]) for i in present], tf.constant(False)
+
+        reduced, counts = tf.cond(tf.reduce_all(first < 0), exchange, skip)
+        of = dict(zip(present, reduced, strict=True))
+        return Reduced([of.get(i) for i in range(len(gradients))], counts)
+
+    def _start_binding(self, gradients: list[Any], variables: list[Any]) -> Binding | None:
+        """The model of the variables whose gradients are compressed; None if there are none."""
+        ours = [v for v, g in zip(variables, gradients, strict=True) if is_compressed(g, v)]
+        if self._compressor is None or not ours:
+            return None
+        binding = self._compressor.binding_of(ours)
+        binding.marks_skipped = self.may_skip or self.scales_loss
+        if self.scales_loss and binding.loss_scale is None:
+            binding.loss_scale = self._loss_scale
+        binding.start(self._allreduce.process_set, self._allreduce.op)
+        assert binding.session is not None
+        binding.session.marks_skipped |= binding.marks_skipped  # before a function is traced for it
+        return binding
+
+    def _not_looked_at(
+        self, gradients: list[Any], variables: list[Any], binding: Binding | None
+    ) -> list[int]:
+        """Positions of the gradients that must be asked about before anything is exchanged.
+
+        The session finds NaN and Inf in those that go through it.  But a step that the optimizer
+        skips, for any gradient, must not have changed a residual; and under elastic Horovod the
+        session may be another one when the graph runs.
+        """
+        if self._compressor is None:
+            return []
+        return [
+            i
+            for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
+            if gradient is not None
+            if self.scales_loss or _elastic() or not _takes_part(binding, gradient, variable)
+        ]
+
+    def _exchange(
+        self, gradients: list[Any], variables: list[Any], binding: Binding | None, name: str
+    ) -> Reduced:
+        compressions = [self._compression] * len(gradients)
+        if binding is not None:
+            # In this graph, which may be that of a branch.
+            gradients = [tf.identity(g) if isinstance(g, tf.Tensor) else g for g in gradients]
+            compressions = make_layers(binding, gradients, variables)
+        reduced: dict[int, Any] = {}
+        for i, gradient in enumerate(gradients):
+            if isinstance(gradient, tf.IndexedSlices):
+                reduced[i] = self._allreduce.sparse(gradient, f"{name}.{i}")
+        # If the compressor raises, it must not be before other ranks have these rows.
+        with _after(reduced.values()):
+            for i, gradient in enumerate(gradients):
+                if isinstance(gradient, tf.Tensor):
+                    reduced[i] = self._allreduce.dense(gradient, compressions[i], f"{name}.{i}")
+        # All or nothing: if one gradient ends in an error, no weight may move.
+        with _after(reduced.values()):
+            out = [tf.identity(reduced[i]) if i in reduced else None for i in range(len(gradients))]
+        counts = tf.constant(True)
+        if self.may_skip and binding is not None:
+            counts = _counts(out, variables, binding)
+        return Reduced(out, counts)
+
+    def _loss_scale(self) -> float:
+        optimizer = self._optimizer  # as its scale_loss: the variable comes with the first step
+        return float(
+            optimizer.dynamic_scale.numpy() if optimizer.built else optimizer.initial_scale
+        )
+
+
+def _after(gradients: Any) -> Any:
+    """Makes what is added to a graph wait for these gradients."""
+    there = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+    return tf.control_dependencies([t for t in there if tf.is_symbolic_tensor(t)])
+
+
+def _takes_part(binding: Binding | None, gradient: Any, variable: Any) -> bool:
+    """Whether a gradient goes through the model's session, compressed or not."""
+    if binding is None or binding.session is None or gradient is None:
+        return False
+    name = binding.name_of(variable) if is_compressed(gradient, variable) else None
+    return name is not None and binding.session.takes_part(name)
+
+
+def _counts(gradients: list[Any], variables: list[Any], binding: Binding) -> tf.Tensor:
+    """Whether a step counts: if not, all entries of what went through the session are Inf."""
+    for gradient, variable in zip(gradients, variables, strict=True):
+        if _takes_part(binding, gradient, variable) and gradient.shape.num_elements():
+            return tf.math.is_finite(tf.reshape(gradient, [-1])[0])
+    return tf.constant(True)
+
+
+def _elastic() -> bool:
+    """Whether the number of ranks may change while a traced function stays."""
+    return bool(int(os.environ.get("HOROVOD_ELASTIC", 0)))
+
+
+def _name_of(variable: Any) -> str:
+    return str(getattr(variable, "path", None) or variable.name.removesuffix(":0"))
