@@ -79,7 +79,7 @@ def test_a_layer_that_is_frozen_in_mid_training_is_untouched(name, own, zero):
 
 def test_a_frozen_layer_s_gradient_is_zero_where_the_update_is_made_by_hand():
     model = net()
-    compression = DLSCompressor(density=0.05, **SPARSE)
+    compression = DLSCompressor(model.named_parameters(), density=0.05, **SPARSE)
     optimizer = wrap(model, compression)
     for step in range(6):
         if step == 3:

@@ -1,0 +1,70 @@
+"""Ranks that come, go and differ: jobs that lose ranks, begin anew, or have one or four of them."""
+
+import pytest
+
+from tests.jobs import controller, horovodrun, needs, pytest_on_ranks
+
+pytestmark = needs("torch")
+
+only_gloo = pytest.mark.skipif(
+    controller() == "mpi", reason="MPI can neither lose ranks nor be initialised a second time"
+)
+HERE = "tests/torch/with_ranks"
+
+
+@pytest.mark.parametrize("elastic", [False, True], ids=["", "elastic"])
+def test_torch_on_one_rank(elastic):
+    """Horovod passes a compressor by then, but under HOROVOD_ELASTIC=1."""
+    env = {"HOROVOD_ELASTIC": "1"} if elastic else {}
+    output = pytest_on_ranks(1, "tests/torch/with_one_rank", env=env)
+    assert output.count(" passed") == 1, output
+
+
+def test_mishaps_on_four_ranks():
+    steps = f"{HERE}/test_abandoned_steps.py"
+    output = pytest_on_ranks(
+        4,
+        f"{HERE}/test_agreement.py",
+        f"{steps}::test_a_step_that_an_exception_ended_never_was",
+        f"{steps}::test_a_rank_that_gives_a_step_up_alone_is_named_to_the_others",
+        f"{steps}::test_a_step_that_one_rank_gives_up_when_the_others_have_all_they_need_is_found_out",
+        f"{steps}::test_ctrl_c_while_waiting_for_other_ranks",
+        f"{steps}::test_ctrl_c_while_waiting_for_the_first_gradient_of_other_ranks",
+        f"{HERE}/test_saved_states.py::test_states_of_other_steps_are_refused_by_all",
+    )
+    assert output.count(" passed") == 4, output
+
+
+@only_gloo
+def test_horovod_can_be_started_again_with_as_many_fewer_or_more_ranks():
+    output = horovodrun(3, ["-m", "tests.torch.restart_program"])
+    for what, ranks in (("as many ranks", 3), ("fewer ranks", 2), ("more ranks", 3)):
+        for rank in range(ranks):
+            assert f"rank {rank} went on with {what}" in output, output
+
+
+KILLED = """
+import os, signal
+import horovod.torch as hvd
+from horovod.common.exceptions import HorovodInternalError
+from hvd_dls.torch import DLSCompressor
+from tests.torch.with_ranks.training import SPARSE, net, train, wrap
+
+hvd.init()
+model = net()
+optimizer = wrap(model, DLSCompressor(density=0.05, **SPARSE))
+train(model, optimizer, range(3))
+if hvd.rank() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    train(model, optimizer, [9])
+except HorovodInternalError as error:
+    print("ended with", " ".join(str(error).split()), flush=True)
+"""
+
+
+@only_gloo
+def test_a_rank_that_died_is_not_said_to_have_joined():
+    with pytest.raises(pytest.fail.Exception, match="ended with Horovod") as ended:
+        horovodrun(2, ["-c", KILLED])
+    assert "join" not in str(ended.value).split("ended with Horovod")[1].splitlines()[0]
