@@ -38,7 +38,8 @@ class Session(Settling):
         skipped: steps that were skipped for NaN or Inf.
         marks_skipped: whether the gradients of a skipped step become Inf, for who applies them to
             see; otherwise zero.
-        untouched: layers that took no part on any rank in the step in progress, or in the last one.
+        untouched: layers that came in and took no part on any rank, in the step in progress or in
+            the last one.
         missed: layers that did not come in at all in the last step.
         last_step: what happened in the last step that was not skipped.
 

@@ -130,8 +130,10 @@ class Settling(Gathering):
         self._refused = True
 
     def _absent_everywhere(self) -> frozenset[str]:
+        """Layers of this step that no rank sent; those that did not come in are somebody else's."""
         said = Counter(name for name, _ in self._step.layers_that_say(ABSENT))
-        return frozenset(name for name, ranks in said.items() if ranks == self.world_size)
+        everywhere = {name for name, ranks in said.items() if ranks == self.world_size}
+        return frozenset(everywhere & self._step.arrived)
 
     def _settled(self, name: str) -> None:
         step = self._step

@@ -39,7 +39,7 @@ class Step:
         received: all ranks' payloads, by bucket.
         settled: layers whose residual and gradient are done.
         refused: why nothing of this step may enter residuals and weights.
-        untouched: layers that took no part on any rank.
+        untouched: layers that came in and took no part on any rank.
         whole: histograms of gradients that were sent whole, if they are wanted.
     """
 

@@ -140,6 +140,16 @@ def test_layers_that_are_frozen_everywhere_are_told_from_the_first_sum_on():
     assert ranks[0].session.untouched == {name for name in NAMES if name[:4] == "conv"}
 
 
+def test_layers_that_did_not_come_in_are_not_among_them():
+    """They are somebody else's: Horovod reduces sparse gradients of embeddings itself."""
+    rng = np.random.default_rng(0)
+    ranks = connect(sessions_of())
+    gradients = [draw_gradients(rng, rank.session) for rank in ranks]
+    some = [{n: g for n, g in x.items() if n not in ("conv2.weight", "fc.bias")} for x in gradients]
+    some_step(ranks, some, [{"conv1.weight", "conv1.bias"}] * 2)
+    assert ranks[0].session.untouched == {"conv1.weight", "conv1.bias"}
+
+
 def test_in_a_dense_step_nobody_knows_what_the_others_left_out():
     rng = np.random.default_rng(0)
     ranks = connect(sessions_of(dense_steps=1, momentum=0.5))
