@@ -1,4 +1,4 @@
-"""Keras's gradient accumulation: of each update, only the last pass exchanges gradients.
+"""Keras's gradient accumulation, with gradients exchanged in the last pass of each update only.
 
 Keras adds up the gradients of ``gradient_accumulation_steps`` passes and applies their mean.  The
 mean is what ranks average, and what a compressor sees: once for each update.
@@ -17,7 +17,7 @@ from hvd_dls.keras.reduction import Reduction
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer within a LossScaleOptimizer, which accumulates; any other as it is."""
+    """Returns the optimizer within a LossScaleOptimizer; any other as it is."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
@@ -55,7 +55,7 @@ def apply_accumulated(
             mean[i] = (whole + tf.cast(total * scale, whole.dtype)) / passes
         if not reduction.scales_loss:  # now, so that an error leaves them empty
             mean = _clear(accumulators, mean)
-        reduced, counts = reduction(mean, variables)
+        reduced, accepted = reduction(mean, variables)
         # Keras will add its accumulators, and divide.
         summed = [g * passes if i in accumulators else g for i, g in enumerate(reduced)]
         if reduction.scales_loss:  # if it is skipped, the next pass takes the place of this one
@@ -63,7 +63,7 @@ def apply_accumulated(
             for total in accumulators.values():
                 total.assign(tf.where(finite, tf.zeros_like(total), total))
         if reduction.may_skip:
-            run_either(counts, lambda: apply(summed), lambda: inner._iterations.assign_add(1))
+            run_either(accepted, lambda: apply(summed), lambda: inner._iterations.assign_add(1))
         else:
             apply(summed)
 
@@ -71,7 +71,10 @@ def apply_accumulated(
 
 
 def _accumulators(inner: Any, gradients: list[Any], variables: list[Any]) -> dict[int, tf.Variable]:
-    """What Keras accumulates, by position; not of variables that it overwrites by gradients."""
+    """Returns Keras's accumulators, by position of their gradient.
+
+    Variables that Keras overwrites with their gradient have none.
+    """
     return {
         i: inner._accumulated_gradients[inner._get_variable_index(variable)].value
         for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
@@ -80,7 +83,7 @@ def _accumulators(inner: Any, gradients: list[Any], variables: list[Any]) -> dic
 
 
 def _clear(accumulators: dict[int, tf.Variable], means: list[Any]) -> list[Any]:
-    """Empties accumulators before anything becomes of what was computed from them."""
+    """Empties accumulators, and returns the means computed from them, not to be used before."""
     means = [None if g is None else tf.identity(g) for g in means]
     there = [m for m in means if m is not None and tf.is_symbolic_tensor(m)]
     with tf.control_dependencies(there):

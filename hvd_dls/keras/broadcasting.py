@@ -1,6 +1,7 @@
-"""Variables of one rank for all: what ``horovod.tensorflow`` has for it does not suit Keras 3.
+"""Broadcasts variables of one rank to all.
 
-There, operations are named after variables, and Keras calls many of them "kernel".
+``hvd.broadcast_variables`` names operations after variables, and Keras 3 calls many of them
+"kernel"; and it refuses some of their types.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import tensorflow as tf
 
 from hvd_dls.errors import DLSError
 
-# Horovod refuses other types, so these go as numbers with the same bits.
-_SAME_BITS = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
+# Types that Horovod broadcasts.
 _ACCEPTED = (
     *(tf.uint8, tf.int8, tf.uint16, tf.int16, tf.int32, tf.int64),
     *(tf.float16, tf.float32, tf.float64, tf.bool),
 )
+# Integers with the same bits, by size, as which values of other types are sent.
+_SAME_BITS = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 
 
 def broadcast_variables(

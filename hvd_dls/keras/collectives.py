@@ -1,6 +1,6 @@
-"""Horovod's operations on values, with the arguments that they have in ``horovod.keras``.
+"""Horovod's operations on values, with the arguments of ``horovod.keras``.
 
-Those of ``horovod.tensorflow`` are accepted by keyword, too.
+Other arguments of ``horovod.tensorflow``'s are accepted by keyword.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conditions for the sake of what their branches do, not of what they return."""
+"""Conditions whose branches are run for their effects, not for what they return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a Keras 3 optimizer distributed.
+"""The base class that makes a Keras 3 optimizer distributed.
 
 Horovod's own wrapper overrides methods that Keras 3 never calls.  Keras 3 applies gradients in
 ``apply`` alone, under ``fit``, ``train_on_batch`` and custom loops: so that is what we override.
@@ -19,7 +19,10 @@ from hvd_dls.keras.xla import NotCompiled
 
 
 class Distributed(NotCompiled):
-    """Base class, before the given optimizer's, of what ``DistributedOptimizer`` returns."""
+    """First base class of the optimizers that ``DistributedOptimizer`` returns.
+
+    The second is the given optimizer's own class.
+    """
 
     _reduction: Reduction | None = None
 
@@ -50,7 +53,7 @@ class Distributed(NotCompiled):
         reduced = self._reduction(grads, variables)
         if not self._reduction.may_skip:
             return apply(reduced.gradients)
-        return run_either(reduced.counts, lambda: apply(reduced.gradients), lambda: None)
+        return run_either(reduced.accepted, lambda: apply(reduced.gradients), lambda: None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss_scale_factor" and self._reduction is not None:

@@ -1,4 +1,4 @@
-"""Whether gradients hold NaN or Inf on any rank, asked where the compressor does not see to it."""
+"""Checks gradients of all ranks for NaN and Inf, where no session does."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hvd_dls.tensorflow.binding import Binding
 
 
 def first_not_finite(gradients: Sequence[Any], name: str, process_set: hvd.ProcessSet) -> tf.Tensor:
-    """Asks every rank for the first of its gradients with NaN or Inf.
+    """Finds on every rank the first gradient with NaN or Inf.
 
     Args:
         gradients: tensors or IndexedSlices; as many on every rank, at least one.
         name: of Horovod's operation.
-        process_set: the ranks to ask.
+        process_set: the ranks that exchange gradients.
 
     Returns:
         (P,) int64: the position in ``gradients``, or -1, of each rank: the same on all.
@@ -36,7 +36,12 @@ def first_not_finite(gradients: Sequence[Any], name: str, process_set: hvd.Proce
 
 
 def raise_not_finite(first: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
-    """Operation that raises NonFiniteGradientError if any rank's gradient held NaN or Inf."""
+    """Returns an operation that raises NonFiniteGradientError if a gradient held NaN or Inf.
+
+    Args:
+        first: as ``first_not_finite`` returns it.
+        names: of the gradients' variables.
+    """
 
     def check(first: np.ndarray) -> np.bool_:
         if where := _places(first, names):
@@ -46,8 +51,14 @@ def raise_not_finite(first: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
     return tf.numpy_function(check, [first], tf.bool)
 
 
-def count_skipped(binding: Binding | None, first: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
-    """Operation that tells of a skipped step: ``DLSCompressor.skipped_steps``, and the log."""
+def report_skipped(binding: Binding | None, first: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
+    """Returns an operation that counts a skipped step and writes it to the log.
+
+    Args:
+        binding: the model, whose session counts them.
+        first: as ``first_not_finite`` returns it.
+        names: of the gradients' variables.
+    """
 
     def count(first: np.ndarray) -> np.bool_:
         if binding is not None and binding.session is not None:
@@ -61,16 +72,16 @@ def count_skipped(binding: Binding | None, first: tf.Tensor, names: Sequence[str
 
 
 def _places(first: np.ndarray, names: Sequence[str]) -> list[tuple[str, int]]:
-    """Name and rank of what ``first_not_finite`` found."""
+    """Returns name and rank of each gradient that ``first_not_finite`` found."""
     return [(names[i], rank) for rank, i in enumerate(first) if i >= 0]
 
 
 def overflowed(gradient: Any) -> Any:
-    """A gradient of the same kind that nobody takes for finite."""
+    """Returns a gradient of the same kind that holds Inf only."""
     infinity = tf.cast(float("inf"), gradient.dtype)
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.fill(tf.shape(gradient), infinity)
-    # One row at least: this rank's batch may have used none.
+    # One row: this rank's batch may have used none, and then there would be no Inf.
     shape = tf.concat([[1], tf.shape(gradient.values)[1:]], 0)
     row = tf.zeros([1], gradient.indices.dtype)
     return tf.IndexedSlices(tf.fill(shape, infinity), row, gradient.dense_shape)

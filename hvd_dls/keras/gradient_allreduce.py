@@ -1,4 +1,4 @@
-"""One gradient, averaged or summed over ranks by Horovod."""
+"""Averages or sums one gradient over ranks."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ class Allreduce:
     device_sparse: str
 
     def dense(self, gradient: tf.Tensor, compression: Any, name: str) -> tf.Tensor:
-        """Reduces a tensor; ``compression`` is what Horovod takes for a compressor.
+        """Reduces a tensor.
 
-        Only a ``Layer`` takes bfloat16, which Horovod's operations refuse.
+        Args:
+            gradient: of any floating-point type.
+            compression: hvd.Compression.none or fp16, or a ``Layer``.
+            name: of Horovod's operation.
         """
+        # Horovod's operations refuse bfloat16; a Layer sees to that itself.
         reduced = hvd.allreduce(
             gradient if isinstance(compression, Layer) else _wide(gradient),
             op=self.op,
@@ -48,10 +52,14 @@ class Allreduce:
         return tf.ensure_shape(tf.cast(reduced, gradient.dtype), gradient.shape)
 
     def sparse(self, gradient: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
-        """Gathers all ranks' rows, as ``hvd.allreduce`` does, but under names that ranks share.
+        """Gathers all ranks' rows, as ``hvd.allreduce`` does.
 
-        Horovod's own would come from those of the gradient, and these from Keras's layers, which
-        it numbers through in each process.
+        It would name its operations after the gradients, and these are named after layers, which
+        Keras counts in each process: ranks that have made other models before would not match.
+
+        Args:
+            gradient: of this rank.
+            name: of Horovod's operations.
         """
         with tf.device(self.device_sparse):
             values = self._gather(_wide(gradient.values), f"{name}.values")

@@ -1,4 +1,4 @@
-"""A model's variables as Horovod takes compressors: one for each, which knows its gradients."""
+"""A compressor for each gradient, as Horovod takes them, which knows the gradient's layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hvd_dls.tensorflow.reduction import Context, compress_gradient
 
 
 class Layer:
-    """What Horovod takes for a compressor, of one variable's gradient.
+    """The compressor of one variable's gradient.
 
     Args:
         name: of the layer; None if the variable does not belong to the model.
@@ -35,10 +35,10 @@ class Layer:
 
 
 def is_compressed(gradient: Any, variable: Any) -> bool:
-    """Whether a variable's gradients go to the compressor; if there is none now, it may later.
+    """Whether a variable's gradients are compressed, now or, if there is none, later.
 
-    Not IndexedSlices; and not what Keras puts into a variable as it is, in place of its value (of
-    float8 training), which is no gradient.
+    Not IndexedSlices.  And not the new values that some variables of Keras's float8 layers get in
+    place of a gradient.
     """
     overwrites = getattr(variable, "overwrite_with_gradient", False)
     return not overwrites and not isinstance(gradient, tf.IndexedSlices)
@@ -53,7 +53,7 @@ def make_layers(binding: Binding, gradients: Sequence[Any], variables: Sequence[
         variables: in the same order.
 
     Returns:
-        What Horovod takes for a compressor, of each gradient.
+        A compressor for each gradient.
     """
     ours = [
         (v, g)

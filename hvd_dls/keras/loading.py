@@ -1,4 +1,4 @@
-"""Loading a saved model to train it on, on several ranks."""
+"""Loads saved models to go on training them on several ranks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Names of Horovod's operations: the same on all ranks, and never of two operations in one graph.
+"""Names of Horovod's operations: the same on all ranks, and unique within a traced function.
 
-Horovod matches the operations of different ranks by name, so nothing may enter a name that is one
-process's own: how many optimizers it has made before, or what Keras has called its variables.
+Horovod matches the operations of different ranks by name.  So a name must not depend on a process's
+past: on how many optimizers it has made, or on the names Keras has given to its variables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All gradients of a step in, their averages over ranks out."""
+"""Averages all gradients of a step over ranks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import keras
 import tensorflow as tf
 
 from hvd_dls.keras.finiteness import (
-    count_skipped,
     first_not_finite,
     overflowed,
     raise_not_finite,
+    report_skipped,
 )
 from hvd_dls.keras.gradient_allreduce import Allreduce
 from hvd_dls.keras.layers import is_compressed, make_layers
@@ -24,15 +24,15 @@ from hvd_dls.tensorflow.compressor import DLSCompressor
 
 
 class Reduced(NamedTuple):
-    """What comes out of a step.
+    """The reduced gradients of a step.
 
     Attributes:
-        gradients: in the order in which they went in.
-        counts: () bool: whether they are to be applied; if not, no entry is finite.
+        gradients: in the order in which they were given.
+        accepted: () bool: whether they are to be applied; if not, the step is to be skipped.
     """
 
     gradients: list[Any]
-    counts: tf.Tensor
+    accepted: tf.Tensor
 
 
 class Reduction:
@@ -46,9 +46,8 @@ class Reduction:
         allreduce: how each gradient is reduced.
 
     Attributes:
-        scales_loss: whether the optimizer scales the loss, and so runs into overflow on purpose
-            and skips these steps itself.
-        may_skip: whether steps may come out that are to be skipped, and not by the optimizer.
+        scales_loss: whether the optimizer scales the loss; then it skips steps with Inf itself.
+        may_skip: whether ``Reduced.accepted`` may be false; never with an optimizer that does.
     """
 
     def __init__(
@@ -74,10 +73,10 @@ class Reduction:
 
     @property
     def active(self) -> bool:
-        """Whether gradients come out of this process that are others than went in.
+        """Whether gradients go through Horovod or a compressor at all.
 
-        In one process the compressor clips gradients, adds momentum and looks for NaN, as in
-        several.
+        With one process they go through the compressor: clipping, momentum and the check for NaN
+        hold there as they do with several.
         """
         process_set = self._allreduce.process_set
         if not process_set.included():
@@ -106,7 +105,7 @@ class Reduction:
         return reduced
 
     def finite_on_all_ranks(self, gradients: Sequence[Any]) -> tf.Tensor:
-        """() bool: whether no rank's gradients hold NaN or Inf; the same on all ranks."""
+        """Returns () bool: whether no rank's gradients hold NaN or Inf; the same on all ranks."""
         present = [g for g in gradients if g is not None]
         name = unique_name(f"{self._name}.all_finite")
         return tf.reduce_all(first_not_finite(present, name, self._allreduce.process_set) < 0)
@@ -118,13 +117,13 @@ class Reduction:
                 tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients
             ]
         binding = self._start_binding(gradients, variables)
-        asked = self._not_looked_at(gradients, variables, binding)
-        if not asked:
+        unchecked = self._unchecked(gradients, variables, binding)
+        if not unchecked:
             return self._exchange(gradients, variables, binding, name)
         first = first_not_finite(
-            [gradients[i] for i in asked], f"{name}.finite", self._allreduce.process_set
+            [gradients[i] for i in unchecked], f"{name}.finite", self._allreduce.process_set
         )
-        names = [_name_of(variables[i]) for i in asked]
+        names = [_name_of(variables[i]) for i in unchecked]
         if not self.scales_loss and not self.may_skip:
             with tf.control_dependencies([raise_not_finite(first, names)]):
                 gradients = [None if g is None else tf.identity(g) for g in gradients]
@@ -133,18 +132,18 @@ class Reduction:
 
         def exchange() -> tuple[list[Any], tf.Tensor]:
             reduced = self._exchange(gradients, variables, binding, name)
-            return [reduced.gradients[i] for i in present], reduced.counts
+            return [reduced.gradients[i] for i in present], reduced.accepted
 
         def skip() -> tuple[list[Any], tf.Tensor]:
-            with tf.control_dependencies([count_skipped(binding, first, names)]):
+            with tf.control_dependencies([report_skipped(binding, first, names)]):
                 return [overflowed(gradients[i]) for i in present], tf.constant(False)
 
-        reduced, counts = tf.cond(tf.reduce_all(first < 0), exchange, skip)
+        reduced, accepted = tf.cond(tf.reduce_all(first < 0), exchange, skip)
         of = dict(zip(present, reduced, strict=True))
-        return Reduced([of.get(i) for i in range(len(gradients))], counts)
+        return Reduced([of.get(i) for i in range(len(gradients))], accepted)
 
     def _start_binding(self, gradients: list[Any], variables: list[Any]) -> Binding | None:
-        """The model of the variables whose gradients are compressed; None if there are none."""
+        """Returns the model of the variables whose gradients are compressed; None without any."""
         ours = [v for v, g in zip(variables, gradients, strict=True) if is_compressed(g, v)]
         if self._compressor is None or not ours:
             return None
@@ -157,14 +156,14 @@ class Reduction:
         binding.session.marks_skipped |= binding.marks_skipped  # before a function is traced for it
         return binding
 
-    def _not_looked_at(
+    def _unchecked(
         self, gradients: list[Any], variables: list[Any], binding: Binding | None
     ) -> list[int]:
-        """Positions of the gradients that must be asked about before anything is exchanged.
+        """Returns positions of the gradients to check for NaN and Inf before the exchange.
 
-        The session finds NaN and Inf in those that go through it.  But a step that the optimizer
-        skips, for any gradient, must not have changed a residual; and under elastic Horovod the
-        session may be another one when the graph runs.
+        The session checks those of its layers.  But the optimizer's loss scaling skips a step for
+        any gradient, and then no residual may have changed; and under elastic Horovod the session
+        may have been replaced when the graph runs.
         """
         if self._compressor is None:
             return []
@@ -187,7 +186,7 @@ class Reduction:
         for i, gradient in enumerate(gradients):
             if isinstance(gradient, tf.IndexedSlices):
                 reduced[i] = self._allreduce.sparse(gradient, f"{name}.{i}")
-        # If the compressor raises, it must not be before other ranks have these rows.
+        # An error of the compressor must not keep these rows from other ranks, which wait for them.
         with _after(reduced.values()):
             for i, gradient in enumerate(gradients):
                 if isinstance(gradient, tf.Tensor):
@@ -195,10 +194,10 @@ class Reduction:
         # All or nothing: if one gradient ends in an error, no weight may move.
         with _after(reduced.values()):
             out = [tf.identity(reduced[i]) if i in reduced else None for i in range(len(gradients))]
-        counts = tf.constant(True)
+        accepted = tf.constant(True)
         if self.may_skip and binding is not None:
-            counts = _counts(out, variables, binding)
-        return Reduced(out, counts)
+            accepted = _accepted(out, variables, binding)
+        return Reduced(out, accepted)
 
     def _loss_scale(self) -> float:
         optimizer = self._optimizer  # as its scale_loss: the variable comes with the first step
@@ -208,7 +207,7 @@ class Reduction:
 
 
 def _after(gradients: Any) -> Any:
-    """Makes what is added to a graph wait for these gradients."""
+    """Returns a context whose operations run after these gradients have been computed."""
     there = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients]
     return tf.control_dependencies([t for t in there if tf.is_symbolic_tensor(t)])
 
@@ -221,8 +220,8 @@ def _takes_part(binding: Binding | None, gradient: Any, variable: Any) -> bool:
     return name is not None and binding.session.takes_part(name)
 
 
-def _counts(gradients: list[Any], variables: list[Any], binding: Binding) -> tf.Tensor:
-    """Whether a step counts: if not, all entries of what went through the session are Inf."""
+def _accepted(gradients: list[Any], variables: list[Any], binding: Binding) -> tf.Tensor:
+    """Returns whether the session accepted a step; if not, all gradients of its layers are Inf."""
     for gradient, variable in zip(gradients, variables, strict=True):
         if _takes_part(binding, gradient, variable) and gradient.shape.num_elements():
             return tf.math.is_finite(tf.reshape(gradient, [-1])[0])

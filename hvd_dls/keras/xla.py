@@ -1,6 +1,6 @@
-"""XLA cannot compile Horovod's operations, so models with our optimizers are not compiled by it.
+"""Keeps Keras from compiling models with XLA, which cannot compile Horovod's operations.
 
-Keras offers no way to say so: the function with which it asks itself is replaced.
+Keras offers no way to say so: the function that it calls to decide is replaced.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ class NotCompiled:
 
 
 def _supports_jit(model: Any) -> bool:
-    """Keras's own question whether a model can be compiled, answered with its optimizer in mind.
+    """Tells Keras whether XLA can compile a model.
 
-    Keras asks it of ``jit_compile="auto"``, and once more in the setter if the answer is to be on.
+    Keras calls it for ``jit_compile="auto"``, and in the setter of ``jit_compile=True``.
+
+    Raises:
+        DLSError: it was set to True, with an optimizer of ours.
     """
     if not isinstance(getattr(model, "optimizer", None), NotCompiled):
         return bool(_keras_supports_jit(model))
@@ -39,9 +42,9 @@ keras_trainer.model_supports_jit = _supports_jit
 
 
 def refuse_jit() -> None:
-    """Refuses to be traced by a training step that XLA is to compile.
+    """Refuses to be traced in a training step that XLA is to compile.
 
-    Only a Keras that does not ask the question above gets here; XLA's own words would not help.
+    For a Keras that does not call the function above: XLA's own message would not help.
 
     Raises:
         DLSError: the model that is being trained has ``jit_compile=True``.
