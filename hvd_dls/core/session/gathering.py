@@ -193,14 +193,20 @@ class Gathering(SessionBase):
         self._step.received[bucket] = payloads
 
     def _farewell(self) -> dict[int, np.ndarray]:
-        own_k = self.memory.baseline is not None
+        """What tells the other ranks that this one has given the step up.
+
+        Whoever hears of it gives the step up, too.  So each rank has sent one payload of every
+        bucket in the end, and those of the next attempt meet each other.
+        """
+        step, routing, own_k = self._step, self.routing, self.memory.baseline is not None
+        unsent = [n for n in range(len(routing.buckets)) if n not in step.sent]
+        if all(n not in step.begun and routing.members[n] <= self.missed for n in unsent):
+            return {}  # nobody waits for these
         return {
-            number: pack_abandoned(
-                bucket, 0 * self._k_of(number) if own_k else self._k_of(number), self._clock.now
+            n: pack_abandoned(
+                routing.buckets[n], 0 * self._k_of(n) if own_k else self._k_of(n), self._clock.now
             )
-            for number, bucket in enumerate(self.routing.buckets)
-            if number not in self._step.sent
-            if number in self._step.begun or not self.routing.members[number] <= self.missed
+            for n in unsent
         }
 
     def _find(self, name: str, k: int) -> None:

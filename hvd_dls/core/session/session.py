@@ -105,7 +105,7 @@ class Session(Settling):
         other._check_sound()
         self.memory.inherit(other.memory, factor)
         self.skipped, self.last_step = other.skipped, other.last_step
-        self.marks_skipped = other.marks_skipped
+        self.marks_skipped, self.missed = other.marks_skipped, other.missed
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's training state: plain values and arrays (the large ones are not copied).
