@@ -1,11 +1,12 @@
 """Residuals, ratios and thresholds are training state; pickles carry options only."""
 
+import copy as copy_module
 import pickle
 
 import numpy as np
 import pytest
 
-from hvd_dls import StateMismatchError
+from hvd_dls import DLSError, StateMismatchError
 from hvd_dls.tensorflow import DLSCompressor
 from tests.tensorflow.with_ranks.training import (
     SPARSE,
@@ -83,10 +84,14 @@ def test_a_state_of_other_layers_options_or_ranks_is_refused_by_name():
         compression.load_state_dict({"version": 99})
 
 
-def test_a_pickle_carries_the_options_only():
+def test_a_pickle_carries_the_options_of_a_compressor_that_knows_no_model():
     compression = DLSCompressor(density=0.05, **SPARSE)
-    Trainer(Net(), compression, "tf.function").train(range(2))
     again = saved(compression)
     assert again.config == compression.config
-    assert again.last_step() is None
-    assert again.state_dict()["models"] == []
+    for bound in (compression, DLSCompressor(Net().parameters)):
+        Trainer(Net(), compression, "tf.function").train(range(2))
+        for copy in (saved, copy_module.deepcopy):
+            with pytest.raises(DLSError, match="models"):
+                copy(bound)
+    with pytest.raises(DLSError, match="loss_scale"):
+        saved(DLSCompressor(loss_scale=lambda: 1.0))
