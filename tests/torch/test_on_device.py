@@ -1,6 +1,7 @@
 """The passes in torch beside the core's, to the bit: on CPU tensors, and on a GPU if any."""
 
 import contextlib
+import math
 
 import numpy as np
 import pytest
@@ -211,7 +212,7 @@ def test_histograms_zeros_and_what_was_saved(device):
         assert bits(backend.to_host(own)) == bits(values)
     backend.clear(own, np.array([3, 4999], np.uint32))
     assert np.flatnonzero(backend.to_host(own) != values).tolist() == [4999]
-    backend.fill_infinite(own)
+    backend.fill(own, math.inf)
     assert torch.isposinf(own).all()
 
 
