@@ -65,13 +65,21 @@ for wrong in (0.01, [torch.zeros(3)], [("a", 1)],
     else:
         raise AssertionError(wrong)
 """,
-    "pickling keeps the options and leaves the model behind": """
-import pickle, torch
+    "pickling keeps the options; what knows a model is refused": """
+import copy, pickle, torch
+from hvd_dls import DLSError
 from hvd_dls.torch import DLSCompressor
 model = torch.nn.Linear(3, 3)
-again = pickle.loads(pickle.dumps(DLSCompressor(model.named_parameters(), density=0.5, min_k=2)))
+again = pickle.loads(pickle.dumps(DLSCompressor(density=0.5, min_k=2)))
 assert (again.config.density, again.config.min_k, again._bindings) == (0.5, 2, [])
 assert pickle.loads(pickle.dumps(DLSCompressor)) is DLSCompressor
+for of in (pickle.dumps, copy.deepcopy):
+    try:
+        of(DLSCompressor(model.named_parameters()))
+    except DLSError as error:
+        assert "named_parameters" in str(error) and "state_dict" in str(error)
+    else:
+        raise AssertionError
 """,
     "parameters are not kept alive": """
 import gc, torch, weakref
@@ -81,7 +89,7 @@ compressor = DLSCompressor(model.named_parameters())
 gone = weakref.ref(model.weight)
 del model
 gc.collect()
-assert gone() is None and compressor._bindings[0].parameters() == []
+assert gone() is None and compressor._given.named() == []
 """,
 }
 
