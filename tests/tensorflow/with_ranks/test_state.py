@@ -1,6 +1,6 @@
 """Residuals, ratios and thresholds are training state; pickles carry options only."""
 
-import copy as copy_module
+import copy
 import pickle
 
 import numpy as np
@@ -88,10 +88,10 @@ def test_a_pickle_carries_the_options_of_a_compressor_that_knows_no_model():
     compression = DLSCompressor(density=0.05, **SPARSE)
     again = saved(compression)
     assert again.config == compression.config
+    Trainer(Net(), compression, "tf.function").train(range(2))
     for bound in (compression, DLSCompressor(Net().parameters)):
-        Trainer(Net(), compression, "tf.function").train(range(2))
-        for copy in (saved, copy_module.deepcopy):
+        for copied in (saved, copy.deepcopy):
             with pytest.raises(DLSError, match="models"):
-                copy(bound)
+                copied(bound)
     with pytest.raises(DLSError, match="loss_scale"):
         saved(DLSCompressor(loss_scale=lambda: 1.0))
