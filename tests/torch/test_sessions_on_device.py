@@ -69,7 +69,7 @@ def test_what_a_device_works_on_is_sent_later(monkeypatch):
             session.compress(name, torch.from_numpy(gradient) if name == "hidden" else gradient)
         sent.append([b for b in session.ready() if session.payload(b) is not None])
     # hidden and bias are on their way, and hold up their buckets: bias travels with conv.
-    assert [len(bucket.layers) for bucket in session.buckets] == [1, 1, 1]
+    assert [len(bucket.layers) for bucket in session.routing.buckets] == [1, 1, 1]
     assert sent == [[0], [], [], []]
     assert session.complete
     assert session.unfinished() == [1, 2]
