@@ -369,7 +369,7 @@ def test_a_layer_that_sends_nothing_leaves_all_in_its_residual(dtype):
     assert (len(found.indices), len(found.values), found.threshold) == (0, 0, 0)
     assert found.indices.dtype == np.uint32
     assert found.values.dtype == dtype
-    assert not found.sketch.counts.any()
+    assert found.sketch.counts.any()  # by which its layer gets a share
     out = np.full(5, np.nan, dtype)
     passes.settle(residual, gradient, found.indices, None, [(found.indices, found.values)], 1, out)
     assert residual.tolist() == [1, 2, 3, 4, 5]
