@@ -9,7 +9,7 @@ from benchmarks.common.reporting import markdown
 from benchmarks.convergence.pictures import smooth
 from benchmarks.convergence.results import Group, Groups, Result
 from benchmarks.convergence.settings import WORKERS
-from benchmarks.cost_model import factors_of, fit, points_of
+from benchmarks.cost_model.fit import factors_of, fit, points_of
 from benchmarks.hosts import bits_per_second
 
 MEASURED = [ROOT / "build" / "results" / name for name in ("exchange.json", "network.json")]
@@ -25,7 +25,7 @@ def section(groups: Groups) -> list[str]:
     text = f"""Steps until the held-out loss is what dense training of the same seed has after
 {TARGET_AT:.0%} of its steps (curves are running medians of five points; the median over seeds),
 times what a step takes: computing, as measured here, and the exchange between {WORKERS} hosts, as
-the model of `benchmarks/cost_model.py` has it with the bytes counted here. That model is fitted to
+the model of `benchmarks/cost_model` has it with the bytes counted here. That model is fitted to
 nets of millions of parameters, knows no latency and no overlap, and charges every way of choosing
 as DLS's.
 """

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import cost_model
+from benchmarks.cost_model import fit, predictions
 from tests.benchmarks.running import PNG, run
 from tests.jobs import needs
 
@@ -30,9 +30,9 @@ def test_the_cost_models_fit_finds_the_terms_that_made_the_times():
     sizes = {"dense": (0, 1e8), "fp16": (0, 5e7), "dls:0.01": (2e5, 1e6), "dls:0.001": (2e4, 2e5)}
     for ranks, bits, n in itertools.product((2, 4, 8), (1e8, 1e9, None), (10_000_000, 25_000_000)):
         for method, (k, sent) in sizes.items():
-            x = cost_model.factors_of(method, ranks, n, k, sent, bits, ranks / 2)
-            points.append(cost_model.Point("", ranks, method, float(x @ terms), x))
-    np.testing.assert_allclose(cost_model.fit(points), terms, rtol=1e-6)
+            x = fit.factors_of(method, ranks, n, k, sent, bits, ranks / 2)
+            points.append(fit.Point("", ranks, method, float(x @ terms), x))
+    np.testing.assert_allclose(fit.fit(points), terms, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_cost_models_fit_finds_the_terms_that_made_the_times():
     ],
 )
 def test_the_crossover_is_where_both_take_as_long(dense, sparse, low, high):
-    dense, sparse = cost_model.Costs(*dense), cost_model.Costs(*sparse)
-    assert cost_model.crossover(dense, sparse) == pytest.approx((low, high))
+    dense, sparse = predictions.Costs(*dense), predictions.Costs(*sparse)
+    assert predictions.crossover(dense, sparse) == pytest.approx((low, high))
     for bits in {low, high} - {0, math.inf}:
         assert dense.at(bits) == pytest.approx(sparse.at(bits))

@@ -1,0 +1,175 @@
+"""A formula for the time of a step, fitted to measurements, and where DLS pays by it.
+
+    python -m benchmarks.cost_model build/exchange.json build/network.json --picture cost.png
+
+Takes JSON files of benchmarks.exchange and benchmarks.network. The time of a step, of P ranks over
+links of B bytes a second:
+
+    dense   start + hop P' + copy N             + wire 2 P'/P 4 N / B
+    fp16    start + hop P' + copy N + convert N + wire 2 P'/P 2 N / B
+    sparse  start + hop P' + pass N + entry K P + wire (P' payload + 2 P'/P rest) / B
+
+with P' = P - 1, N entries of the model, K entries a rank sends, and `rest` the bytes that go dense.
+All but the last term is time of a processor: where ranks share cores, it counts as often as ranks
+share one. `wire` should come out a little above 1: headers. The terms are added up, as if nothing
+overlapped. The first tables show the terms, and what they make beside what was measured. (`start`
+cannot be told from `copy` and `pass` by measurements of a single model, nor `hop` by a single P:
+then they share.)
+
+The predictions are for one rank a host with as fast a core as measured, and another `hop`: twice
+P' (dense) or once P' (sparse) --latency-us. "Horovod" compares with dense as fitted, on CPUs;
+"ideal" with an allreduce that costs nothing but the wire, as GPUs with NCCL nearly have it, while
+DLS still pays for passes on a CPU. An allgather grows with P, an allreduce does not: with
+P density above about 1.5 (float32), DLS sends more than dense and cannot win on any link.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common.command_line import add_output_options, make_parser
+from benchmarks.common.reporting import markdown, pyplot, save_picture, write_json
+from benchmarks.common.shapes import MODELS
+from benchmarks.cost_model.fit import TERMS, Point, fit, points_of
+from benchmarks.cost_model.predictions import RATES, bits_of, predict
+from benchmarks.rounds.summary import title_of
+
+UNITS = {
+    "start": (1e3, "ms a step"),
+    "hop": (1e3, "ms a step and rank"),
+    "copy": (1e9, "ns an entry of the model"),
+    "convert": (1e9, "ns an entry of the model"),
+    "pass": (1e9, "ns an entry of the model"),
+    "entry": (1e9, "ns an entry received"),
+    "wire": (1.0, "of the bytes claimed"),
+}
+RANKS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
+    """Prints the terms, and what they make beside what was measured; returns the latter."""
+    fitted = [
+        [name, f"{value * UNITS[name][0]:.3g}", UNITS[name][1]]
+        for name, value in zip(TERMS, terms, strict=True)
+    ]
+    print(markdown(["term", "fitted", ""], fitted))
+    rows: list[dict[str, Any]] = []
+    for point in points:
+        model = float(point.factors @ terms)
+        rows.append(
+            {
+                "where": point.name,
+                "method": point.method,
+                "measured": point.seconds,
+                "model": model,
+                "error": model / point.seconds - 1,
+            }
+        )
+    compared = [
+        [
+            row["where"],
+            title_of(row["method"]),
+            f"{1e3 * row['measured']:.0f}",
+            f"{1e3 * row['model']:.0f}",
+            f"{row['error']:+.0%}",
+        ]
+        for row in rows
+    ]
+    print(markdown(["", "method", "measured, ms", "model, ms", "error"], compared))
+    errors = np.abs([row["error"] for row in rows])
+    print(f"Errors: median {np.median(errors):.0%}, largest {errors.max():.0%}\n")
+    return rows
+
+
+def show_predictions(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Prints the table of predictions, and what they do not know."""
+    print(
+        f"Predicted for {args.model}, values in {args.values}, latency {args.latency_us:g} µs; "
+        "dense over DLS: Horovod on CPUs / an ideal allreduce\n"
+    )
+    lines = []
+    for row in rows:
+        ratios = [
+            f"{row['ratio']['Horovod'][rate]:.3g} / {row['ratio']['ideal'][rate]:.3g}"
+            for rate in RATES
+        ]
+        share = f"{row['bytes_over_dense']:.2%}"
+        pays = [row["pays"]["Horovod"], row["pays"]["ideal"]]
+        lines.append([f"{row['density']:g}", str(row["ranks"]), share, *ratios, *pays])
+    head = ["density", "ranks", "bytes of dense", *RATES, "pays, Horovod", "pays, ideal"]
+    print(markdown(head, lines))
+    losing = [row for row in rows if row["pays"]["ideal"] == "never"]
+    if losing:
+        places = ", ".join(f"{row['ranks']} ranks at {row['density']:g}" for row in losing)
+        print(f"Loses on every link against an ideal allreduce: {places}.")
+    print(
+        "Not in the model: overlap with backward, Horovod's negotiation among many ranks, several "
+        "ranks sharing a host's link, congestion. With so many ranks, take it for an order."
+    )
+
+
+def draw(fitted: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws model against measurements, and predictions over the link's speed."""
+    plt = pyplot()
+    densities = sorted({row["density"] for row in rows}, reverse=True)
+    figure, axes = plt.subplots(1, 1 + len(densities), figsize=(5 * (1 + len(densities)), 5))
+    for method in dict.fromkeys(row["method"] for row in fitted):
+        own = [row for row in fitted if row["method"] == method]
+        x, y = ([1e3 * row[what] for row in own] for what in ("measured", "model"))
+        axes[0].plot(x, y, "o", label=title_of(method))
+    ends = [f(1e3 * row["measured"] for row in fitted) for f in (min, max)]
+    axes[0].plot(ends, ends, "k:", lw=1)
+    axes[0].set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="model, ms", title="fit")
+    axes[0].legend(fontsize=7)
+    x = [bits_of(rate) / 1e9 for rate in RATES]
+    for axis, density in zip(axes[1:], densities, strict=True):
+        own = [row for row in rows if row["density"] == density]
+        for number, row in enumerate(own):
+            color = plt.get_cmap("viridis")(number / len(own))
+            for kind, style in (("Horovod", "-"), ("ideal", "--")):
+                y = [row["ratio"][kind][rate] for rate in RATES]
+                label = f"{row['ranks']} ranks" if kind == "Horovod" else None
+                axis.plot(x, y, style, color=color, label=label)
+        axis.axhline(1, color="black", lw=1)
+        axis.set(xscale="log", yscale="log", xlabel="link, Gbit/s", title=f"density {density:g}")
+        axis.grid(alpha=0.3)
+    axes[1].set_ylabel("dense over DLS (solid: Horovod's; dashed: ideal)")
+    axes[1].legend(fontsize=7)
+    figure.tight_layout()
+    save_picture(figure, path)
+
+
+def parse() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = make_parser("cost_model", __doc__)
+    parser.add_argument("measured", type=Path, nargs="+", help="files of exchange or network")
+    parser.add_argument("--model", choices=MODELS, default="resnet50", help="to predict for")
+    parser.add_argument("--density", type=float, nargs="+", default=[0.01, 0.001])
+    parser.add_argument("--values", default="float32")
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument("--latency-us", type=float, default=20.0, help="of one hop of a ring")
+    add_output_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Fits the formula and shows what it predicts."""
+    args = parse()
+    points = [point for path in args.measured for point in points_of(path)]
+    terms = fit(points)
+    fitted = show_fit(points, terms)
+    rows = predict(terms, args)
+    show_predictions(rows, args)
+    if args.json:
+        result = {"terms": dict(zip(TERMS, terms, strict=True)), "fit": fitted, "predicted": rows}
+        write_json(result, args.json)
+    if args.picture:
+        draw(fitted, rows, args.picture)
+
+
+if __name__ == "__main__":
+    main()

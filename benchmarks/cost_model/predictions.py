@@ -1,0 +1,134 @@
+"""What the fitted formula says of more ranks and other links."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.common.internals import step_size
+from benchmarks.common.shapes import MODELS, entries
+from benchmarks.cost_model.fit import TERMS
+from benchmarks.hosts import bits_per_second
+from hvd_dls.config import DLSConfig
+
+RATES = ("100mbit", "1gbit", "10gbit", "25gbit", "100gbit", "400gbit")
+RATES_BITS = {"400gbit": 4e11}  # beyond what benchmarks.hosts can make
+
+
+class Costs(NamedTuple):
+    """Time of a step over a link of any speed.
+
+    Attributes:
+        fixed: seconds that it takes whatever the speed.
+        wire_bits: bits that have to be sent.
+    """
+
+    fixed: float
+    wire_bits: float
+
+    def at(self, bits: float) -> float:
+        """Returns the seconds of a step over a link of so many bits a second."""
+        return self.fixed + self.wire_bits / bits
+
+
+def dense_costs(terms: np.ndarray, n: int, ranks: int, latency: float, ideal: bool) -> Costs:
+    """Predicts the costs of a dense step.
+
+    Args:
+        terms: fitted.
+        n: entries of the model.
+        ranks: number of ranks.
+        latency: seconds of one hop of a ring.
+        ideal: whether an allreduce costs nothing but the wire.
+    """
+    at = dict(zip(TERMS, terms, strict=True))
+    hops = 2 * (ranks - 1)
+    bits = 8 * hops / ranks * 4 * n * max(at["wire"], 1.0)
+    return Costs((0 if ideal else at["start"] + at["copy"] * n) + hops * latency, bits)
+
+
+def sparse_costs(
+    terms: np.ndarray, model: str, density: float, values: str, ranks: int, latency: float
+) -> Costs:
+    """Predicts the costs of a step with DLS.
+
+    Args:
+        terms: fitted.
+        model: one of MODELS.
+        density: of the compressor.
+        values: type of the values that are sent.
+        ranks: number of ranks.
+        latency: seconds of one hop of a ring.
+    """
+    at = dict(zip(TERMS, terms, strict=True))
+    # The cost rule would send layers dense where sparse is no smaller: here, what sparse costs.
+    config = DLSConfig(density=density, values=values, cost_rule=False)
+    shapes = MODELS[model]()
+    n, size = entries(shapes), step_size(shapes, config, ranks)
+    fixed = at["start"] + at["pass"] * n + at["entry"] * size.entries * ranks
+    fixed += 3 * (ranks - 1) * latency
+    sent = (ranks - 1) * size.payload_bytes + 2 * (ranks - 1) / ranks * size.dense_bytes
+    return Costs(fixed, 8 * sent * max(at["wire"], 1.0))
+
+
+def crossover(dense: Costs, sparse: Costs) -> tuple[float, float]:
+    """Computes the link speeds, in bits a second, between which sparse is faster."""
+    saved, more = dense.wire_bits - sparse.wire_bits, sparse.fixed - dense.fixed
+    if saved > 0:
+        return 0.0, (saved / more if more > 0 else np.inf)
+    return (saved / more, np.inf) if more < 0 else (np.inf, np.inf)
+
+
+def format_speed(bits: float) -> str:
+    """Formats bits a second with a unit."""
+    if not np.isfinite(bits):
+        return "any"
+    unit, size = ("Gbit/s", 1e9) if bits >= 1e9 else ("Mbit/s", 1e6)
+    return f"{bits / size:.3g} {unit}"
+
+
+def when_it_pays(dense: Costs, sparse: Costs) -> str:
+    """Says in words for which link speeds sparse is faster."""
+    low, high = crossover(dense, sparse)
+    if low == np.inf:
+        return "never"
+    if low > 0:
+        return f"above {format_speed(low)}"
+    return "always" if high == np.inf else f"below {format_speed(high)}"
+
+
+def predict(terms: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Predicts dense and sparse steps for all densities and numbers of ranks."""
+    latency, n = args.latency_us * 1e-6, entries(MODELS[args.model]())
+    rows = []
+    for density in args.density:
+        for ranks in args.ranks:
+            sparse = sparse_costs(terms, args.model, density, args.values, ranks, latency)
+            both = {
+                kind: dense_costs(terms, n, ranks, latency, kind == "ideal")
+                for kind in ("Horovod", "ideal")
+            }
+            rows.append(
+                {
+                    "density": density,
+                    "ranks": ranks,
+                    "pays": {kind: when_it_pays(dense, sparse) for kind, dense in both.items()},
+                    "crossover": {kind: crossover(dense, sparse) for kind, dense in both.items()},
+                    "ratio": {
+                        kind: {
+                            rate: dense.at(bits_of(rate)) / sparse.at(bits_of(rate))
+                            for rate in RATES
+                        }
+                        for kind, dense in both.items()
+                    },
+                    "bytes_over_dense": sparse.wire_bits / both["ideal"].wire_bits,
+                }
+            )
+    return rows
+
+
+def bits_of(rate: str) -> float:
+    """Returns a rate in bits a second."""
+    return RATES_BITS.get(rate) or float(bits_per_second(rate) or 0)
