@@ -56,6 +56,8 @@ class Binding(BaseBinding):
         self.config = config
         self.process_set: hvd.ProcessSet = hvd.global_process_set
         self._op: int = hvd.Average
+        self._runs = 0  # of traced calls
+        self._run_of: dict[str, int] = {}  # in which each layer came in last
         self.lock = StepLock()
         self.deferred = DeferredError()
         self.devices: dict[str, Device] = {}
@@ -104,23 +106,39 @@ class Binding(BaseBinding):
         self.abandon()  # Horovod was shut down: nobody waits any more
         self.agree(world)
 
-    def begin_step(self, layers: Collection[str]) -> None:
-        """Prepares for the first gradient of a step.
+    def begin_step(self) -> int:
+        """Prepares for the first gradient of a step, which may still be some way off.
 
-        Args:
-            layers: that take part.  If one of them is in a step already, an error has ended that
-                step before its end, and it is abandoned.
+        Returns:
+            A number of this run of the traced call, for ``enter``.
         """
         with self.lock:
             if not self.agreed:  # ``hvd.init()`` was called since the function was traced
                 self._agree()
             session = self.session
             assert session is not None
-            if any(session.has(name) for name in layers):
-                session.abandon()
             self.deferred.begin_step()
             self._follow_loss_scale(session)
             session.marks_skipped |= self.marks_skipped
+            self._runs += 1
+            return self._runs
+
+    def enter(self, layers: Collection[str], arriving: Collection[str], run: int) -> None:
+        """To be called before gradients come in, with the lock held.
+
+        If a layer of the call is in a step already, since another run, an error ended that step
+        before its end, and it is abandoned.
+
+        Args:
+            layers: of the traced call.
+            arriving: those of them that come in now.
+            run: see ``begin_step``.
+        """
+        session = self.session
+        assert session is not None
+        if any(session.has(name) and self._run_of.get(name) != run for name in layers):
+            session.abandon()
+        self._run_of.update(dict.fromkeys(arriving, run))
 
     @property
     def skipped_value(self) -> float:

@@ -100,8 +100,7 @@ class Exchange:
         def check(*current: tf.Tensor) -> np.int64:
             if [identity(handle) for handle in current] != traced:
                 raise DLSError(_OTHER_MODEL)
-            self.binding.begin_step(self.layers)
-            return np.int64(0)
+            return np.int64(self.binding.begin_step())
 
         if in_graph:
             return tf.py_function(check, [handle_on_cpu(handle) for handle in handles], tf.int64)
@@ -124,6 +123,7 @@ class Exchange:
         def compress(checked: np.ndarray, finite: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
             session = self.session
             with binding.lock:
+                binding.enter(self.layers, [*watched, *on_host], int(checked))
                 for name, is_finite in zip(watched, finite, strict=True):
                     session.note(name, bool(is_finite))
                 for name, array in zip(on_host, arrays[: len(on_host)], strict=True):
@@ -174,6 +174,7 @@ class Exchange:
         def compress(checked: tf.Tensor, array: tf.Tensor) -> Sequence[tf.Tensor]:
             session = self.session
             with self.binding.lock:
+                self.binding.enter(self.layers, [name], int(checked))
                 if session.dense_step:
                     session.note(name, finite=True)  # its sum is checked later
                     return [tf.zeros(0, dtype) for dtype in dtypes]
