@@ -5,7 +5,7 @@ Nothing that outlives the step changes here.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,11 @@ import numpy as np
 from hvd_dls.core.selection.backend import Array, Future
 from hvd_dls.core.selection.passes import nothing_found
 from hvd_dls.core.session.base import SessionBase
+from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.step import Step
 from hvd_dls.core.wire.layout import ABSENT
 from hvd_dls.core.wire.pack import pack, pack_abandoned
+from hvd_dls.core.wire.payload import Payload, Told
 from hvd_dls.core.wire.unpack import headers_in, unpack, unpack_varying
 from hvd_dls.errors import DLSError, PayloadError
 
@@ -58,7 +60,7 @@ class Gathering(SessionBase):
                 f"layer {name!r}: gradient of shape {gradient.shape}, expected "
                 f"({self._layers[name].size},)"
             )
-        self._arrive(name)
+        self._check_in(name)
         correction, baseline = self.memory.correction, self.memory.baseline
         if correction.active:
             gradient = correction.apply(name, gradient, self.loss_scale)
@@ -68,7 +70,7 @@ class Gathering(SessionBase):
         elif not baseline.needs_all:
             k = baseline.k_of(name, self.residuals[name], gradient, self.loss_scale)
             self._find(name, k)
-        return self._complete(name)
+        return self._arrive(name)
 
     def correct(self, name: str, gradient: Array) -> Array:
         """What to send of a layer that goes dense, if ``corrects``.
@@ -98,12 +100,12 @@ class Gathering(SessionBase):
         Raises:
             DLSError: the layer has been in this step already.
         """
-        self._arrive(name)
+        self._check_in(name)
         if isinstance(finite, Future):
             self._step.futures[name] = finite
         elif not finite:
             self._step.not_finite.add(name)
-        return self._complete(name)
+        return self._arrive(name)
 
     def leave_out(self, name: str) -> int | None:
         """Takes note of a layer that takes no part on this rank: it is frozen, for example.
@@ -117,13 +119,24 @@ class Gathering(SessionBase):
         Raises:
             DLSError: the layer has been in this step already.
         """
-        self._arrive(name, left_out=True)
-        return self._complete(name)
+        self._check_in(name, left_out=True)
+        return self._arrive(name, left_out=True)
 
-    def _arrive(self, name: str, left_out: bool = False) -> None:
+    def _check_in(self, name: str, left_out: bool = False) -> None:
         if not self.in_step:
             self._begin()
-        self._step.arrive(name, left_out)
+        self._step.check(name, left_out)
+
+    def _arrive(self, name: str, left_out: bool = False) -> int | None:
+        """Takes a layer in when all that is needed of it is there.
+
+        If Ctrl-C comes before, the layer has not come in, and can come once more.
+        """
+        with Uninterrupted():
+            self._step.arrive(name, left_out)
+            if self.memory.controller.dense:
+                return None
+            return self._step.complete_with(name)
 
     @property
     def complete(self) -> bool:
@@ -152,15 +165,19 @@ class Gathering(SessionBase):
             self._heard_of(name, step.futures[name].result())
             del step.futures[name]  # not before: waiting may be interrupted
         if self.memory.baseline is not None and self.memory.baseline.needs_all:
-            together = self.memory.baseline.k_together(self.residuals, step.gradients)
+            there = {n: g for n, g in step.gradients.items() if n in step.arrived}
+            together = self.memory.baseline.k_together(self.residuals, there)
             for name, k in together.items():
                 self._find(name, k)
-        found = [step.found.get(layer.name, ABSENT) for layer in of.layers]
+        found = [
+            step.found.get(x.name, ABSENT) if x.name in step.arrived else ABSENT for x in of.layers
+        ]
         if self.memory.baseline is None:
             k_of_layers = self._k_of(bucket)
         else:  # this rank's own; of a layer that is not finite or absent, nothing
-            there = [f if f is not ABSENT and f is not None else None for f in found]
-            k_of_layers = np.array([0 if f is None else len(f.indices) for f in there])
+            k_of_layers = np.array(
+                [0 if f is None or f is ABSENT else len(f.indices) for f in found]
+            )
         watched = step.status_of_watched(bucket)
         packed = pack(of, k_of_layers, found, watched, self._clock.now)
         step.sent[bucket] = len(packed.payload)
@@ -187,10 +204,14 @@ class Gathering(SessionBase):
                 payloads = unpack(of, self._k_of(bucket), gathered, self.world_size)
         except PayloadError:
             # Ranks in other steps send other numbers of entries.
-            self._clock.check(headers_in(of, gathered, self.world_size))
+            self._check_clock(headers_in(of, gathered, self.world_size))
             raise
-        self._clock.check(payloads)
+        self._check_clock(payloads)
         self._step.received[bucket] = payloads
+
+    def _check_clock(self, told: Sequence[Payload | Told]) -> None:
+        self._step.given_up |= any(each.abandoned for each in told)
+        self._clock.check(told)
 
     def _farewell(self) -> dict[int, np.ndarray]:
         """What tells the other ranks that this one has given the step up.
@@ -200,7 +221,8 @@ class Gathering(SessionBase):
         """
         step, routing, own_k = self._step, self.routing, self.memory.baseline is not None
         unsent = [n for n in range(len(routing.buckets)) if n not in step.sent]
-        if all(n not in step.begun and routing.members[n] <= self.missed for n in unsent):
+        waits = [n in step.begun or not routing.members[n] <= self.missed for n in unsent]
+        if not (step.given_up or any(waits)):
             return {}  # nobody waits for these
         return {
             n: pack_abandoned(
@@ -231,6 +253,3 @@ class Gathering(SessionBase):
             step.found[name] = found if step.k[name] or found is None else nothing_found(found)
         elif not result:
             step.not_finite.add(name)
-
-    def _complete(self, name: str) -> int | None:
-        return None if self.memory.controller.dense else self._step.complete_with(name)

@@ -38,6 +38,7 @@ class Step:
         sent: length of each payload that went out, by bucket.
         received: all ranks' payloads, by bucket.
         settled: layers whose residual and gradient are done.
+        given_up: whether another rank has told that it gave the step up.
         refused: why nothing of this step may enter residuals and weights.
         untouched: layers that came in and took no part on any rank.
         whole: histograms of gradients that were sent whole, if they are wanted.
@@ -58,14 +59,15 @@ class Step:
         self.sent: dict[int, int] = {}
         self.received: dict[int, list[Payload]] = {}
         self.settled: set[str] = set()
+        self.given_up = False
         self.refused: NonFiniteGradientError | None = None
         self.untouched: frozenset[str] = frozenset()
         self.whole: dict[str, np.ndarray] = {}
 
     # Gathering ----------------------------------------------------------------------------------
 
-    def arrive(self, name: str, left_out: bool = False) -> None:
-        """A layer comes in.
+    def check(self, name: str, left_out: bool = False) -> None:
+        """Whether a layer may come in.
 
         Args:
             name: of the layer.
@@ -82,6 +84,9 @@ class Step:
                 "because it was frozen or sparse when the step began; this step is lost, the next "
                 "one has it"
             )
+
+    def arrive(self, name: str, left_out: bool = False) -> None:
+        """A layer that may comes in: see ``check``."""
         self.arrived.add(name)
         if left_out:
             self.left_out.add(name)

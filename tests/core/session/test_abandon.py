@@ -384,6 +384,57 @@ OUT_OF_STEP = [
 ]
 
 
+def test_ranks_that_have_tried_more_or_less_often_are_told():
+    """That cannot happen to ranks that tell each other; it must not go unnoticed if it does."""
+    rng = np.random.default_rng(0)
+    ranks = connect(trained(rng, 3))
+    ranks[0].session.note("fc.bias", True)
+    ranks[0].session.abandon()  # and the other one is not told
+    for rank in ranks:
+        gradients = draw_gradients(rng, rank.session)
+        for name in NAMES:
+            rank.compress(name, gradients[name])
+    for rank, match in zip(
+        ranks, (r"attempt 2, but rank 1 .* 1:", r"attempt 1, .* 2:"), strict=True
+    ):
+        with pytest.raises(RanksDisagreeError, match=match):
+            rank.receive()
+        rank.abandon()
+    for rank in ranks:
+        rank.session.agree(ranks[0].session.agreed())  # as after hvd.init()
+    check_alike(ranks, copy.deepcopy(ranks))
+
+
+def test_buckets_that_were_not_there_in_the_last_step_are_told_of_with_the_others():
+    """Or payloads of one rank's attempt would meet those of the others' next one, for ever."""
+    rng = np.random.default_rng(0)
+    ranks = connect(trained(rng, 3, 3, bucket_bytes=1))
+    some = ["fc.bias", "fc.weight"]  # one bucket of four
+    gradients = [draw_gradients(rng, rank.session) for rank in ranks]
+    for rank, of_rank in zip(ranks, gradients, strict=True):
+        for name in some:
+            rank.compress(name, of_rank[name])
+    for rank in ranks:
+        rank.receive()
+    for rank in ranks:
+        out = outputs(rank.session, some)
+        for name in some:
+            rank.finish(name, out[name], ranks)
+        assert rank.session.missed == set(NAMES) - set(some)
+    others = copy.deepcopy(ranks)
+    gradients = [draw_gradients(rng, rank.session) for rank in ranks]
+    ranks[0].compress("conv2.weight", gradients[0]["conv2.weight"])  # which is sent at once
+    assert sorted(ranks[0].abandon()) == [0, 1, 3]
+    ranks[1].compress("fc.bias", gradients[1]["fc.bias"])
+    assert sorted(ranks[1].abandon()) == [0, 1, 2, 3]
+    for name in some:
+        ranks[2].compress(name, gradients[2][name])
+    with pytest.raises(RanksDisagreeError, match=r"rank\(s\) \[0, 1\] gave step"):
+        ranks[2].receive()
+    assert sorted(ranks[2].abandon()) == [1, 2, 3]
+    check_alike(ranks, others)
+
+
 @pytest.mark.parametrize("options", [{"strategy": "norm"}, {"bucket_bytes": 1}, {}], ids=str)
 def test_ranks_in_other_steps_are_told_so_also_where_their_payloads_have_other_lengths(options):
     rng = np.random.default_rng(0)

@@ -149,6 +149,39 @@ def test_after_ctrl_c_the_next_step_is_that_of_ranks_that_were_never_interrupted
         assert list(map(frozen, again)) == list(map(frozen, others))
 
 
+@each_option
+def test_a_layer_whose_coming_in_was_interrupted_can_come_in_once_more(options):
+    """As Horovod's optimizer hands gradients over again, if its wait was interrupted."""
+    sessions = trained(**options)
+    rng = np.random.default_rng(1)
+    gradients = [draw_gradients(rng, session) for session in sessions]
+    expected, line, tries = None, 1 << 30, 0
+    while True:
+        ranks = connect(copy.deepcopy(sessions))
+        for name in NAMES:
+            ranks[1].compress(name, gradients[1][name])
+        own, session = {n: g.copy() for n, g in gradients[0].items()}, ranks[0].session
+        interrupted = interrupted_at(
+            line, lambda r=ranks[0], o=own: [r.compress(name, o[name]) for name in NAMES]
+        )
+        for name in NAMES:
+            if not session.has(name):
+                ranks[0].compress(name, own[name])
+            elif name not in ranks[0].whole and not session.is_sparse(name):
+                corrected = session.correct(name, own[name]) if session.corrects else own[name]
+                ranks[0].whole[name] = corrected.copy()
+        outs = outputs(session, NAMES)
+        ranks[0].receive()
+        for name in NAMES:
+            ranks[0].finish(name, outs[name], ranks)
+        after = frozen(session), {n: out.tobytes() for n, out in outs.items()}
+        assert expected is None or after == expected
+        if expected is not None and not interrupted:
+            break
+        expected, line, tries = after, EVERY * tries + 1, tries + 1
+    assert tries > 5
+
+
 # Blocks that are not cut ------------------------------------------------------------------------
 
 
