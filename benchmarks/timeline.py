@@ -22,7 +22,7 @@ from benchmarks.common.command_line import make_parser
 from benchmarks.common.reporting import pyplot, save_picture
 
 LAYERS, WIDTH, BATCH, STEPS = 6, 1024, 512, 8
-BUCKET = re.compile(r"allgather\.dls\.\w{8}\.\d+\.\d+")
+BUCKET = re.compile(r"allgather\.dls\.\d+\.\d+\.\d+")
 COLORS = {
     "negotiation": "#cccccc",
     "allgather": "#2c7fb8",
@@ -49,7 +49,7 @@ class Operation(NamedTuple):
     """One operation of one step.
 
     Attributes:
-        tensor: its name, "allgather.dls.0123abcd.1.0" or "allreduce.fc.weight".
+        tensor: its name, "allgather.dls.0.1.0" or "allreduce.fc.weight".
         ready: when each rank asked for it, in seconds; empty if Horovod did not negotiate.
         phases: by their ends.
     """
@@ -121,7 +121,9 @@ def step_of(operations: Iterable[Operation], number: int) -> list[Operation]:
         of_tensor.setdefault(operation.tensor, []).append(operation)
     buckets = {name: found for name, found in of_tensor.items() if BUCKET.fullmatch(name)}
     if not buckets:
-        raise ValueError("no bucket's allgather (dls.<fingerprint>.1.0) is in this timeline")
+        raise ValueError(
+            "no bucket's allgather (dls.<process set>.<model>.<bucket>) is in this timeline"
+        )
     steps = max(map(len, buckets.values()))
     chosen = [x[-1 - number] for x in of_tensor.values() if steps - 1 <= len(x) > number]
     return sorted(chosen, key=lambda operation: (operation.tensor not in buckets, operation.start))

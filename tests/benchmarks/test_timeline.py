@@ -1,10 +1,14 @@
 """The picture of a timeline, from lines as Horovod writes them."""
 
+from __future__ import annotations
+
 import pytest
 
 from benchmarks.timeline import main, read, step_of
+from tests.benchmarks.running import PNG
+from tests.jobs import horovodrun, needs
 
-BUCKET, DENSE = "allgather.dls.0123abcd.1.0", "allreduce.fc.bias"
+BUCKET, DENSE = "allgather.dls.0.1.0", "allreduce.fc.bias"
 
 
 def lane(number, tensor):
@@ -63,7 +67,7 @@ def test_the_picture(text, tmp_path):
     timeline, picture = tmp_path / "timeline.json", tmp_path / "timeline.png"
     timeline.write_text(text)
     assert main(["draw", str(timeline), str(picture)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(PNG)
 
 
 def test_a_timeline_without_buckets_is_refused(tmp_path, capsys):
@@ -71,3 +75,16 @@ def test_a_timeline_without_buckets_is_refused(tmp_path, capsys):
     timeline.write_text("[\n" + lane(2, DENSE) + operation(2, "ALLREDUCE", 0))
     assert main(["draw", str(timeline), "none.png"]) == 2
     assert "no bucket's allgather" in capsys.readouterr().err
+
+
+@needs("torch", "horovod", "matplotlib")
+def test_the_timeline_of_a_real_job_has_its_buckets_and_can_be_drawn(tmp_path):
+    timeline, picture = tmp_path / "timeline.json", tmp_path / "timeline.png"
+    env = {"HOROVOD_TIMELINE": str(timeline), "HOROVOD_CACHE_CAPACITY": "0"}
+    horovodrun(2, ["-m", "benchmarks.timeline", "train"], env=env)
+    operations = step_of(read(timeline.read_text()), 1)
+    kinds = [operation.tensor.partition(".")[0] for operation in operations]
+    assert kinds == ["allgather"] * 3 + ["allreduce"] * 12  # buckets, layers of two tensors each
+    assert all(operation.ready.keys() == {0, 1} for operation in operations)
+    assert main(["draw", str(timeline), str(picture)]) == 0
+    assert picture.read_bytes().startswith(PNG)
