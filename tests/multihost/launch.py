@@ -1,4 +1,4 @@
-"""Runs jobs across the hosts that benchmarks/hosts.py makes, and reads what their ranks report."""
+"""Runs jobs across the hosts that benchmarks/hosts makes, and reads what their ranks report."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 # Entries of a part.  One thread nearly uses up memory's bandwidth where it was measured: two are
-# faster than one from 25 million entries on, and not below (benchmarks/results.py --only threads).
+# faster than one from 25 million entries on, and not below (python -m benchmarks.results --only
+# threads).
 _LEAST = 1 << 23
 _AT_ALL = 64  # threads that are ever started
 _MOST = 4  # threads of a process, if nobody asks for more: memory's bandwidth is shared by all
