@@ -113,7 +113,7 @@ class DeviceExecutor:
         return tf.reshape(array, [-1])
 
     def cast(self, flat: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-        return tf.cast(flat, dtype)
+        return tf.cast(tf.convert_to_tensor(flat), dtype)  # a variable cannot be returned
 
     def scalar(self, array: tf.Tensor) -> tf.Tensor:
         return tf.cast(array[0], tf.float64)  # stays a tensor: float() would wait for the device

@@ -247,6 +247,14 @@ class World:
 
     # Between steps ------------------------------------------------------------------------------
 
+    def scale_to(self, scale: float) -> None:
+        factor = scale / self.scale
+        for session in self.sessions:
+            before = _velocities(session)
+            session.scale_to(scale)
+            scaled = {name: values * factor for name, values in before.items()}
+            assert same(_velocities(session), scaled)
+
     def save(self) -> Saved:
         states = [pickle.dumps(session.state_dict()) for session in self.sessions]
         return Saved(states, copies(self.books), self.steps)

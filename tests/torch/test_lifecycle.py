@@ -44,7 +44,7 @@ def test_horovod_can_be_started_again_with_as_many_fewer_or_more_ranks():
 
 
 KILLED = """
-import os, signal
+import os, signal, time
 import horovod.torch as hvd
 from horovod.common.exceptions import HorovodInternalError
 from hvd_dls.torch import DLSCompressor
@@ -55,6 +55,7 @@ model = net()
 optimizer = wrap(model, DLSCompressor(density=0.05, **SPARSE))
 train(model, optimizer, range(3))
 if hvd.rank() == 1:
+    time.sleep(2)  # the other rank waits for this one's payload by then
     os.kill(os.getpid(), signal.SIGKILL)
 try:
     train(model, optimizer, [9])

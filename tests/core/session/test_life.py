@@ -213,8 +213,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(exponent=st.integers(-6, 10))
     def another_loss_scale(self, exponent):
-        for session in self.world.sessions:
-            session.scale_to(2.0**exponent)
+        self.world.scale_to(2.0**exponent)
 
     @rule()
     def save(self):
@@ -246,11 +245,15 @@ class Life(RuleBasedStateMachine):
         self.world.restart(self.world.save())
         assert self.world.frozen() == before
 
-    @rule(n_ranks=st.sampled_from([1, 2, 2, 3, 4]))
-    def other_ranks(self, n_ranks):
+    @rule(n_ranks=st.sampled_from([1, 2, 2, 3, 4]), then=st.sampled_from(["", "scale", "restart"]))
+    def other_ranks(self, n_ranks, then):
         """As after hvd.init(): the same number, or another one."""
         self.world.resize(n_ranks)
         self.saved = self.world.save()
+        if then == "scale":
+            self.world.scale_to(2 * self.world.scale)
+        elif then == "restart":
+            self.restart_from_now()
 
 
 # To shorten an example that fails takes longer than a test may; HYPOTHESIS_PROFILE=explore does it.
