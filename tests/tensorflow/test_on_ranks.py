@@ -27,7 +27,7 @@ def test_tensorflow_on_four_ranks_with_one_thread_for_operations():
         f"{HERE}/test_laws.py::test_at_density_one_the_cost_rule_makes_it_dense_training_itself",
         f"{HERE}/test_laws.py::test_the_average_is_that_of_all_ranks_entries",
         *(
-            f"{HERE}/test_laws.py::test_at_density_one_training_equals_dense_training[{mode}-float32-average]"
+            f"{HERE}/test_laws.py::test_at_density_one_training_equals_dense_training[{mode}-average]"
             for mode in ("eager", "tf.function")
         ),
         f"{HERE}/test_horovod_options.py::test_process_sets",

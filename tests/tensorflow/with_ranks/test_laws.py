@@ -115,11 +115,14 @@ def test_nothing_is_lost_where_sums_are_subnormal(mode):
 
 
 @pytest.mark.parametrize(
-    "horovod_options",
-    [{"op": hvd.Average}, {"op": hvd.Sum}, {"gradient_predivide_factor": 1.5}],
+    ("dtype", "horovod_options"),
+    [
+        ("float32", {"op": hvd.Average}),
+        ("float32", {"op": hvd.Sum}),
+        ("float64", {"gradient_predivide_factor": 1.5}),
+    ],
     ids=["average", "sum", "predivide"],
 )
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_at_density_one_training_equals_dense_training(mode, dtype, horovod_options):
     trained = []
     for compression in (hvd.Compression.none, DLSCompressor(density=1, **SPARSE)):

@@ -1,5 +1,7 @@
 """Layers whose passes stay on a device, in real jobs: CPU tensors made to, and a GPU's."""
 
+from itertools import cycle
+
 import horovod.tensorflow as hvd
 import numpy as np
 import pytest
@@ -55,7 +57,11 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("eager", {}), *zip(cycle(["tf.function", "eager"]), OPTIONS)],
+    ids=str,
+)
 def test_training_is_the_same_to_the_bit_wherever_the_passes_are(mode, options, backend):
     trained = []
     for chosen in (none_of_them, all_of_them, some_of_them):
@@ -78,8 +84,11 @@ def test_training_is_the_same_to_the_bit_wherever_the_passes_are(mode, options, 
         assert np.array_equal(trained[0], trained[2])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "dense_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [("float16", {}), ("bfloat16", {"momentum": 0.5, "dense_steps": 2}), ("float64", {})],
+    ids=str,
+)
 def test_other_types_and_groups(mode, dtype, options, backend):
     trained = []
     for chosen in (none_of_them, all_of_them):
@@ -91,8 +100,15 @@ def test_other_types_and_groups(mode, dtype, options, backend):
     assert np.array_equal(*trained)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("values", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("float16", "float16"),
+        ("bfloat16", "float32"),
+        ("float32", "float16"),
+        ("float64", "float32"),
+    ],
+)
 def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(mode, dtype, values, backend):
     backend(all_of_them)
     shapes = [(30, 40), (3, 3, 4, 8), (7, 11)]
@@ -150,8 +166,11 @@ NAN_SHAPES = {"first": (30, 20), "vector": (7,), "second": (20, 30)}
 
 
 @pytest.mark.parametrize("where", NAN_SHAPES)
-@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
-@pytest.mark.parametrize("dense_steps", [0, 3])
+@pytest.mark.parametrize(
+    ("mode", "nonfinite", "dense_steps"),
+    [("eager", "skip", 3), ("eager", "raise", 0), ("tf.function", "skip", 0),
+     ("tf.function", "raise", 3)],
+)  # fmt: skip
 def test_nan_on_one_rank(mode, where, nonfinite, dense_steps, backend):
     backend(all_of_them)
     variables = [tf.Variable(tf.zeros(shape), name=name) for name, shape in NAN_SHAPES.items()]
