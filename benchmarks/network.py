@@ -2,9 +2,12 @@
 
     python -m benchmarks.network --json build/network.json --picture build/network.png
     python -m benchmarks.network --hosts 2 --model resnet50
+    python -m benchmarks.network --hosts 4 --per-host 4 --density 0.01
+
+With several ranks on each host it compares DLS as it is with hierarchical=True.
 
 Makes hosts out of this machine, with links of the given rate in each direction (benchmarks.hosts;
-needs root), and runs one job of one rank a host for each number of hosts and each rate. In a job,
+needs root), and runs one job for each number of hosts and each rate. In a job,
 all methods take turns with the same gradients, for several rounds; times are medians of all steps
 with quartiles behind, ratios those of medians in a round with the smallest and the largest behind.
 A step has no computation in it (see benchmarks.rounds): the ratio is that of exchanging gradients,
@@ -12,10 +15,11 @@ and the most that a whole training step can win.
 
 Bytes are those that a host's interface sent in a step, as the kernel counted them, beside what the
 telemetry says: payloads times (P - 1), for a ring allgather, and what goes to allreduce times
-2 (P - 1) / P. The difference is of what is left when that of a step with nothing to exchange (our
-barrier) is subtracted: headers (4.6 %; less on fast links, where the kernel joins packets and
-counts one header), acknowledgements, and Horovod's coordination, which goes on every millisecond,
-so that slow steps have more of it.
+2 (P - 1) / P; with hierarchical=True, a host's payloads times (hosts - 1). The difference is of
+what is left when that of a step with nothing to exchange (our barrier) is subtracted: headers
+(4.6 %; less on fast links, where the kernel joins packets and counts one header),
+acknowledgements, and Horovod's coordination, which goes on every millisecond, so that slow steps
+have more of it.
 
 All hosts share this machine's processors. With more hosts than cores, every operation waits for
 its turn on each of them, so that even the smallest takes tens of milliseconds, and passes over
@@ -61,6 +65,9 @@ def methods_of(args: argparse.Namespace) -> list[str]:
     """Returns the methods to compare, as ``Method.parse`` takes them."""
     methods = ["nothing", "dense", "fp16"]
     for density in args.density:
+        if args.per_host > 1:
+            methods += [f"{kind}:{density:g}" for kind in ("dls", "hierarchical")]
+            continue
         methods += [f"{kind}:{density:g}" for kind in ("layerwise", "dls")]
         methods.append(f"dls:{density:g}:{args.values}")
     return methods
@@ -87,16 +94,23 @@ def measure(args: argparse.Namespace, count: int, rate: str, cycle: float | None
         cycle: HOROVOD_CYCLE_TIME in milliseconds; None: Horovod's default.
     """
     options = [*options_of(args), "--methods", *methods_of(args), "--interface", INTERFACE]
-    environment = {} if cycle is None else {"HOROVOD_CYCLE_TIME": f"{cycle:g}"}
-    title = f"{count} hosts, {rate}" + (f", cycle {cycle:g} ms" if cycle else "")
+    environment = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"} if args.per_host > 1 else {}
+    environment |= {} if cycle is None else {"HOROVOD_CYCLE_TIME": f"{cycle:g}"}
+    title = f"{hosts_of(count, args.per_host)}, {rate}" + (f", cycle {cycle:g} ms" if cycle else "")
     # Hosts of its own for each job: whatever goes wrong in one, the next starts clean.
     with Hosts(count, rate) as hosts:
-        command = launcher(count, *hosts.horovodrun_options())
+        placed = hosts.horovodrun_options([args.per_host] * count)
+        command = launcher(count * args.per_host, *placed)
         job = run_job(command, "benchmarks.rounds", options, hosts[0].popen, environment, title)
     job |= {"kind": "network", "rate": rate, "bits_per_second": bits_per_second(rate)}
-    job |= {"cycle_time": cycle}
+    job |= {"cycle_time": cycle, "title": title}
     job["rows"] = [row_of(job, method) for method in job["methods"]]
     return job
+
+
+def hosts_of(count: int, per_host: int) -> str:
+    """Says how many hosts there are, and how many ranks on each."""
+    return f"{count} hosts" + (f" of {per_host} ranks" if per_host > 1 else "")
 
 
 def row_of(job: dict[str, Any], method: str) -> dict[str, Any]:
@@ -122,10 +136,9 @@ def row_of(job: dict[str, Any], method: str) -> dict[str, Any]:
 
 def show(job: dict[str, Any]) -> None:
     """Prints a job's tables."""
-    cycle = f", HOROVOD_CYCLE_TIME={job['cycle_time']:g}" if job["cycle_time"] else ""
     print(
-        f"\n{job['ranks']} hosts, {job['rate']}: {job['model']}, {job['entries']:,} entries in "
-        f"{job['tensors']} tensors{cycle}\n"
+        f"\n{job['title']}: {job['model']}, {job['entries']:,} entries in {job['tensors']} "
+        "tensors\n"
     )
     lines = []
     for row in job["rows"]:
@@ -147,7 +160,7 @@ def show(job: dict[str, Any]) -> None:
     print(markdown([*head, "difference", "processor, ms", "lengths unchanged"], lines))
     cores = os.cpu_count() or 1
     if job["ranks"] > cores:
-        print(f"{job['ranks']} hosts share {cores} cores: small operations are slow, see above.")
+        print(f"{job['ranks']} ranks share {cores} cores: small operations are slow, see above.")
     for method in job["methods"]:
         if ":" in method and (table := format_profile(job, method)):
             print(f"\n{table}")
@@ -182,7 +195,7 @@ def draw(jobs: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         for y, (x, row) in enumerate(zip(high, rows, strict=True)):
             axis.text(1.2 * x, y, f"{row['dense_over_this'][1]:.1f}×", va="center")
-        axis.set(xscale="log", xlabel="step, ms", title=f"{job['ranks']} hosts, {job['rate']}")
+        axis.set(xscale="log", xlabel="step, ms", title=job["title"])
         axis.set_xlim(right=4 * high.max())
     axes[0][0].invert_yaxis()
     figure.suptitle(f"{jobs[0]['model']}: step, and how many times as long dense takes")
@@ -195,6 +208,7 @@ def parse() -> argparse.Namespace:
     parser = make_parser("network", __doc__)
     add_options(parser, model="mlp10m", rounds=5)
     parser.add_argument("--hosts", type=int, nargs="+", default=[4], help="numbers of hosts")
+    parser.add_argument("--per-host", type=int, default=1, help="ranks on each host")
     parser.add_argument("--rates", nargs="+", default=["1gbit", "100mbit"], help="as in 1gbit")
     parser.add_argument("--density", type=float, nargs="+", default=[0.01, 0.001])
     parser.add_argument("--values", default="bfloat16", help="the 16-bit type that is tried")

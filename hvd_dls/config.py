@@ -47,6 +47,10 @@ class DLSConfig:
     # raises the same error; "skip", no rank changes its weights.  Both leave residuals alone.
     nonfinite: str = "raise"
 
+    # Where several ranks share a host, and its link: average gradients inside the host first, and
+    # have one of its ranks send for all.  Needs process sets: see docs/scale.md.
+    hierarchical: bool = False
+
     # Seldom set --------------------------------------------------------------------------------
     # Layers with a density of their own, or "dense": {pattern of names, as a shell's: density}, the
     # first that matches; outside the budget that the other layers share.
@@ -127,11 +131,13 @@ class DLSConfig:
         self._require_integer("bucket_bytes", 1)
         if self.threads is not None:
             self._require_integer("threads", 1, or_else=" or None")
-        for option in ("cost_rule", "nesterov", "momentum_masking"):
+        for option in ("cost_rule", "hierarchical", "nesterov", "momentum_masking"):
             if not isinstance(getattr(self, option), bool):
                 raise DLSError(f"{option}={getattr(self, option)!r}: accepted are True and False")
         if self.nesterov and not self.momentum:
             raise DLSError("nesterov=True needs a momentum")
+        if self.hierarchical:
+            self._check_hierarchical()
 
     @classmethod
     def from_options(cls, **options: object) -> DLSConfig:
@@ -145,6 +151,19 @@ class DLSConfig:
             if name not in known:
                 raise DLSError(f"unknown option {name!r}: accepted are {', '.join(known)}")
         return cls(**options)  # type: ignore[arg-type]
+
+    def _check_hierarchical(self) -> None:
+        if self.strategy not in ("dls", "layerwise"):
+            raise DLSError(
+                f"hierarchical=True with strategy={self.strategy!r}: accepted are 'dls' and "
+                "'layerwise'; the others are there to compare with, without hosts"
+            )
+        if self.momentum and (self.dense_steps or self.prior == MEASURED):
+            raise DLSError(
+                f"hierarchical=True and momentum={self.momentum} with dense_steps="
+                f"{self.dense_steps}, prior={self.prior!r}: a host's velocities begin with its "
+                "first sparse step; use warmup_steps, or the optimizer's momentum"
+            )
 
     def _require_number(self, name: str, accepted: str, ok: Callable[[Any], bool]) -> None:
         value = getattr(self, name)

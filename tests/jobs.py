@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -48,15 +49,26 @@ class Job:
         ranks: number of processes.
         command: arguments of the Python interpreter.
         env: environment variables besides this process's own.
+        per_host: ranks on each of up to two hosts that this machine pretends to be.
     """
 
-    def __init__(self, ranks: int, command: list[str], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        command: list[str],
+        env: dict[str, str] | None = None,
+        per_host: Sequence[int] | None = None,
+    ) -> None:
         launcher = Path(sys.executable).with_name("horovodrun")
         self._ranks = ranks
         # Not a pipe: a process that outlives the job would keep it open.
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [str(launcher), "-np", str(ranks), f"--{controller()}", sys.executable, *command],
+            [
+                *(str(launcher), "-np", str(ranks), f"--{controller()}"),
+                *(() if per_host is None else pretended(per_host)),
+                *(sys.executable, *command),
+            ],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -123,8 +135,19 @@ class Job:
         self._process.wait()
 
 
+def pretended(per_host: Sequence[int]) -> list[str]:
+    """horovodrun's arguments by which two names of this machine are two hosts, over Gloo."""
+    slots = zip(("localhost", "127.0.0.1"), per_host, strict=False)
+    hosts = ",".join(f"{name}:{ranks}" for name, ranks in slots)
+    return ["-H", hosts, "--network-interface", "lo"]
+
+
 def horovodrun(
-    ranks: int, command: list[str], time_limit: float = JOB, env: dict[str, str] | None = None
+    ranks: int,
+    command: list[str],
+    time_limit: float = JOB,
+    env: dict[str, str] | None = None,
+    per_host: Sequence[int] | None = None,
 ) -> str:
     """Runs ``command`` on ``ranks`` processes of this machine.
 
@@ -133,18 +156,23 @@ def horovodrun(
         command: arguments of the Python interpreter.
         time_limit: seconds after which every process of the job is killed.
         env: environment variables besides this process's own.
+        per_host: see ``Job``.
 
     Returns:
         What the job printed, each line with its rank.
 
     Fails the test, showing that output, if a rank exits with an error or the time is up.
     """
-    with Job(ranks, command, env) as job:
+    with Job(ranks, command, env, per_host) as job:
         return job.wait(time_limit)
 
 
 def pytest_on_ranks(
-    ranks: int, *paths: str, time_limit: float = TEST_JOB, env: dict[str, str] | None = None
+    ranks: int,
+    *paths: str,
+    time_limit: float = TEST_JOB,
+    env: dict[str, str] | None = None,
+    per_host: Sequence[int] | None = None,
 ) -> str:
     """Runs test files with pytest on every rank at once; the first failure ends the job.
 
@@ -152,4 +180,4 @@ def pytest_on_ranks(
     """
     options = ["-x", "-q", "--color=no", "-p", "no:cacheprovider"]
     options += [f"--timeout={RANK_TEST}", "--timeout-method=thread"]
-    return horovodrun(ranks, ["-m", "pytest", *options, *paths], time_limit, env)
+    return horovodrun(ranks, ["-m", "pytest", *options, *paths], time_limit, env, per_host)

@@ -18,6 +18,7 @@ GOOD = {
     "dense_steps": [0, 1, 1000, np.int64(4)],
     "warmup_steps": [0, 1, 1000, np.int64(4)],
     "nonfinite": ["raise", "skip"],
+    "hierarchical": [True, False],
     "layer_density": [(), (("*", 1),), (("a.*", 0.1), ("[bc]?", "dense")), (("a", 1e-9),) * 2],
     "warmup_density": [1e-9, 0.5, 1, 1.0, Fraction(1, 3)],
     "nesterov": [True, False],
@@ -45,6 +46,7 @@ BAD = {
     "dense_steps": [-1, 1.0, "1", None, True],
     "warmup_steps": [-1, 1.0, "1", None, False],
     "nonfinite": ["ignore", "", None, True],
+    "hierarchical": [0, 1, "yes", None],
     "layer_density": [
         None,
         3,
@@ -175,3 +177,18 @@ def test_the_package_imports_no_framework(module):
 
 def test_the_public_names_exist():
     assert all(hasattr(hvd_dls, name) for name in hvd_dls.__all__)
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ({"strategy": "global"}, "strategy='global'"),
+        ({"strategy": "norm"}, "strategy='norm'"),
+        ({"strategy": "hard", "threshold": 1.0}, "strategy='hard'"),
+        ({"momentum": 0.9, "dense_steps": 5}, "dense_steps=5"),
+        ({"momentum": 0.9, "prior": "measured"}, "prior='measured'"),
+    ],
+)
+def test_hierarchical_refuses_what_it_cannot_do(others, words):
+    with pytest.raises(DLSError, match=f"hierarchical=True.*{words}"):
+        DLSConfig(hierarchical=True, **others)

@@ -18,7 +18,7 @@ from benchmarks.common.noise import make_noise
 from benchmarks.common.shapes import Shapes
 from hvd_dls.torch import DLSCompressor
 
-COMPRESSIONS = ("none", "fp16", "dls", "layerwise")
+COMPRESSIONS = ("none", "fp16", "dls", "layerwise", "hierarchical")
 
 
 class Gradients:
@@ -152,4 +152,6 @@ def make_compression(name: str, **options: Any) -> Any:
     """
     if name in ("none", "fp16"):
         return getattr(hvd.Compression, name)
+    if name == "hierarchical":
+        return DLSCompressor(hierarchical=True, **options)
     return DLSCompressor(strategy=name, **options)

@@ -25,7 +25,7 @@ from benchmarks.common.shapes import MODELS, entries
 from benchmarks.common.stopwatch import Stopwatch
 from benchmarks.common.synthetic_model import Gradients
 from benchmarks.rounds.measuring import gather
-from benchmarks.rounds.methods import Method, RunningMethod, ring_bytes
+from benchmarks.rounds.methods import Method, RunningMethod
 from benchmarks.rounds.options import add_options
 from hvd_dls.torch import DLSCompressor
 
@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "entries": entries(shapes),
         "tensors": len(shapes),
         "ranks": hvd.size(),
+        "hosts": hvd.cross_size(),
         "about": {
             "numba": HAVE_NUMBA,
             "torch": torch.__version__,
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             each.method.name: {
                 "turns": turns[each.method.name],
                 "handed_over": each.handed_over(),
-                "claimed_wire_bytes": ring_bytes(each.handed_over(), hvd.size()),
+                "claimed_wire_bytes": each.link_bytes(),
                 "unchanged_lengths": each.unchanged_lengths(),
                 "spread": each.records[-1]["spread"] if each.records else None,
                 "profile_ms": profiles.get(each.method.name),

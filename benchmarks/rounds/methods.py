@@ -17,7 +17,7 @@ from benchmarks.common.synthetic_model import (
     SyntheticModel,
     make_compression,
 )
-from benchmarks.rounds.measuring import interface_bytes, wait_for_all
+from benchmarks.rounds.measuring import gather, interface_bytes, wait_for_all
 from hvd_dls.torch import DLSCompressor
 
 
@@ -27,7 +27,7 @@ class Method:
 
     Attributes:
         compression: "nothing" (no exchange at all), "none" (dense, as they are), "fp16",
-            "layerwise" or "dls".
+            "layerwise", "dls", or "hierarchical" (DLS between hosts, behind averages inside).
         density: of the sparse ones.
         values: type of the values they send.
     """
@@ -40,7 +40,7 @@ class Method:
     def parse(cls, text: str) -> Method:
         """Parses "dense", "fp16", "nothing", "layerwise:0.01", "dls:0.01", "dls:0.01:bfloat16"."""
         kind, *rest = text.split(":")
-        if kind in ("layerwise", "dls") and rest:
+        if kind in ("layerwise", "dls", "hierarchical") and rest:
             return cls(kind, float(rest[0]), *rest[1:])
         return cls({"dense": "none"}.get(kind, kind))
 
@@ -158,13 +158,16 @@ class RunningMethod:
         pairs = list(itertools.pairwise(lengths))
         return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
 
+    def link_bytes(self) -> float:
+        """Returns the bytes a host's link carries each way in a step, without any headers.
 
-def ring_bytes(handed_over: dict[str, float], ranks: int) -> float:
-    """Returns the bytes a rank sends in a step by ring algorithms, without any headers.
-
-    Args:
-        handed_over: see ``RunningMethod.handed_over``.
-        ranks: number of ranks.
-    """
-    gathered = handed_over["allgather"] * (ranks - 1)
-    return gathered + handed_over["allreduce"] * 2 * (ranks - 1) / ranks
+        By ring algorithms, ranks numbered host by host; with one rank a host, what a rank sends.
+        To be called on all ranks.
+        """
+        handed_over, ranks, hosts = self.handed_over(), hvd.size(), hvd.cross_size()
+        gathered = handed_over["allgather"] * (ranks - 1)
+        if self.method.compression == "hierarchical":
+            # One rank of each host sends a bucket, to those of the other hosts.
+            name = f"handed over.{self.method.name}"
+            gathered = gather([handed_over["allgather"]], name).sum() * (hosts - 1) / hosts
+        return float(gathered + handed_over["allreduce"] * 2 * (ranks - 1) / ranks)

@@ -47,6 +47,7 @@ def title_of(method: str) -> str:
     """Returns a method's name for tables and pictures: "DLS, 1.0%" for "dls:0.01"."""
     kind, *rest = method.split(":")
     names = {"dls": "DLS", "layerwise": "layer-wise top-k", "none": "dense"}
+    names["hierarchical"] = "DLS, two levels"
     words = [names.get(kind, kind)]
     words += [f"{float(rest[0]):.1%}"] if rest else []
     return ", ".join([*words, *rest[1:]])

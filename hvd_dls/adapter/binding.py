@@ -11,19 +11,21 @@ from typing import Any
 import numpy as np
 
 import hvd_dls
+from hvd_dls.adapter.hosts import HostSets, groups_of, host_sets, row_of
 from hvd_dls.adapter.states import take_state_of
 from hvd_dls.adapter.world import World, epoch
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection import threads
 from hvd_dls.core.selection.backend import Backend
+from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.session import Session
 from hvd_dls.core.wire import agreement
 from hvd_dls.core.wire.agreement import Claim
 
 # Names of the operations in which ranks compare notes.  They depend on nothing that may differ
 # between ranks; where a rank is missing, Horovod's stall report shows them.
-_AGREE, _LOAD = "hvd_dls.agree", "hvd_dls.load_state_dict"
+_HOSTS, _AGREE, _LOAD = "hvd_dls.hosts", "hvd_dls.agree", "hvd_dls.load_state_dict"
 _labels = count(1)
 
 
@@ -41,6 +43,7 @@ class BaseBinding(ABC):
     Attributes:
         session: None before the first gradient.
         loss_scale: tells what the loss is multiplied by, if it is.
+        host_sets: where the ranks of each host average their gradients first.
         states: saved ones that wait for models; the session takes its own out of them.
     """
 
@@ -53,6 +56,7 @@ class BaseBinding(ABC):
         self._world: World | None = None
         self._epoch: Any = None
         self._label = ""
+        self.host_sets: HostSets | None = None
 
     @property
     @abstractmethod
@@ -91,8 +95,15 @@ class BaseBinding(ABC):
             StateMismatchError: a state that was loaded before does not fit.
         """
         old, error, session, loaded = self.session, None, None, None
+        groups, hosts = Groups.of_one(world.size, world.rank), list[list[int]]()
+        # All ranks gather this, whatever their options are: these are compared afterwards.
+        rows = row_of(world)
+        if world.size > 1:
+            rows = self._gather(_HOSTS, rows)
         try:
-            session = self._new_session(world)
+            if self._config.hierarchical:
+                groups, hosts = groups_of(rows, world)
+            session = self._new_session(world, groups)
             if old is None:
                 loaded = take_state_of(self.parameters_of_state, self.states)
             if loaded is not None:
@@ -100,6 +111,7 @@ class BaseBinding(ABC):
         except Exception as met:
             error = met
         facts = agreement.facts_of(hvd_dls.__version__, self._config, self._layers)
+        facts.append(("ranks on each host", [len(ranks) for ranks in hosts]))
         facts.append(("saved state", _summary_of(loaded) if loaded else "none"))
         first = world.rank == 0
         own = Claim(
@@ -113,6 +125,8 @@ class BaseBinding(ABC):
             raise error
         agreement.check_errors(claims)
         assert session is not None
+        if session.grouped and session.routing.buckets:
+            self.host_sets = host_sets(groups, hosts, world)
         session.agree(np.array(claims[0].ratios, np.int64))
         self._label = claims[0].label
         self._world, self._epoch, self.session = world, epoch(), session
@@ -120,16 +134,19 @@ class BaseBinding(ABC):
             session.announce()
         return session
 
-    def _new_session(self, world: World) -> Session:
+    def _new_session(self, world: World, groups: Groups) -> Session:
         threads.use(self._config.threads or threads.to_spare(world.local_size))
         norms = self._norms() if self._config.prior == "weight_norm" else None
         session = Session(
-            self._layers, self._config, world.size, world.rank, norms, self._backends()
+            self._layers, self._config, world.size, world.rank, norms, self._backends(), groups
         )
         if self.session is not None:
-            before = self._world
-            changed = before is not None and world.averages and world.size != before.size
-            factor = world.size / before.size if changed and before else 1.0
+            # What waits in a residual reaches the weights divided by the number of senders; sums
+            # over ranks, multiplied by that of ranks.
+            before = self.session.groups
+            factor = groups.count / before.count
+            if not world.averages:
+                factor *= before.world_size / groups.world_size
             session.inherit(self.session, factor)
         return session
 

@@ -15,6 +15,8 @@ class World(NamedTuple):
         size: number of ranks, P.
         local_size: number of Horovod's processes on this host, which share its cores.
         set_id: of the process set.
+        global_rank: number of this process among all of the job.
+        local_rank: number of this process among those on this host.
         averages: whether Horovod divides sums over ranks by their number.
     """
 
@@ -22,6 +24,8 @@ class World(NamedTuple):
     size: int
     local_size: int
     set_id: int
+    global_rank: int = 0
+    local_rank: int = 0
     averages: bool = True
 
 

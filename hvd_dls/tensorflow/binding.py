@@ -101,6 +101,8 @@ class Binding(BaseBinding):
             size=process_set.size(),
             local_size=hvd.local_size(),
             set_id=process_set.process_set_id,
+            global_rank=hvd.rank(),
+            local_rank=hvd.local_rank(),
             averages=self._op == hvd.Average,
         )
         self.abandon()  # Horovod was shut down: nobody waits any more
@@ -195,7 +197,8 @@ class Binding(BaseBinding):
         return gradient if gradient.size == 2 and work == tf.float32 else work
 
     def _backends(self) -> Mapping[str, Backend]:
-        if self.config.strategy not in BASELINES:  # these look at whole residuals, on the host
+        # These strategies look at whole residuals, on the host; and hosts add up there.
+        if self.config.strategy not in BASELINES and not self.config.hierarchical:
             for layer, reference in zip(self._layers, self._references, strict=True):
                 variable = reference()
                 if variable is None or layer.size >= TOO_LARGE:

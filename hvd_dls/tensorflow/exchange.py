@@ -132,7 +132,9 @@ class Exchange:
                     else:
                         session.compress(name, HOST.flatten(array))
                 if bucket is None or session.dense_step:
-                    return np.zeros(1, np.uint8)
+                    return np.zeros(1, dtype)
+                if session.grouped:
+                    return session.contribution(bucket)
                 parts = iter(arrays[len(on_host) :])
                 for name in on_device:
                     self._future(name).parts = list(islice(parts, N_PARTS))
@@ -144,16 +146,51 @@ class Exchange:
         finite = tf.zeros([0], tf.bool)
         if watched:
             finite = tf.stack([self._all_finite(name, gradients[name]) for name in watched])
-        payload = tf.numpy_function(compress, [self.checked, finite, *inputs], tf.uint8)
+        dtype: Any = np.uint8
+        if session.grouped and bucket is not None:
+            dtype = session.routing.buckets[bucket].layers[0].work_dtype
+        payload = tf.numpy_function(compress, [self.checked, finite, *inputs], dtype)
         payload = tf.ensure_shape(payload, [None])
         if bucket is None:
             return payload
+        if session.grouped:
+            return self._gather_by_hosts(bucket, payload)
+        return self._allgather(payload, bucket, binding.process_set)
+
+    def _allgather(self, array: tf.Tensor, name: str | int, process_set: Any) -> tf.Tensor:
         return hvd.allgather(
-            payload,
-            name=binding.operation_name(bucket),  # Horovod matches operations of ranks by name
+            array,
+            name=self.binding.operation_name(name),  # Horovod matches operations of ranks by name
             ignore_name_scope=True,
-            process_set=binding.process_set,
+            process_set=process_set,
         )
+
+    def _gather_by_hosts(self, bucket: int, contribution: tf.Tensor) -> tf.Tensor:
+        """Adds a bucket's gradients up inside the host; gathers the payloads of all hosts."""
+        binding = self.binding
+        assert binding.host_sets is not None
+        inside, across = binding.host_sets
+        if inside is not None:
+            contribution = hvd.allreduce(
+                contribution,
+                op=hvd.Sum,
+                name=binding.operation_name(f"{bucket}.add"),
+                ignore_name_scope=True,
+                process_set=inside,
+            )
+
+        def select(total: np.ndarray) -> np.ndarray:
+            session = self.session
+            with binding.lock:
+                if session.dense_step:
+                    return np.zeros(1, np.uint8)
+                session.added_up(bucket, total)
+                return session.payload(bucket) if session.sends(bucket) else session.header(bucket)
+
+        sent = tf.ensure_shape(tf.numpy_function(select, [contribution], tf.uint8), [None])
+        if self.session.sends(bucket):
+            sent = self._allgather(sent, bucket, across)
+        return sent if inside is None else self._allgather(sent, f"{bucket}.hand_on", inside)
 
     def _as_exchanged(self, name: str, gradient: tf.Tensor) -> tf.Tensor:
         return tf.cast(gradient, self.binding.exchanged_dtype(name, gradient.dtype))

@@ -201,6 +201,18 @@ class Device:
         if total is not out:
             out.assign(tf.cast(total, out.dtype))
 
+    @_on_its_device
+    def sum_up(
+        self,
+        received: Sequence[tuple[np.ndarray, np.ndarray]],
+        scale: float | tf.Tensor,
+        out: tf.Variable,
+        dtype: np.dtype,
+    ) -> None:
+        """See ``passes.sum_up``."""
+        unused, nothing = self.zeros(out.shape[0], dtype), np.empty(0, np.uint32)
+        self.settle(unused, unused, nothing, None, received, scale, out)
+
     # Clipping and momentum ----------------------------------------------------------------------
 
     @_on_its_device

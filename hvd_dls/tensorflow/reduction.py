@@ -100,7 +100,7 @@ class SparseContext(NamedTuple):
             with binding.lock, deferred.gradient_of(exchange.n_gradients):
                 accepted = deferred.error is None
                 if accepted and session.is_sparse(name):
-                    scale = executor.scalar(reduced) / session.world_size
+                    scale = executor.scalar(reduced) / session.groups.count
                     session.decompress(name, executor.writable(total), scale)
                     accepted = not session.refused
                 elif accepted:

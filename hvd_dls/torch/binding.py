@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -15,11 +16,12 @@ from hvd_dls.adapter import BaseBinding, World
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.selection.backend import Array, Backend, Future
 from hvd_dls.core.session.baselines import BASELINES
+from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
-from hvd_dls.torch import bookkeeping, exchange, joined
+from hvd_dls.torch import bookkeeping, joined
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
-from hvd_dls.torch.exchange import Exchange
+from hvd_dls.torch.exchange import POLL, Exchange, Stage, gather
 from hvd_dls.torch.on_device import Device, finite_future
 from hvd_dls.torch.parameters import (
     NamedParameter,
@@ -133,7 +135,7 @@ class Binding(BaseBinding):
         assert self.session is not None
         self._receive_all(self.session)
         one = sent.placeholder if reduced_one is None else reduced_one
-        scale = one.item() / self.session.world_size
+        scale = one.item() / self.session.groups.count
         out = self.array(sent.name, sent.flat)
         self._settled_by(self.session.decompress, sent.name, out, scale)
         if sent.flat.data_ptr() != sent.gradient.data_ptr():
@@ -218,13 +220,15 @@ class Binding(BaseBinding):
             size=self._process_set.size(),
             local_size=hvd.local_size(),
             set_id=self._process_set.process_set_id,
+            global_rank=hvd.rank(),
+            local_rank=hvd.local_rank(),
             averages=optimizer.op == hvd.Average,
         )
         if self.session is not None:
             self.session.abandon()  # Horovod was shut down: nobody waits any more
         self._exchange = None
         self.agree(world)
-        self._exchange = Exchange(self._label, self._process_set)
+        self._exchange = Exchange(self._label, self._process_set, self.host_sets)
 
     def _change_types(self) -> None:
         """Takes over that the model's parameters have other types now, as by ``model.double()``."""
@@ -289,22 +293,51 @@ class Binding(BaseBinding):
             raise
 
     def _send_ready(self, session: Session) -> None:
-        """Sends what is complete; what a device still works on goes in a later call."""
-        for bucket in session.ready():
-            self._send(session, bucket)
+        """Sends what is complete; what is still being worked on goes in a later call.
 
-    def _send(self, session: Session, bucket: int) -> None:
+        That is, by a device, or by the host's ranks, which add up their gradients first.
+        """
+        exchange = self._exchange
+        assert exchange is not None
+        for bucket in session.to_add_up():
+            self._add_up(session, bucket)
+        if session.grouped:
+            exchange.take(Stage.ADD_UP, session.added_up)
+        for bucket in session.ready():
+            exchange.send(Stage.GATHER, bucket, session.payload(bucket))
+        if session.grouped:
+            exchange.take(Stage.GATHER, self._hand_on)
+
+    def _add_up(self, session: Session, bucket: int) -> None:
         assert self._exchange is not None
-        self._exchange.send(bucket, session.payload(bucket))
+        with Uninterrupted():  # what counts as sent is sent
+            self._exchange.send(Stage.ADD_UP, bucket, session.contribution(bucket))
+            if not session.sends(bucket):
+                self._exchange.send(Stage.HAND_ON, bucket, session.header(bucket))
+
+    def _hand_on(self, bucket: int, gathered: np.ndarray) -> None:
+        assert self._exchange is not None
+        assert self.session is not None
+        with Uninterrupted():
+            self._exchange.send(Stage.HAND_ON, bucket, self.session.hand_on(bucket, gathered))
 
     def _receive_all(self, session: Session) -> None:
         """Waits for all that is on its way: before a step changes anything, all of it is there."""
-        assert self._exchange is not None
+        exchange = self._exchange
+        assert exchange is not None
         # What a device has worked on until now; or some layers of a bucket take no part.
         for bucket in session.unfinished():
-            self._send(session, bucket)
+            if session.grouped:
+                self._add_up(session, bucket)
+            else:
+                exchange.send(Stage.GATHER, bucket, session.payload(bucket))
+        last = Stage.HAND_ON if session.grouped else Stage.GATHER
         try:
-            self._exchange.receive(session.receive)
+            while not exchange.idle:
+                if session.grouped:
+                    self._send_ready(session)
+                if not exchange.take(last, session.receive):
+                    time.sleep(POLL)
         except DLSError:
             self.abandon()
             raise
@@ -314,7 +347,7 @@ class Binding(BaseBinding):
             raise joined.explained(error, self._handles, one) from error
 
     def _gather(self, name: str, array: np.ndarray) -> np.ndarray:
-        return exchange.gather(name, array, self._process_set)
+        return gather(name, array, self._process_set)
 
     def _norms(self) -> dict[str, float]:
         return {n: p.detach().double().norm().item() for n, p in self.parameters.named()}
@@ -322,9 +355,9 @@ class Binding(BaseBinding):
     # Layers on a device --------------------------------------------------------------------------
 
     def _backends(self) -> dict[str, Backend]:
-        # These strategies look at whole residuals, on the host.
+        # These strategies look at whole residuals, on the host; and hosts add up there.
         self._on_device = {}
-        if self._config.strategy not in BASELINES:
+        if self._config.strategy not in BASELINES and not self._config.hierarchical:
             for name, parameter in self.parameters.named():
                 if stays_on_device(parameter):
                     self._on_device[name] = Device(parameter.device)

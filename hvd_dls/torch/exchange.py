@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 
 import horovod.torch as hvd
 import numpy as np
@@ -13,8 +14,11 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_dls.adapter import epoch
+from hvd_dls.adapter.hosts import HostSets
+from hvd_dls.core.session.gathering import Farewell
 
-_POLL = 2e-4  # seconds between two looks
+POLL = 2e-4  # seconds between two looks
+_DONE, _ALONE = -1, -2  # instead of a handle: the result is there; there is nobody else
 
 
 def start(name: str, payload: np.ndarray, process_set: hvd.ProcessSet) -> int:
@@ -38,7 +42,7 @@ def finish(handle: int) -> np.ndarray:
             recovers from this very type.
     """
     while not hvd.poll(handle):
-        time.sleep(_POLL)
+        time.sleep(POLL)
     gathered: torch.Tensor = hvd.synchronize(handle)
     return gathered.numpy()
 
@@ -68,8 +72,23 @@ def gather(name: str, array: np.ndarray, process_set: hvd.ProcessSet) -> np.ndar
     return gathered
 
 
+class Stage(Enum):
+    """What an operation of a bucket does."""
+
+    ADD_UP = "add"  # inside the host, gradients
+    GATHER = "gather"  # payloads: of all ranks, or of one of each host
+    HAND_ON = "hand_on"  # inside the host, what came in
+
+
+class Operation(NamedTuple):
+    """One of a bucket's operations."""
+
+    stage: Stage
+    bucket: int
+
+
 class Exchange:
-    """The payloads of a model that are on their way.
+    """What is on its way of a model.
 
     A step that is abandoned leaves operations behind, which other ranks have not joined yet.  Until
     they do, the operations' names are in use, and what is to be sent under such a name waits.
@@ -77,71 +96,125 @@ class Exchange:
     Args:
         label: of the model, the same on every rank.
         process_set: the ranks.
+        host_sets: where the ranks of each host average their gradients first; or None.
     """
 
-    def __init__(self, label: str, process_set: hvd.ProcessSet) -> None:
+    def __init__(
+        self, label: str, process_set: hvd.ProcessSet, host_sets: HostSets | None = None
+    ) -> None:
         self._label = label
-        self._process_set = process_set
-        self._payloads: dict[int, np.ndarray] = {}  # of buckets that were not taken yet
-        self._handles: dict[int, int] = {}
-        # Of steps that were abandoned: operations not finished, and payloads not sent.
-        self._stale: dict[int, int] = {}
-        self._leaving: dict[int, list[np.ndarray]] = {}
+        self._sets = dict.fromkeys(Stage, process_set)
+        if host_sets is not None:
+            inside, across = host_sets
+            self._sets = {Stage.ADD_UP: inside, Stage.GATHER: across, Stage.HAND_ON: inside}
+        self._arrays: dict[Operation, np.ndarray] = {}  # what was not taken yet
+        self._handles: dict[Operation, int] = {}
+        # Of steps that were abandoned: operations not finished, and arrays not sent.
+        self._stale: dict[Operation, int] = {}
+        self._leaving: dict[Operation, list[np.ndarray]] = {}
 
-    def send(self, bucket: int, payload: np.ndarray) -> None:
-        """Sends a bucket's payload on its way."""
-        self._payloads[bucket] = payload
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on its way."""
+        return not self._arrays
+
+    def send(self, stage: Stage, bucket: int, array: np.ndarray) -> None:
+        """Sends something on its way; what is to be added up is overwritten."""
+        self._arrays[Operation(stage, bucket)] = array
         self._start_waiting()
 
-    def receive(self, take: Callable[[int, np.ndarray], None]) -> None:
-        """Waits for all that is on its way.
-
-        It can be interrupted, and called again.
+    def take(self, stage: Stage, take: Callable[[int, np.ndarray], None]) -> bool:
+        """Hands over what has come in; waits for nothing.
 
         Args:
-            take: given a bucket and all ranks' payloads.
+            stage: of the operations.
+            take: given a bucket and the result; after an interrupt, perhaps once more.
+
+        Returns:
+            Whether there was anything.
 
         Raises:
-            HorovodInternalError: see ``finish``.
-            Exception: whatever ``take`` raises.
+            HorovodInternalError: a rank failed or left.
+            Exception: whatever ``take`` raises; then that result is gone.
         """
-        while self._payloads:
-            self._start_waiting()
-            done = [bucket for bucket, handle in self._handles.items() if hvd.poll(handle)]
-            for bucket in done:
-                gathered = finish(self._handles.pop(bucket))
-                del self._payloads[bucket]
-                take(bucket, gathered)
-            if not done:
-                time.sleep(_POLL)
+        self._start_waiting()
+        mine = [operation for operation in self._arrays if operation.stage is stage]
+        done = [operation for operation in mine if self._is_done(operation)]
+        for operation in done:
+            handle = self._handles.get(operation, _ALONE)
+            if handle >= 0:
+                self._finish(operation, handle)
+            try:
+                take(operation.bucket, self._arrays[operation])
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                self._forget(operation)
+                raise
+            self._forget(operation)
+        return bool(done)
 
-    def abandon(self, farewell: Mapping[int, np.ndarray]) -> None:
+    def _finish(self, operation: Operation, handle: int) -> None:
+        try:
+            result = hvd.synchronize(handle)
+        except HorovodInternalError:
+            del self._handles[operation]
+            raise
+        self._arrays[operation], self._handles[operation] = result.numpy(), _DONE
+
+    def _is_done(self, operation: Operation) -> bool:
+        if self._sets[operation.stage] is None:  # alone
+            return True
+        handle = self._handles.get(operation)
+        return handle is not None and (handle == _DONE or hvd.poll(handle))
+
+    def _forget(self, operation: Operation) -> None:
+        self._handles.pop(operation, None)
+        del self._arrays[operation]
+
+    def abandon(self, farewell: Mapping[int, Farewell]) -> None:
         """Forgets what is on its way.
 
         Args:
-            farewell: payloads that other ranks may wait for, by bucket.
+            farewell: what other ranks may wait for, by bucket.
         """
-        unsent = {b: p for b, p in self._payloads.items() if b not in self._handles}
-        for bucket, payload in [*unsent.items(), *farewell.items()]:
-            self._leaving.setdefault(bucket, []).append(payload)
-        self._stale |= self._handles
-        self._payloads, self._handles = {}, {}
+        leaving = [(op, array) for op, array in self._arrays.items() if op not in self._handles]
+        for bucket, last in farewell.items():
+            for stage, array in zip(Stage, last, strict=True):
+                if array is not None:
+                    leaving.append((Operation(stage, bucket), array))
+        for operation, array in leaving:
+            if self._sets[operation.stage] is not None:
+                self._leaving.setdefault(operation, []).append(array)
+        self._stale |= {op: handle for op, handle in self._handles.items() if handle >= 0}
+        self._arrays, self._handles = {}, {}
         self._start_waiting()
 
     def _start_waiting(self) -> None:
-        for bucket, handle in list(self._stale.items()):
+        for operation, handle in list(self._stale.items()):
             if hvd.poll(handle):
-                del self._stale[bucket]
+                del self._stale[operation]
                 with contextlib.suppress(HorovodInternalError):  # it concerns nobody any more
                     hvd.synchronize(handle)
-        for bucket, payloads in list(self._leaving.items()):
-            if bucket not in self._stale:
-                self._stale[bucket] = self._start(bucket, payloads.pop(0))
-                if not payloads:
-                    del self._leaving[bucket]
-        for bucket, payload in self._payloads.items():
-            if bucket not in self._handles and bucket not in self._stale:
-                self._handles[bucket] = self._start(bucket, payload)
+        for operation, arrays in list(self._leaving.items()):
+            if operation not in self._stale:
+                self._stale[operation] = self._start(operation, arrays.pop(0))
+                if not arrays:
+                    del self._leaving[operation]
+        for operation, array in self._arrays.items():
+            begun = operation in self._handles or operation in self._stale
+            if not begun and self._sets[operation.stage] is not None:
+                self._handles[operation] = self._start(operation, array)
 
-    def _start(self, bucket: int, payload: np.ndarray) -> int:
-        return start(f"{self._label}.{bucket}", payload, self._process_set)
+    def _start(self, operation: Operation, array: np.ndarray) -> int:
+        stage, bucket = operation
+        name = f"{self._label}.{bucket}"
+        if stage is Stage.GATHER:
+            return start(name, array, self._sets[stage])
+        name = f"{name}.{stage.value}"
+        if stage is Stage.HAND_ON:
+            return start(name, array, self._sets[stage])
+        handle: int = hvd.allreduce_async_(
+            torch.from_numpy(array), name=name, op=hvd.Sum, process_set=self._sets[stage]
+        )
+        return handle

@@ -151,6 +151,17 @@ class Device:
         if total is not out:
             out.copy_(total)
 
+    def sum_up(
+        self,
+        received: Sequence[tuple[np.ndarray, np.ndarray]],
+        scale: float,
+        out: Tensor,
+        dtype: np.dtype,
+    ) -> None:
+        """See ``core.passes.sum_up``."""
+        unused, nothing = self.zeros(len(out), dtype), np.empty(0, np.uint32)
+        self.settle(unused, unused, nothing, None, received, scale, out)
+
     def _indices(self, arrays: Sequence[np.ndarray]) -> Sequence[Tensor]:
         """uint32 arrays as indices that torch takes."""
         bits = self._joined([array.view(np.int32) for array in arrays], torch.int32)

@@ -8,33 +8,76 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from hvd_dls.core.selection.passes_numpy import widened
+from hvd_dls.core.session.gathering import Farewell
+from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
 from tests.core.ranks import Gradients
 
 
 class Network:
-    """As Horovod's: the n-th payload that a rank sends of a bucket meets the n-th of the others."""
+    """As Horovod's: the n-th payload that a rank sends of a bucket meets the n-th of the others.
 
-    def __init__(self, n_ranks: int) -> None:
-        self._sent: list[dict[int, list[np.ndarray]]] = [defaultdict(list) for _ in range(n_ranks)]
+    And so do contributions inside a group.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        n_ranks = groups.world_size
+        self._groups = groups
+        self.ranks: list[Rank] = []
+        self._sent, self._added, self._handed = (
+            [defaultdict[int, list[np.ndarray]](list) for _ in range(n_ranks)] for _ in range(3)
+        )
+
+    def contribute(self, rank: int, bucket: int, contribution: np.ndarray) -> int:
+        """Sends a contribution; returns its number, to ask for the sum later."""
+        self._added[rank][bucket].append(contribution)
+        return len(self._added[rank][bucket]) - 1
+
+    def hand_on(self, rank: int, bucket: int, array: np.ndarray) -> int:
+        """Hands something on inside the group; returns its number."""
+        self._handed[rank][bucket].append(array)
+        return len(self._handed[rank][bucket]) - 1
+
+    def total(self, ranks: Sequence[int], bucket: int, number: int) -> np.ndarray | None:
+        """What these ranks contributed, added up; None while some have not."""
+        there = self._of(self._added, ranks, bucket, number)
+        return None if there is None else sum(there[1:], start=there[0])
+
+    def handed_on(self, ranks: Sequence[int], bucket: int, number: int) -> np.ndarray | None:
+        """What these ranks handed on; None while some have not."""
+        there = self._of(self._handed, ranks, bucket, number)
+        return None if there is None else np.concatenate(there)
+
+    def _of(self, where, ranks: Sequence[int], bucket: int, number: int) -> list[np.ndarray] | None:
+        there = [where[rank][bucket] for rank in ranks]
+        return None if any(len(x) <= number for x in there) else [x[number] for x in there]
 
     def send(self, rank: int, bucket: int, payload: np.ndarray) -> int:
         """Sends a payload; returns its number, to ask for it later."""
         self._sent[rank][bucket].append(payload)
         return len(self._sent[rank][bucket]) - 1
 
-    def gathered(self, bucket: int, number: int) -> np.ndarray | None:
-        """What all ranks sent; None while some have not."""
-        if any(len(sent[bucket]) <= number for sent in self._sent):
-            return None
-        return np.concatenate([sent[bucket][number] for sent in self._sent])
+    def gathered(self, ranks: Sequence[int], bucket: int, number: int) -> np.ndarray | None:
+        """What these ranks sent; None while some have not."""
+        there = self._of(self._sent, ranks, bucket, number)
+        return None if there is None else np.concatenate(there)
 
     @property
     def quiet(self) -> bool:
         """Whether no rank waits for another."""
-        counts = [{b: len(p) for b, p in sent.items() if p} for sent in self._sent]
-        return all(each == counts[0] for each in counts)
+        routing = self.ranks[0].session.routing
+        for bucket, senders in enumerate(routing.senders):
+            everyone = range(len(self.ranks))
+            grouped = not self._groups.trivial
+            counts = {len(self._sent[rank][bucket]) for rank in senders}
+            if grouped:
+                counts |= {
+                    len(where[r][bucket]) for r in everyone for where in (self._added, self._handed)
+                }
+            if len(counts) > 1:
+                return False
+        return True
 
 
 class WaitingError(Exception):
@@ -52,6 +95,8 @@ class Rank:
         self.session, self.network = session, network
         self.whole: Gradients = {}
         self._outstanding: deque[tuple[int, int]] = deque()
+        self._adding: dict[int, int] = {}
+        self._across: dict[int, int] = {}
 
     def begin(self, away: Collection[str] = ()) -> None:
         """A step begins."""
@@ -79,9 +124,37 @@ class Rank:
         self._send(self.session.leave_out(name))
 
     def _send(self, bucket: int | None) -> None:
-        if bucket is not None:
-            with Uninterrupted():  # what counts as sent is sent
-                number = self.network.send(self.session.rank, bucket, self.session.payload(bucket))
+        session, network = self.session, self.network
+        with Uninterrupted():  # what counts as sent is sent
+            if bucket is not None and not session.grouped:
+                number = network.send(session.rank, bucket, session.payload(bucket))
+                self._outstanding.append((bucket, number))
+            elif bucket is not None:
+                contribution = session.contribution(bucket)
+                self._adding[bucket] = network.contribute(session.rank, bucket, contribution)
+                if not session.sends(bucket):
+                    number = network.hand_on(session.rank, bucket, session.header(bucket))
+                    self._outstanding.append((bucket, number))
+            self._send_ready()
+
+    def _send_ready(self) -> None:
+        """What has been added up inside the group is taken, and sent; what comes in, handed on."""
+        session, network = self.session, self.network
+        if not session.grouped:
+            return
+        mates, rank = session.groups.mates, session.rank
+        for bucket, number in list(self._adding.items()):
+            total = network.total(mates, bucket, number)
+            if total is not None:
+                session.added_up(bucket, total)
+                del self._adding[bucket]
+        for bucket in session.ready():
+            self._across[bucket] = network.send(rank, bucket, session.payload(bucket))
+        for bucket, number in list(self._across.items()):
+            gathered = network.gathered(session.routing.senders[bucket], bucket, number)
+            if gathered is not None:
+                del self._across[bucket]
+                number = network.hand_on(rank, bucket, session.hand_on(bucket, gathered))
                 self._outstanding.append((bucket, number))
 
     def send_rest(self) -> None:
@@ -97,13 +170,25 @@ class Rank:
             DLSError: see ``Session.receive``.
         """
         self.send_rest()
+        for _ in range(3):
+            for rank in self.network.ranks:  # they look by themselves, too
+                with Uninterrupted():
+                    rank._send_ready()
+        if self._adding or self._across:
+            raise WaitingError
         while self._outstanding:
             bucket, number = self._outstanding[0]
-            gathered = self.network.gathered(bucket, number)
+            gathered = self._gathered(bucket, number)
             if gathered is None:
                 raise WaitingError
             self._outstanding.popleft()
             self.session.receive(bucket, gathered)
+
+    def _gathered(self, bucket: int, number: int) -> np.ndarray | None:
+        groups, network = self.session.groups, self.network
+        if self.session.grouped:
+            return network.handed_on(groups.mates, bucket, number)
+        return network.gathered(range(groups.world_size), bucket, number)
 
     def finish(self, name: str, out: np.ndarray, ranks: Sequence[Rank], scale: float = 1.0) -> None:
         """Writes the sum of a layer."""
@@ -118,12 +203,20 @@ class Rank:
         counts = self.session.accept(name, reduced if self.session.dense_step else None)
         out[:] = reduced if counts else np.inf if self.session.marks_skipped else 0
 
-    def abandon(self) -> dict[int, np.ndarray]:
+    def abandon(self) -> dict[int, Farewell]:
         """Gives the step up, and tells the others; returns what it tells them."""
         farewell = self.session.abandon()
-        for bucket, payload in farewell.items():
-            self.network.send(self.session.rank, bucket, payload)
+        network, rank = self.network, self.session.rank
+        for bucket, last in farewell.items():
+            if last.contribution is not None:
+                network.contribute(rank, bucket, last.contribution)
+            if last.payload is not None:
+                network.send(rank, bucket, last.payload)
+            if last.header is not None:
+                network.hand_on(rank, bucket, last.header)
         self._outstanding.clear()
+        self._adding.clear()
+        self._across.clear()
         return farewell
 
 
@@ -135,5 +228,6 @@ def outputs(session: Session, names: Collection[str]) -> Gradients:
 
 def connect(sessions: Sequence[Session]) -> list[Rank]:
     """Each session as a rank of one network."""
-    network = Network(len(sessions))
-    return [Rank(session, network) for session in sessions]
+    network = Network(sessions[0].groups)
+    network.ranks = [Rank(session, network) for session in sessions]
+    return network.ranks

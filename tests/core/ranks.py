@@ -11,6 +11,7 @@ import numpy as np
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
 from hvd_dls.core.selection.passes_numpy import widened
+from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import NonFiniteGradientError
 
@@ -31,11 +32,19 @@ SCALES = {"conv1.weight": 8.0, "conv2.weight": 1.0, "conv3.weight": 0.25, "fc.we
 
 
 def make_sessions(
-    n_ranks: int, layers: Sequence[LayerSpec] = LAYERS, **options: object
+    n_ranks: int,
+    layers: Sequence[LayerSpec] = LAYERS,
+    groups: Sequence[int] | None = None,
+    **options: object,
 ) -> list[Session]:
+    """A session of each rank; ``groups`` are the sizes of groups of ranks, if there are any."""
     options = {"cost_rule": False, "prior": "uniform"} | options
     config = DLSConfig.from_options(**options)
-    return [Session(layers, config, n_ranks, rank) for rank in range(n_ranks)]
+    sizes = [1] * n_ranks if groups is None else groups
+    return [
+        Session(layers, config, n_ranks, rank, groups=Groups(sizes, rank))
+        for rank in range(sum(sizes))
+    ]
 
 
 def draw_gradients(rng: np.random.Generator, session: Session) -> Gradients:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hvd_dls.core.balancing.layers import layer_spec
+from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import NonFiniteGradientError
 from tests.core.network import connect, outputs
@@ -54,7 +55,7 @@ class World:
     """Ranks of one model, with whole numbers as gradients, so that all sums are exact.
 
     Args:
-        n_ranks: number of ranks.
+        n_ranks: number of ranks; or how many there are in each group, of 1, 2 or 4.
         options: of the compressor.
 
     Attributes:
@@ -62,7 +63,7 @@ class World:
         steps: that have counted.
     """
 
-    def __init__(self, n_ranks: int, options: Mapping[str, Any]) -> None:
+    def __init__(self, n_ranks: int | Sequence[int], options: Mapping[str, Any]) -> None:
         self.options = {"dense_below": 0, "density": 0.1, "cost_rule": False} | dict(options)
         # Momentum of 1/2 makes numbers longer by one bit a step.
         itemsize = 8 if "momentum" in options else 4
@@ -71,8 +72,13 @@ class World:
         self.books = {layer.name: np.zeros(layer.size) for layer in self.layers}
         self.steps = 0
 
-    def new_sessions(self, n_ranks: int) -> list[Session]:
-        return make_sessions(n_ranks, self.layers, **self.options)
+    def new_sessions(self, n_ranks: int | Sequence[int]) -> list[Session]:
+        groups = [1] * n_ranks if isinstance(n_ranks, int) else list(n_ranks)
+        return make_sessions(sum(groups), self.layers, groups, **self.options)
+
+    @property
+    def groups(self) -> Groups:
+        return self.sessions[0].groups
 
     @property
     def sessions(self) -> list[Session]:
@@ -166,7 +172,7 @@ class World:
         state, skipped = self.frozen(), [session.skipped for session in self.sessions]
         dense = self.sessions[0].dense_step
         bad = {
-            (name, None if dense else number)
+            (name, None if dense else self.sender_for(number, name))
             for number, part in enumerate(parts)
             for name in part.order
             if name not in part.left_out and not np.isfinite(part.gradients[name]).all()
@@ -196,7 +202,7 @@ class World:
         assert not errors
         self._check_step(parts, before, sums, dense)
         self.steps += 1
-        self._enter(parts, before, sums[0])
+        self._enter(parts, before, sums[0], dense)
 
     def _check_step(
         self,
@@ -209,24 +215,25 @@ class World:
         assert all(same(out, sums[0]) for out in sums)
         there = parts[0].order
         nobody = {n for n in there if all(n in part.left_out for part in parts)}
-        for number, (session, part) in enumerate(zip(self.sessions, parts, strict=True)):
+        entered = {(number, name): came for number, name, came in self.entering(parts, dense)}
+        for number, session in enumerate(self.sessions):
             residuals, velocities = before[number]
             momentum, masks = session.config.momentum, session.config.momentum_masking
             for name in NAMES:
-                takes_part = name in part.order and name not in part.left_out
+                takes_part = (number, name) in entered
                 if name in residuals and not takes_part:
                     assert np.array_equal(session.residuals[name], residuals[name])
-                if not momentum:
+                if name not in session.memory.correction.velocities:
                     continue
                 velocity = session.memory.correction.velocities[name]
                 if not takes_part:
                     assert np.array_equal(velocity, velocities[name])
                     continue
-                moved = momentum * velocities[name] + part.gradients[name]
+                moved = momentum * velocities[name] + entered[number, name]
                 good = velocity == moved
                 assert (good | (velocity == 0) if masks and name in residuals else good).all()
             assert session.last_step.step == self.sessions[0].last_step.step
-            assert session.missed == set(NAMES) - set(there)
+            assert session.missed == set(NAMES) - set(parts[number].order)
         for name in nobody:
             assert not sums[0][name].any()
         told = {session.untouched for session in self.sessions}
@@ -234,16 +241,43 @@ class World:
         assert told == {frozenset() if dense else frozenset(nobody)}
 
     def _enter(
-        self, parts: Sequence[Part], before: Sequence[tuple[Any, Any]], sums: Gradients
+        self,
+        parts: Sequence[Part],
+        before: Sequence[tuple[Any, Any]],
+        sums: Gradients,
+        dense: bool,
     ) -> None:
         """Enters a step into the books."""
-        for (_, velocities), session, part in zip(before, self.sessions, parts, strict=True):
-            for name in part.order:
-                if name not in part.left_out:
-                    came = contribution(session, velocities, name, part.gradients[name])
-                    self.books[name] += came.astype(float) / self.scale
+        for number, name, gradient in self.entering(parts, dense):
+            came = contribution(self.sessions[number], before[number][1], name, gradient)
+            self.books[name] += came.astype(float) / self.scale
         for name, values in sums.items():
             self.books[name] -= values.astype(float) / self.scale
+
+    def sender_for(self, number: int, name: str) -> int:
+        """The rank that tells the others of a rank's gradient."""
+        routing = self.sessions[number].routing
+        bucket = routing.bucket_of(name)
+        if bucket is None:
+            return number
+        return routing.senders[bucket][self.sessions[number].groups.own]
+
+    def entering(self, parts: Sequence[Part], dense: bool) -> Iterator[tuple[int, str, np.ndarray]]:
+        """What enters velocities and residuals: a rank, a layer, its gradient or its group's."""
+        of_group: dict[tuple[int, str], np.ndarray] = {}
+        for number, part in enumerate(parts):
+            for name in part.order:
+                if name in part.left_out:
+                    continue
+                gradient = part.gradients[name]
+                if dense or not self.sessions[number].may_be_sparse(name):
+                    yield number, name, gradient
+                    continue
+                key = self.sender_for(number, name), name
+                weighted = gradient * gradient.dtype.type(self.groups.weight)
+                of_group[key] = of_group[key] + weighted if key in of_group else weighted
+        for (number, name), gradient in of_group.items():
+            yield number, name, gradient
 
     # Between steps ------------------------------------------------------------------------------
 
@@ -266,7 +300,7 @@ class World:
 
     def restart(self, saved: Saved) -> None:
         """New processes go on from a checkpoint."""
-        self.ranks = connect(self.new_sessions(len(saved.states)))
+        self.ranks = connect(self.new_sessions(self.groups.sizes))
         self.load(saved)
         self.agree()
 
@@ -275,9 +309,11 @@ class World:
         for session in self.sessions:
             session.agree(agreed)
 
-    def resize(self, n_ranks: int) -> None:
+    def resize(self, sizes: int | Sequence[int]) -> None:
         """Other ranks go on: the first of those that there were, and perhaps new ones."""
-        old, factor = self.sessions, n_ranks / len(self.ranks)
+        new = self.new_sessions(sizes)
+        n_ranks = len(new)
+        old, factor = self.sessions, new[0].groups.count / self.groups.count
         if factor not in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 0.25):
             factor = 1.0  # others would round
         scale, marks = self.scale, old[0].marks_skipped
@@ -288,7 +324,6 @@ class World:
                 np.zeros(self.books[name].shape),
             )
         kept = [copy.deepcopy(_velocities(session)) for session in old[:n_ranks]]
-        new = self.new_sessions(n_ranks)
         for session, before in zip(new, old, strict=False):
             session.inherit(before, factor)
         for session in new[len(old) :]:
@@ -297,7 +332,8 @@ class World:
         self.ranks = connect(new)
         self.agree()
         for session, velocities in zip(new, kept, strict=False):
-            assert same(_velocities(session), velocities)
+            own = _velocities(session)
+            assert same(own, {n: velocities.get(n, np.zeros_like(own[n])) for n in own})
 
 
 def _velocities(session: Session) -> Gradients:

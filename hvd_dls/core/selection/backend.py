@@ -83,6 +83,15 @@ class Backend(Protocol):
     ) -> None:
         """``passes.settle``; indices are known to be good."""
 
+    def sum_up(
+        self,
+        received: Sequence[tuple[np.ndarray, np.ndarray]],
+        scale: float,
+        out: Array,
+        dtype: np.dtype,
+    ) -> None:
+        """``passes.sum_up``; indices are known to be good."""
+
     def fill(self, out: Array, value: float) -> None:
         """``passes.fill``."""
 
@@ -102,6 +111,7 @@ class Host:
     correct = staticmethod(correct)
     find = staticmethod(passes.find)
     settle = staticmethod(passes.settle)
+    sum_up = staticmethod(passes.sum_up)
     fill = staticmethod(passes.fill)
     histogram = staticmethod(histogram)
 

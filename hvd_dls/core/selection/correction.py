@@ -25,10 +25,11 @@ class Correction:
         layers: all, compressed or not: momentum must be the same for all parameters.
         config: the options.
         backends: where arrays of layers are that are not on the host, by name.
+        own: those that have a velocity on this rank; None: all.
 
     Attributes:
         active: whether gradients change at all.
-        velocities: (n,) of each layer, by name, in its work dtype; empty without momentum.
+        velocities: (n,) of each own layer, by name, in its work dtype; empty without momentum.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class Correction:
         layers: Sequence[LayerSpec],
         config: DLSConfig,
         backends: Mapping[str, Backend] | None = None,
+        own: Sequence[LayerSpec] | None = None,
     ) -> None:
         self.active = bool(config.momentum or config.clip_norm or config.clip_value)
         self._config = config
         self._layers = {layer.name: layer for layer in layers}
         self._backends = dict.fromkeys(self._layers, HOST) | dict(backends or {})
-        with_velocity = layers if config.momentum else []
+        with_velocity = (layers if own is None else own) if config.momentum else []
         self.velocities: dict[str, Array] = {
             x.name: self._backends[x.name].zeros(x.size, x.work_dtype) for x in with_velocity
         }

@@ -125,6 +125,28 @@ def settle(
     _backend.settle(residual, gradient, indices, kept, received, float(scale), out)
 
 
+def sum_up(
+    received: Sequence[tuple[np.ndarray, np.ndarray]],
+    scale: float,
+    out: np.ndarray,
+    dtype: np.dtype,
+) -> None:
+    """Writes the sum over ranks, as ``settle``: of a layer whose residual is not on this rank.
+
+    Args:
+        received: as for ``settle``.
+        scale: as for ``settle``.
+        out: as for ``settle``.
+        dtype: of the values received.
+
+    Raises:
+        ValueError: as ``settle``; out is spoiled then.
+    """
+    assert out.ndim == 1
+    assert out.flags.c_contiguous
+    _backend.sum_up(received, float(scale), out, np.dtype(dtype))
+
+
 def fill(out: np.ndarray, value: float) -> None:
     """Writes zero or Inf everywhere, of a step that counts for nothing."""
     out[:] = (0x7F80 if value else 0) if out.dtype == np.uint16 else value

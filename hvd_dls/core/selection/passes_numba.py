@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,10 @@ class _Scratch:
         self._indices = np.empty(0, np.uint32)
         self._values = dict(_nothing)
         block = settle_loops.BLOCK
-        self.totals = {"f": np.zeros(block, np.float32), "d": np.zeros(block, np.float64)}
+        self.totals: dict[str, np.ndarray] = {
+            "f": np.zeros(block, np.float32),
+            "d": np.zeros(block, np.float64),
+        }
 
     def candidates(self, dtype: np.dtype[Any], room: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices and values, at least ``room`` of each."""
@@ -129,28 +132,57 @@ def settle(
     out: np.ndarray,
 ) -> None:
     """See ``passes.settle``."""
-    n, dtype = len(residual), residual.dtype
+    dtype = residual.dtype
     gradient, out, factor = _numbered(gradient), _numbered(out), dtype.type(scale)
     left = _nothing[dtype.char] if kept is None else kept
 
-    def settle_part(task: tuple[tuple[int, int], _Scratch]) -> bool:
+    def settle_part(start: int, stop: int, lists: np.ndarray, total: np.ndarray) -> bool:
+        in_order: bool = settle_loops.settle(
+            residual, gradient, start, stop, indices, left, lists, factor, out, total
+        )
+        return in_order
+
+    _in_parts(len(residual), dtype, received, settle_part)
+
+
+def sum_up(
+    received: Sequence[tuple[np.ndarray, np.ndarray]],
+    scale: float,
+    out: np.ndarray,
+    dtype: np.dtype[Any],
+) -> None:
+    """See ``passes.sum_up``."""
+    result, factor = _numbered(out), dtype.type(scale)
+
+    def sum_part(start: int, stop: int, lists: np.ndarray, total: np.ndarray) -> bool:
+        in_order: bool = settle_loops.sum_up(start, stop, lists, factor, result, total)
+        return in_order
+
+    _in_parts(len(out), dtype, received, sum_part)
+
+
+def _in_parts(
+    n: int,
+    dtype: np.dtype[Any],
+    received: Sequence[tuple[np.ndarray, np.ndarray]],
+    work: Callable[[int, int, np.ndarray, np.ndarray], bool],
+) -> None:
+    """Calls a loop for a whole layer of n entries, or for its parts on several threads."""
+
+    def part(task: tuple[tuple[int, int], _Scratch]) -> bool:
         (start, stop), own = task
         if stop == n:
             stop = settle_loops.END  # so that what lies beyond the layer is seen
         lists = np.empty((len(received), 5), np.int64)
         for rank, (entries, values) in enumerate(received):
             settle_loops.note(lists, rank, entries, values, start, stop)
-        total = own.totals[dtype.char]
-        in_order: bool = settle_loops.settle(
-            residual, gradient, start, stop, indices, left, lists, factor, out, total
-        )
-        return in_order
+        return work(start, stop, lists, own.totals[dtype.char])
 
     if threads.of_use(n):
         parts = threads.parts(n, settle_loops.BLOCK)
         tasks = zip(parts, _scratch.of_parts(len(parts)), strict=True)
-        good = all(threads.each(settle_part, list(tasks)))
+        good = all(threads.each(part, list(tasks)))
     else:
-        good = settle_part(((0, n), _scratch.whole))
+        good = part(((0, n), _scratch.whole))
     if not good:
         raise ValueError(f"indices must ascend and stay below {n}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -107,25 +107,47 @@ def settle(
     out: np.ndarray,
 ) -> None:
     """See ``passes.settle``."""
-    n = len(residual)
-    factor = residual.dtype.type(scale)
-    check_ascending([indices, *(entries for entries, _ in received)], n)
+    check_ascending([indices], len(residual))
+    sums = _sums(received, scale, len(residual), residual.dtype)
+    for start, total in sums:
+        block = slice(start, start + len(total))
+        with np.errstate(all="ignore"):
+            residual[block] += widened(gradient[block])
+            narrow(total, out[block])
+    residual[indices] = 0 if kept is None else kept
+
+
+def sum_up(
+    received: Sequence[tuple[np.ndarray, np.ndarray]],
+    scale: float,
+    out: np.ndarray,
+    dtype: np.dtype,
+) -> None:
+    """See ``passes.sum_up``."""
+    for start, total in _sums(received, scale, len(out), dtype):
+        with np.errstate(all="ignore"):
+            narrow(total, out[start : start + len(total)])
+
+
+def _sums(
+    received: Sequence[tuple[np.ndarray, np.ndarray]], scale: float, n: int, dtype: np.dtype
+) -> Iterator[tuple[int, np.ndarray]]:
+    """What all ranks sent, added up in rank order: each block's start, and its scaled sums."""
+    factor = dtype.type(scale)
+    check_ascending([entries for entries, _ in received], n)
     edges = np.arange(0, n + _BLOCK, _BLOCK)
     cuts = [np.searchsorted(entries, edges) for entries, _ in received]
-    with np.errstate(all="ignore"):
-        for block, start in enumerate(edges[:-1]):
-            stop = min(start + _BLOCK, n)
-            residual[start:stop] += widened(gradient[start:stop])
-            total = np.zeros(stop - start, residual.dtype)
-            touched = np.zeros(stop - start, np.bool_)
+    for block, start in enumerate(edges[:-1].tolist()):
+        total = np.zeros(min(_BLOCK, n - start), dtype)
+        touched = np.zeros(len(total), np.bool_)
+        with np.errstate(all="ignore"):
             for (entries, values), cut in zip(received, cuts, strict=True):
                 part = slice(cut[block], cut[block + 1])
                 where = entries[part] - np.uint32(start)
                 total[where] += values[part]  # indices are unique within a rank
                 touched[where] = True
             total[touched] *= factor  # zero times a negative factor would be -0
-            narrow(total, out[start:stop])
-    residual[indices] = 0 if kept is None else kept
+        yield start, total
 
 
 def check_ascending(lists: Sequence[np.ndarray], n: int) -> None:

@@ -10,6 +10,7 @@ from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection.backend import Array, Backend
 from hvd_dls.core.session.clock import SessionClock
+from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.memory import Memory
 from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.session.recorder import Recorder
@@ -30,18 +31,18 @@ class SessionBase:
         rank: int = 0,
         norms: Mapping[str, float] | None = None,
         backends: Mapping[str, Backend] | None = None,
+        groups: Groups | None = None,
     ) -> None:
         self.config = config
-        self.world_size = world_size
-        self.rank = rank
-        self.plan = make_plan(layers, config, world_size)
-        self.routing = Routing(self.plan, config)
-        self.memory = Memory(self.plan, config, world_size, rank, self.routing, norms, backends)
+        self.groups = groups or Groups.of_one(world_size, rank)
+        self.plan = make_plan(layers, config, self.groups.count)
+        self.routing = Routing(self.plan, config, self.groups)
+        self.memory = Memory(self.plan, config, self.groups, self.routing, norms, backends)
         self._layers = {layer.name: layer for layer in self.plan.sparse}
         self._row = {layer.name: row for row, layer in enumerate(self.plan.sparse)}
         self._backends = self.memory.backends
         self._recorder = Recorder(self.plan, config, self.memory)
-        self._clock = SessionClock(self.memory.controller)
+        self._clock = SessionClock(self.memory.controller, not self.groups.trivial)
         self._step = Step(self.routing)
         self._refused = False
         self._writing: str | None = None  # what is being changed, and is spoiled if that fails
@@ -50,6 +51,16 @@ class SessionBase:
         self.untouched: frozenset[str] = frozenset()
         self.missed: frozenset[str] = frozenset()
         self.last_step: StepRecord | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks, P."""
+        return self.groups.world_size
+
+    @property
+    def rank(self) -> int:
+        """This one's number among them."""
+        return self.groups.rank
 
     # What is known of a layer, and of the step --------------------------------------------------
 
@@ -60,7 +71,7 @@ class SessionBase:
 
     @property
     def residuals(self) -> dict[str, Array]:
-        """(n,) of each compressed layer, by name."""
+        """(n,) of each compressed layer that this rank sends, by name."""
         return self.memory.residuals
 
     def is_sparse(self, name: str) -> bool:

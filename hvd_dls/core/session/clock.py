@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from hvd_dls.core.balancing.controller import Controller
 from hvd_dls.core.wire.layout import Clock
@@ -19,10 +19,12 @@ class SessionClock:
 
     Args:
         controller: which counts the steps that ended.
+        grouped: whether ranks send for others, too.
     """
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Controller, grouped: bool = False) -> None:
         self._controller = controller
+        self._where = " there or on a rank it sends for" if grouped else ""
         self._attempt = 0
 
     @property
@@ -38,27 +40,28 @@ class SessionClock:
         """This attempt failed: on all ranks, once they hear of it."""
         self._attempt += 1
 
-    def check(self, payloads: Sequence[Payload | Told]) -> None:
-        """Compares what all ranks' payloads say.
+    def check(self, told: Mapping[int, Payload | Told]) -> None:
+        """Compares what ranks say, by rank.
 
         Raises:
             RanksDisagreeError: some rank has given this attempt up, or is in another step.
         """
         own = self.now
-        if gone := [rank for rank, payload in enumerate(payloads) if payload.abandoned]:
+        if gone := sorted(rank for rank, payload in told.items() if payload.abandoned):
             raise RanksDisagreeError(
-                f"rank(s) {gone} gave step {own.step + 1} up, by an exception or abandon_step(), "
-                "so it is given up on this rank, too; nothing of it entered a residual or a "
-                "weight. Go on with a new step on all ranks"
+                f"rank(s) {gone} gave step {own.step + 1} up, by an exception or abandon_step()"
+                f"{self._where}, so it is given up on this rank, too; nothing of it entered a "
+                "residual or a weight. Go on with a new step on all ranks"
             )
-        clocks = [payload.clock for payload in payloads]
-        if all(clock == own for clock in clocks):
+        clocks = {rank: payload.clock for rank, payload in sorted(told.items())}
+        if all(clock == own for clock in clocks.values()):
             return
-        if all(clock.step == own.step for clock in clocks):
-            self._attempt = max(clock.attempt for clock in clocks)  # to be the same from now on
+        if all(clock.step == own.step for clock in clocks.values()):
+            # To be the same from now on.
+            self._attempt = max(own.attempt, *(clock.attempt for clock in clocks.values()))
         others = ", ".join(
             f"rank {rank} in step {clock.step + 1}, attempt {clock.attempt + 1}"
-            for rank, clock in enumerate(clocks)
+            for rank, clock in clocks.items()
             if clock != own
         )
         raise RanksDisagreeError(

@@ -25,7 +25,8 @@ def end_step(memory: Memory, recorder: Recorder, step: Step) -> StepRecord:
     """
     found = {name: f for name, f in step.found.items() if f is not None}
     memory.correction.commit({name: f.indices for name, f in found.items()})
-    memory.forget_leftovers(step.arrived - step.left_out)
+    memory.forget_leftovers(step.arrived - step.stayed_away)
+    memory.thresholds |= step.thresholds_in_group(memory.groups.own)
     for name, f in found.items():
         memory.thresholds[name] = f.threshold
     controller = memory.controller
@@ -55,7 +56,7 @@ def _advance(memory: Memory, step: Step) -> None:
         controller.advance(rows)
         memory.baseline.start_step(controller.density, controller.attendance)
     live = controller.attendance.live
-    if memory.rank == 0 and (live != before).any():
+    if memory.groups.rank == 0 and (live != before).any():
         gone, back = np.flatnonzero(before & ~live), np.flatnonzero(live & ~before)
         if len(gone):
             steps = int(controller.attendance.away[gone].max())

@@ -5,8 +5,8 @@ Nothing that outlives the step changes here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,29 @@ from hvd_dls.core.selection.passes import nothing_found
 from hvd_dls.core.session.base import SessionBase
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.step import Step
+from hvd_dls.core.wire.headers import headers_in, pack_header, split
 from hvd_dls.core.wire.layout import ABSENT
 from hvd_dls.core.wire.pack import pack, pack_abandoned
 from hvd_dls.core.wire.payload import Payload, Told
-from hvd_dls.core.wire.unpack import headers_in, unpack, unpack_varying
+from hvd_dls.core.wire.unpack import unpack, unpack_varying
 from hvd_dls.errors import DLSError, PayloadError
+
+# What follows the counts in a contribution: how many ranks take part, and the sums of their clocks.
+CLOCK = ("ranks", "step", "attempt")
+
+
+class Farewell(NamedTuple):
+    """What tells the other ranks, of a bucket, that this one has given the step up.
+
+    Attributes:
+        contribution: to be added up inside the group, or None.
+        payload: for all ranks that send, or None.
+        header: to be handed on inside the group, or None.
+    """
+
+    contribution: np.ndarray | None
+    payload: np.ndarray | None
+    header: np.ndarray | None
 
 
 class Gathering(SessionBase):
@@ -61,6 +79,13 @@ class Gathering(SessionBase):
                 f"({self._layers[name].size},)"
             )
         self._check_in(name)
+        if self.groups.trivial:
+            self._select(name, gradient)
+        else:
+            self._step.gradients[name] = gradient  # until those of the group are added up
+        return self._arrive(name)
+
+    def _select(self, name: str, gradient: Array) -> None:
         correction, baseline = self.memory.correction, self.memory.baseline
         if correction.active:
             gradient = correction.apply(name, gradient, self.loss_scale)
@@ -70,7 +95,6 @@ class Gathering(SessionBase):
         elif not baseline.needs_all:
             k = baseline.k_of(name, self.residuals[name], gradient, self.loss_scale)
             self._find(name, k)
-        return self._arrive(name)
 
     def correct(self, name: str, gradient: Array) -> Array:
         """What to send of a layer that goes dense, if ``corrects``.
@@ -143,17 +167,13 @@ class Gathering(SessionBase):
         """Whether all layers have come in, and so all buckets have been or can be sent."""
         return self._step.complete
 
-    def ready(self) -> list[int]:
-        """Buckets that are complete, have not been sent, and need not be waited for: send them."""
-        return self._step.ready()
-
     def future_of(self, name: str) -> Future[Any]:
         """What a device is still working on, of a layer that has come in and was not sent yet."""
         return self._step.futures[name]
 
     def unfinished(self) -> list[int]:
-        """Buckets with some layers in this step that have not been sent: send them now."""
-        return [bucket for bucket in self._step.begun if bucket not in self._step.sent]
+        """Buckets with some layers in this step that have not been closed: send them now."""
+        return [bucket for bucket in self._step.begun if bucket not in self._step.closed]
 
     def payload(self, bucket: int) -> np.ndarray:
         """What this rank sends of a bucket: uint8; as long as every other rank's if they agree.
@@ -169,9 +189,7 @@ class Gathering(SessionBase):
             together = self.memory.baseline.k_together(self.residuals, there)
             for name, k in together.items():
                 self._find(name, k)
-        found = [
-            step.found.get(x.name, ABSENT) if x.name in step.arrived else ABSENT for x in of.layers
-        ]
+        found = [step.found.get(x.name, ABSENT) for x in of.layers]
         if self.memory.baseline is None:
             k_of_layers = self._k_of(bucket)
         else:  # this rank's own; of a layer that is not finite or absent, nothing
@@ -180,8 +198,9 @@ class Gathering(SessionBase):
             )
         watched = step.status_of_watched(bucket)
         packed = pack(of, k_of_layers, found, watched, self._clock.now)
-        step.sent[bucket] = len(packed.payload)
         step.kept[bucket] = packed.kept
+        step.sent[bucket] = len(packed.payload)
+        step.closed.add(bucket)
         return packed.payload
 
     def receive(self, bucket: int, gathered: np.ndarray) -> None:
@@ -189,47 +208,94 @@ class Gathering(SessionBase):
 
         Args:
             bucket: its number.
-            gathered: uint8, all payloads in rank order.
+            gathered: uint8, all payloads in rank order; where ranks are grouped, what those of this
+                group handed on.
 
         Raises:
             PayloadError: the payloads are not this bucket's.
             RanksDisagreeError: some rank has abandoned this step, or is in another one: ``abandon``
                 it here, too.
         """
-        of = self.routing.buckets[bucket]
         try:
-            if self.memory.baseline is not None:
-                payloads = unpack_varying(of, gathered, self.world_size)
-            else:
-                payloads = unpack(of, self._k_of(bucket), gathered, self.world_size)
+            payloads, told = self._taken_apart(bucket, gathered)
         except PayloadError:
             # Ranks in other steps send other numbers of entries.
-            self._check_clock(headers_in(of, gathered, self.world_size))
+            self._check_clock(self._told_by_headers(bucket, gathered))
             raise
-        self._check_clock(payloads)
+        self._check_clock(told)
         self._step.received[bucket] = payloads
 
-    def _check_clock(self, told: Sequence[Payload | Told]) -> None:
-        self._step.given_up |= any(each.abandoned for each in told)
+    def _taken_apart(
+        self, bucket: int, gathered: np.ndarray
+    ) -> tuple[list[Payload], dict[int, Payload | Told]]:
+        """A bucket's payloads, and what ranks tell."""
+        of, k, senders = (
+            self.routing.buckets[bucket],
+            self._k_of(bucket),
+            self.routing.senders[bucket],
+        )
+        told: dict[int, Payload | Told] = {}
+        if self.memory.baseline is not None:
+            payloads = unpack_varying(of, gathered, self.world_size)
+        elif self.groups.trivial:
+            payloads = unpack(of, k, gathered, senders)
+        else:
+            mates, owner = self.groups.mates, senders[self.groups.own]
+            apart = split(
+                of, int(k.sum()), gathered, len(mates), mates.index(owner), self.groups.count
+            )
+            payloads = unpack(of, k, apart.payloads, senders)
+            told.update(zip((m for m in mates if m != owner), apart.told, strict=True))
+        told.update(zip(senders, payloads, strict=True))
+        return payloads, told
+
+    def _told_by_headers(self, bucket: int, gathered: np.ndarray) -> dict[int, Told]:
+        """What ranks tell of a bucket whose payloads do not fit; nothing if they are none."""
+        payloads, alone = headers_in(self.routing.buckets[bucket], gathered)
+        senders, mates = self.routing.senders[bucket], self.groups.mates
+        others = [mate for mate in mates if mate != senders[self.groups.own]]
+        if (len(payloads), len(alone)) == (len(senders), len(others)):
+            return dict(zip([*senders, *others], [*payloads, *alone], strict=True))
+        if (len(payloads), len(alone)) == (0, len(mates)):  # the one that sends has given up
+            return dict(zip(mates, alone, strict=True))
+        return {}
+
+    def _check_clock(self, told: Mapping[int, Payload | Told]) -> None:
+        self._step.given_up |= any(each.abandoned for each in told.values())
         self._clock.check(told)
 
-    def _farewell(self) -> dict[int, np.ndarray]:
+    def _farewell(self) -> dict[int, Farewell]:
         """What tells the other ranks that this one has given the step up.
 
         Whoever hears of it gives the step up, too.  So each rank has sent one payload of every
         bucket in the end, and those of the next attempt meet each other.
         """
         step, routing, own_k = self._step, self.routing, self.memory.baseline is not None
-        unsent = [n for n in range(len(routing.buckets)) if n not in step.sent]
-        waits = [n in step.begun or not routing.members[n] <= self.missed for n in unsent]
+        open_ones = [n for n in range(len(routing.buckets)) if self._owes(n)]
+        waits = [n in step.begun or not routing.members[n] <= self.missed for n in open_ones]
         if not (step.given_up or any(waits)):
             return {}  # nobody waits for these
-        return {
-            n: pack_abandoned(
-                routing.buckets[n], 0 * self._k_of(n) if own_k else self._k_of(n), self._clock.now
+        farewell, now, grouped = dict[int, Farewell](), self._clock.now, not self.groups.trivial
+        for n in open_ones:
+            bucket, k = routing.buckets[n], 0 * self._k_of(n) if own_k else self._k_of(n)
+            unsent = routing.sends[n] and n not in step.sent
+            farewell[n] = Farewell(
+                self.no_contribution(n) if grouped and n not in step.closed else None,
+                pack_abandoned(bucket, k, now) if unsent else None,
+                pack_header(bucket, int(k.sum()), now, abandoned=True) if grouped else None,
             )
-            for n in unsent
-        }
+        return farewell
+
+    def _owes(self, bucket: int) -> bool:
+        """Whether other ranks may wait for something of a bucket that this one has not sent."""
+        step = self._step
+        return bucket not in (step.sent if self.groups.trivial else step.handed_on)
+
+    def no_contribution(self, bucket: int) -> np.ndarray:
+        """What a rank adds inside its group (see ``Averaging``) that has given the step up."""
+        of = self.routing.buckets[bucket]
+        size = of.size + len(of.layers) + 2 * len(of.watched) + len(CLOCK)
+        return np.zeros(size, of.layers[0].work_dtype)
 
     def _find(self, name: str, k: int) -> None:
         self._step.k[name] = k

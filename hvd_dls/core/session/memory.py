@@ -15,6 +15,7 @@ from hvd_dls.core.balancing.plan import Plan, initial_k
 from hvd_dls.core.selection.backend import HOST, Array, Backend
 from hvd_dls.core.selection.correction import Correction
 from hvd_dls.core.session.baselines import BASELINES, BaselineStrategy
+from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.session.state import STATE_VERSION, check_state
 from hvd_dls.errors import DLSError
@@ -26,8 +27,7 @@ class Memory:
     Args:
         plan: the layers and their budget.
         config: the options.
-        world_size: number of ranks, P.
-        rank: this one's number among them.
+        groups: the ranks.
         routing: the buckets.
         norms: Frobenius norm of each layer's weights, for prior="weight_norm".
         backends: where arrays of layers are that are not on the host, by name.
@@ -37,9 +37,9 @@ class Memory:
         controller: what all ranks agree on.
         baseline: what this rank chooses itself, by strategies that do; or None.
         correction: clipping and momentum.
-        residuals: (n,) of each compressed layer, by name.
-        leftovers: (n,) residuals of layers that were compressed once and go dense now, by name:
-            each is added to its layer's next gradient.
+        residuals: (n,) of each compressed layer that this rank sends, by name.
+        leftovers: (n,) residuals of layers that this rank sent once, and that go dense or are
+            another's to send now, by name: each is added to its layer's next gradient.
         thresholds: of the last step, by name; 0 before.
         loss_scale: what residuals and velocities are multiplied by.
         backends: of all layers, by name.
@@ -49,24 +49,24 @@ class Memory:
         self,
         plan: Plan,
         config: DLSConfig,
-        world_size: int,
-        rank: int,
+        groups: Groups,
         routing: Routing,
         norms: Mapping[str, float] | None,
         backends: Mapping[str, Backend] | None,
     ) -> None:
-        self.plan, self.config, self.rank = plan, config, rank
+        self.plan, self.config, self.groups = plan, config, groups
         self.layers = plan.sparse
-        self._world_size = world_size
         self.backends = dict.fromkeys((x.name for x in plan.layers), HOST) | dict(backends or {})
         self.controller = Controller(plan, config, initial_k(plan, config, norms), routing.rows)
         self.baseline = BaselineStrategy(plan, config) if config.strategy in BASELINES else None
-        self.correction = Correction(plan.layers, config, self.backends)
+        own = [x for x in plan.layers if x.name in routing.owned]
+        dense = [layer for layer, _ in plan.dense]
+        self.correction = Correction(plan.layers, config, self.backends, [*own, *dense])
         self.residuals: dict[str, Array] = {
-            x.name: self.backends[x.name].zeros(x.size, x.work_dtype) for x in plan.sparse
+            x.name: self.backends[x.name].zeros(x.size, x.work_dtype) for x in own
         }
         self.leftovers: dict[str, Array] = {}
-        self.thresholds = dict.fromkeys(self.residuals, 0.0)
+        self.thresholds = {x.name: 0.0 for x in plan.sparse}
         self.loss_scale = 1.0
 
     def scale_to(self, loss_scale: float) -> None:
@@ -145,8 +145,9 @@ class Memory:
         residuals, velocities = self.residuals | self.leftovers, self.correction.velocities
         return {
             "version": STATE_VERSION,
-            "rank": self.rank,
-            "world_size": self._world_size,
+            "rank": self.groups.rank,
+            "world_size": self.groups.world_size,
+            "groups": list(self.groups.sizes),
             "config": config | {"layer_density": [list(x) for x in self.config.layer_density]},
             "parameters": [[x.stable_name, list(x.shape)] for x in self.plan.layers],
             "layers": [[x.stable_name, [*x.shape, x.work_dtype.name]] for x in self.plan.sparse],
@@ -169,22 +170,23 @@ class Memory:
             StateMismatchError: it belongs to other layers, another configuration, another rank or
                 another number of ranks, or is damaged; the message names the first difference.
         """
-        state = check_state(state, self.state(), self.plan.sizes)
+        own = [layer.stable_name for layer in self.layers if layer.name in self.residuals]
+        state = check_state(state, self.state(), self.plan.sizes, own)
         self.controller.check(np.asarray(state["ratios"], np.int64))
         return state
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state that ``check`` returned, copying it."""
         self.controller.restore(np.asarray(state["ratios"], np.int64))
-        self.thresholds = dict(zip(self.residuals, map(float, state["thresholds"]), strict=True))
+        self.thresholds = dict(zip(self.thresholds, map(float, state["thresholds"]), strict=True))
         if self.baseline is not None:
             self.baseline.norms = dict(zip(self.residuals, map(float, state["norms"]), strict=True))
         self._start_baseline()
         self.loss_scale = float(state["loss_scale"])
         self.leftovers = {
             layer.name: self.backends[layer.name].zeros(layer.size, layer.work_dtype)
-            for layer, _ in self.plan.dense
-            if layer.stable_name in state["residuals"]
+            for layer in self.plan.layers
+            if layer.name not in self.residuals and layer.stable_name in state["residuals"]
         }
         stable = {layer.name: layer.stable_name for layer in self.plan.layers}
         residuals, velocities = self.residuals | self.leftovers, self.correction.velocities

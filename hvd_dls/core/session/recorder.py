@@ -58,11 +58,14 @@ class Recorder:
         )
 
     def _quality(self, step: Step) -> Quality:
-        """Of all layers, those that took no part counting for nothing."""
+        """Of all layers that this rank sends, those that took no part counting for nothing."""
         sent, left, nothing = [], [], np.empty(0, np.float32)
         for name in self._names:
-            found = step.found.get(name)
-            backend, residual = self._memory.backends[name], self._memory.residuals[name]
+            found = step.found.get(name)  # not of what another rank of the group sends
             sent.append(found.values if found else nothing)
-            left.append(backend.to_host(residual) if found else nothing)
+            left.append(
+                self._memory.backends[name].to_host(self._memory.residuals[name])
+                if found
+                else nothing
+            )
         return measure_quality(sent, left)

@@ -6,7 +6,11 @@ import numpy as np
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.plan import Plan
+from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.wire.buckets import make_buckets
+from hvd_dls.core.wire.layout import Bucket
+
+_EACH = 2  # buckets that each rank of a group has to send at least, if there are layers enough
 
 
 class Routing:
@@ -15,18 +19,35 @@ class Routing:
     Args:
         plan: the layers.
         config: the options.
+        groups: of the ranks.
 
     Attributes:
         buckets: in the order in which backward completes them.
         members: names of each bucket's layers, compressed and watched.
         rows: of each bucket's compressed layers among the plan's sparse ones.
+        senders: of each bucket, the ranks that send it, one of each group.
+        sends: of each bucket, whether this rank does.
+        owned: names of the layers that this rank selects from, and whose residuals it has.
 
     Raises:
         DLSError: see ``make_buckets``.
     """
 
-    def __init__(self, plan: Plan, config: DLSConfig) -> None:
-        self.buckets = make_buckets(plan.layers, plan.sparse, config)
+    def __init__(self, plan: Plan, config: DLSConfig, groups: Groups) -> None:
+        total = sum(layer.size * layer.itemsize for layer in plan.sparse)
+        limit = config.bucket_bytes
+        if groups.shares > 1:
+            limit = min(limit, -(-total // (_EACH * groups.shares)))
+        self.buckets = make_buckets(plan.layers, plan.sparse, config, limit)
+        shares = _shared_out(self.buckets, groups.shares)
+        self.senders = [groups.owners(share) for share in shares]
+        self.sends = [share == groups.share for share in shares]
+        self.owned = frozenset(
+            layer.name
+            for bucket, sends in zip(self.buckets, self.sends, strict=True)
+            for layer in bucket.layers
+            if sends
+        )
         self.members = [frozenset((*(x.name for x in b.layers), *b.watched)) for b in self.buckets]
         row = {layer.name: row for row, layer in enumerate(plan.sparse)}
         self.rows = [np.array([row[x.name] for x in b.layers]) for b in self.buckets]
@@ -46,3 +67,12 @@ class Routing:
     def position(self, name: str) -> tuple[int, int]:
         """A compressed layer's bucket, and its number therein."""
         return self._position[name]
+
+
+def _shared_out(buckets: tuple[Bucket, ...], shares: int) -> list[int]:
+    """Who sends each bucket: the largest first, each to the one that has least."""
+    loads, shared = [0] * shares, [0] * len(buckets)
+    for number in sorted(range(len(buckets)), key=lambda number: -buckets[number].size):
+        shared[number] = loads.index(min(loads))
+        loads[shared[number]] += buckets[number].size
+    return shared

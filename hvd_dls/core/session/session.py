@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hvd_dls.core.session import log
+from hvd_dls.core.session.gathering import Farewell
 from hvd_dls.core.session.settling import Settling
 from hvd_dls.errors import DLSError
 
@@ -23,7 +24,8 @@ class Session(Settling):
     ``note``, or either through ``leave_out``; each bucket that is complete through ``payload``, the
     network, and ``receive``; then each layer through ``decompress`` or ``accept``.  When all have,
     the step ends and the ratios move.  A bucket of which only some layers take part in a step is
-    among ``unfinished`` in the end.
+    among ``unfinished`` in the end.  Where ranks are ``grouped``, there is more around the network:
+    see ``Averaging``.
 
     Args:
         layers: all parameters, in model order.
@@ -32,6 +34,9 @@ class Session(Settling):
         rank: this one's number among them.
         norms: Frobenius norm of each layer's weights, for prior="weight_norm".
         backends: where arrays of layers are that are not on the host, by name.
+        groups: ranks that average their gradients before one of them sends for all, and this one's
+            place among them; None: each rank sends for itself.  ``world_size`` and ``rank`` are
+            the groups' then.
 
     Attributes:
         residuals: (n,) of each compressed layer, by name.
@@ -47,7 +52,7 @@ class Session(Settling):
         DLSError: see ``make_plan`` and ``make_buckets``.
     """
 
-    def abandon(self) -> dict[int, np.ndarray]:
+    def abandon(self) -> dict[int, Farewell]:
         """Gives the step in progress up: residuals and velocities are as they were before it.
 
         If some layer's sum has been written already, other ranks count the step as one that was
@@ -55,10 +60,10 @@ class Session(Settling):
         is skipped.  (In a ``dense_step`` nothing is written before the end.)
 
         Returns:
-            Payloads to be sent, by bucket, of those that were not sent: they tell the other ranks,
-            who may be waiting for them.
+            What is to be sent, by bucket, of those that were not sent: it tells the other ranks,
+            who may be waiting for it.
         """
-        step, farewell = self._step, dict[int, np.ndarray]()
+        step, farewell = self._step, dict[int, Farewell]()
         if not step.arrived:
             return farewell
         if self._writing is not None:

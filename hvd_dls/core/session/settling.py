@@ -8,15 +8,15 @@ import numpy as np
 
 from hvd_dls.core.selection.backend import Array
 from hvd_dls.core.session import log
+from hvd_dls.core.session.averaging import Averaging
 from hvd_dls.core.session.ending import end_step
-from hvd_dls.core.session.gathering import Gathering
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.step import Step
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
-class Settling(Gathering):
+class Settling(Averaging):
     """Settles a step whose payloads have all arrived: see ``Session``."""
 
     def decompress(self, name: str, out: Array, scale: float = 1.0) -> None:
@@ -84,17 +84,15 @@ class Settling(Gathering):
     def _settle(self, name: str, out: Array, scale: float) -> None:
         """Books what was sent of a layer and what came in; of one that is left out, the latter."""
         step, (bucket, position) = self._step, self.routing.position(name)
-        backend, residual = self._backends[name], self.residuals[name]
+        backend = self._backends[name]
         received = [payload.entries(position) for payload in step.received[bucket]]
-        if name in step.left_out:
-            nothing, layer = np.empty(0, np.uint32), self._layers[name]
-            unused = backend.zeros(layer.size, layer.work_dtype)
-            backend.settle(unused, unused, nothing, None, received, scale, out)
+        if name not in step.found:  # left out, or another rank's to send
+            backend.sum_up(received, scale, out, self._layers[name].work_dtype)
             return
         found = step.found[name]
         assert found is not None  # or the step would have been refused
         kept = step.kept[bucket][position]
-        gradient = step.gradients[name]
+        residual, gradient = self.residuals[name], step.gradients[name]
         self._writing = f"residuals of layer {name!r}"
         backend.settle(residual, gradient, found.indices, kept, received, scale, out)
         if self.memory.baseline is not None:
@@ -108,10 +106,13 @@ class Settling(Gathering):
         for name in sorted(step.arrived - step.settled):
             with Uninterrupted():
                 if name in step.gradients:
-                    layer = self._layers[name]
-                    out = self._backends[name].zeros(layer.size, layer.work_dtype)
-                    self._settle(name, out, 1.0)
+                    self._book(name)
                 self._settled(name)
+
+    def _book(self, name: str) -> None:
+        """Settles a layer whose sum nobody asks for."""
+        layer = self._layers[name]
+        self._settle(name, self._backends[name].zeros(layer.size, layer.work_dtype), 1.0)
 
     def _check_arrived(self) -> None:
         """Before the first change: is everything there, and good?"""
@@ -132,7 +133,7 @@ class Settling(Gathering):
     def _absent_everywhere(self) -> frozenset[str]:
         """Layers of this step that no rank sent; those that did not come in are somebody else's."""
         said = Counter(name for name, _ in self._step.layers_that_say(ABSENT))
-        everywhere = {name for name, ranks in said.items() if ranks == self.world_size}
+        everywhere = {name for name, times in said.items() if times == self.groups.count}
         return frozenset(everywhere & self._step.arrived)
 
     def _settled(self, name: str) -> None:
@@ -143,6 +144,9 @@ class Settling(Gathering):
         if step.refused is not None:
             self._end_refused(step)
             return
+        # What was sent for the other ranks of the group, of layers that did not come in here.
+        for name in sorted(step.found.keys() - step.arrived):
+            self._book(name)
         everyone = frozenset(layer.name for layer in self.plan.layers)
         self.missed = everyone - step.arrived
         self._step = Step(self.routing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,10 @@ FREE_OPTIONS = (
 
 
 def check_state(
-    state: Mapping[str, Any], own: Mapping[str, Any], sizes: np.ndarray
+    state: Mapping[str, Any],
+    own: Mapping[str, Any],
+    sizes: np.ndarray,
+    residuals: Collection[str],
 ) -> Mapping[str, Any]:
     """Compares a saved state with the one that the session would save now.
 
@@ -35,6 +38,7 @@ def check_state(
         state: as saved, by this version or by 0.1 of hvd_dls.
         own: the session's.
         sizes: (L,) entries of each compressed layer.
+        residuals: stable names of the layers whose residuals have to be there.
 
     Returns:
         The state, in the present version.
@@ -43,7 +47,7 @@ def check_state(
         StateMismatchError: naming the first difference, or what is wrong.
     """
     try:
-        return _checked(state, own, sizes)
+        return _checked(state, own, sizes, residuals)
     except StateMismatchError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -53,7 +57,10 @@ def check_state(
 
 
 def _checked(
-    state: Mapping[str, Any], own: Mapping[str, Any], sizes: np.ndarray
+    state: Mapping[str, Any],
+    own: Mapping[str, Any],
+    sizes: np.ndarray,
+    residuals: Collection[str],
 ) -> Mapping[str, Any]:
     if not isinstance(state, Mapping) or state.get("version") not in (_OLDEST, STATE_VERSION):
         version = state.get("version") if isinstance(state, Mapping) else state
@@ -70,19 +77,24 @@ def _checked(
         raise StateMismatchError(
             f"saved by one of {state['world_size']} ranks, but there are {own['world_size']} now"
         )
+    if list(state["groups"]) != own["groups"]:
+        raise StateMismatchError(
+            f"saved with {list(state['groups'])} ranks on each host, but there are {own['groups']} "
+            "now: residuals are those of a host, shared out among its ranks"
+        )
     if state["rank"] != own["rank"]:
         raise StateMismatchError(
             f"saved by rank {state['rank']}, but this is rank {own['rank']}: residuals are each "
             "rank's own, so each rank loads the file that it saved"
         )
     _check_layers(dict(state["layers"]), dict(own["layers"]))
-    _check_arrays(state, own)
+    _check_arrays(state, own, residuals)
     _check_numbers(state, own, sizes)
     return state
 
 
 def _upgraded(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A state of version 2, which knew neither its rank nor which layers had stayed away."""
+    """A state of version 2, which knew no rank, no hosts, and not which layers had stayed away."""
     layers = len(state.get("layers", []))
     ratios = np.asarray(state.get("ratios", []), np.int64)
     cut = 2 + 2 * layers
@@ -90,6 +102,8 @@ def _upgraded(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     return {
         **state,
         "version": STATE_VERSION,
+        "config": {**state["config"], "hierarchical": False},
+        "groups": [1] * state["world_size"],
         "rank": own["rank"],
         "parameters": own["parameters"],
         "ratios": np.concatenate([ratios[:cut], attendance, ratios[cut:]]),
@@ -111,14 +125,15 @@ def _check_layers(saved: Mapping[str, list[Any]], own: Mapping[str, list[Any]]) 
         raise StateMismatchError("the saved layers stand in another order")
 
 
-def _check_arrays(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _check_arrays(
+    state: Mapping[str, Any], own: Mapping[str, Any], needed_residuals: Collection[str]
+) -> None:
     """Residuals and velocities: of these layers, as long, and finite.
 
     Layers that go dense may have residuals, too: of times when they did not.
     """
     lengths = {name: math.prod(shape) for name, shape in own["parameters"]}
-    compressed = dict(own["layers"])
-    for part, needed in (("residuals", compressed), ("velocities", own["velocities"])):
+    for part, needed in (("residuals", needed_residuals), ("velocities", own["velocities"])):
         there = state[part]
         for name in needed:
             if name not in there:

@@ -32,10 +32,17 @@ class Step:
             whether they are finite.
         k: entries that each of them is to send.
         arrived: all layers that have come in, compressed or not.
-        left_out: those of them that take no part on this rank.
+        left_out: those of them that take no part on this rank; once a bucket is added up, on no
+            rank of the group.
+        stayed_away: those of them that take no part on this rank.
         not_finite: those that go dense whose gradient was not.
         kept: what rounding to 16 bits leaves of each layer's values, by bucket.
+        closed: buckets whose layers have been put together: no more can come in.
+        added_up: those of them of which all ranks' of the group are together: see ``Averaging``.
+        out_of_step: those of them of which a rank of the group is in another step, or gave it up.
+        watched_in_group: what to tell of layers that go dense, for the whole group, by bucket.
         sent: length of each payload that went out, by bucket.
+        handed_on: buckets whose payloads, or a header, went to the other ranks of the group.
         received: all ranks' payloads, by bucket.
         settled: layers whose residual and gradient are done.
         given_up: whether another rank has told that it gave the step up.
@@ -54,9 +61,15 @@ class Step:
         self.k: dict[str, int] = {}
         self.arrived: set[str] = set()
         self.left_out: set[str] = set()
+        self.stayed_away: set[str] = set()
         self.not_finite: set[str] = set()
         self.kept: dict[int, list[np.ndarray | None]] = {}
+        self.closed: set[int] = set()
+        self.added_up: set[int] = set()
+        self.out_of_step: set[int] = set()
+        self.watched_in_group: dict[int, dict[str, Status]] = {}
         self.sent: dict[int, int] = {}
+        self.handed_on: set[int] = set()
         self.received: dict[int, list[Payload]] = {}
         self.settled: set[str] = set()
         self.given_up = False
@@ -78,7 +91,7 @@ class Step:
         """
         if name in self.arrived:
             raise DLSError(f"layer {name!r}: compressed twice before it was decompressed")
-        if not left_out and self._routing.bucket_of(name) in self.sent:
+        if not left_out and self._routing.bucket_of(name) in self.closed:
             raise DLSError(
                 f"layer {name!r}: its gradient came after those that it travels with were sent, "
                 "because it was frozen or sparse when the step began; this step is lost, the next "
@@ -90,11 +103,12 @@ class Step:
         self.arrived.add(name)
         if left_out:
             self.left_out.add(name)
+            self.stayed_away.add(name)
 
     def complete_with(self, name: str) -> int | None:
         """Number of the bucket that has nothing to wait for now that a layer is there, or None."""
         bucket = self._routing.bucket_of(name)
-        if bucket is None or bucket in self.sent:
+        if bucket is None or bucket in self.closed:
             return None
         missing = self._missing
         if bucket not in missing:
@@ -112,11 +126,11 @@ class Step:
         )
 
     def ready(self) -> list[int]:
-        """Buckets that are complete, have not been sent, and need not wait for a device."""
+        """Buckets that are complete, have not been closed, and need not wait for a device."""
         return [
             bucket
             for bucket, missing in self._missing.items()
-            if not missing and bucket not in self.sent
+            if not missing and bucket not in self.closed
             if all(self.futures[name].ready() for name in self.working_on(bucket))
         ]
 
@@ -131,6 +145,8 @@ class Step:
 
     def status_of_watched(self, bucket: int) -> dict[str, Status]:
         """What to tell of the layers that a bucket watches, by name; of the others, SENT."""
+        if bucket in self.watched_in_group:
+            return self.watched_in_group[bucket]
         told: dict[str, Status] = {}
         for name in self._routing.buckets[bucket].watched:
             if name in self.left_out or name not in self.arrived:
@@ -146,11 +162,23 @@ class Step:
         said: list[tuple[str, int]] = []
         for number, payloads in self.received.items():
             bucket = self._routing.buckets[number]
-            for rank, payload in enumerate(payloads):
+            for rank, payload in zip(self._routing.senders[number], payloads, strict=True):
                 sparse, watched = payload.status == status, payload.watched == status
                 said += [(bucket.layers[i].name, rank) for i in np.flatnonzero(sparse)]
                 said += [(bucket.watched[i], rank) for i in np.flatnonzero(watched)]
         return said
+
+    def thresholds_in_group(self, group: int) -> dict[str, float]:
+        """The smallest magnitude that a group's other ranks sent of each of their layers."""
+        thresholds: dict[str, float] = {}
+        for number, payloads in self.received.items():
+            if self._routing.sends[number]:
+                continue
+            for position, layer in enumerate(self._routing.buckets[number].layers):
+                _, values = payloads[group].entries(position)
+                if len(values):
+                    thresholds[layer.name] = float(np.abs(values).min())
+        return thresholds
 
     def present(self, n_layers: int) -> np.ndarray:
         """(n_layers,) bool: of each of the plan's sparse layers, whether some rank sent it."""
@@ -162,12 +190,12 @@ class Step:
 
     def sketches(self, rows: np.ndarray, n_layers: int) -> tuple[np.ndarray, np.ndarray]:
         """First bins and counts of all ranks' sketches of the layers in ``rows``, as they came."""
-        world_size = max(map(len, self.received.values()), default=1)
+        senders = max(map(len, self.received.values()), default=1)
         window = next((p[0].counts.shape[1] for p in self.received.values()), 1)
-        bases = np.zeros((n_layers, world_size), np.int64)
-        counts = np.zeros((n_layers, world_size, window))
+        bases = np.zeros((n_layers, senders), np.int64)
+        counts = np.zeros((n_layers, senders, window))
         for number, payloads in self.received.items():
             own = self._routing.rows[number]
-            for rank, payload in enumerate(payloads):
-                bases[own, rank], counts[own, rank] = payload.bases, payload.counts
+            for sender, payload in enumerate(payloads):
+                bases[own, sender], counts[own, sender] = payload.bases, payload.counts
         return bases[rows], counts[rows]

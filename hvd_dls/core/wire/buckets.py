@@ -13,11 +13,14 @@ from hvd_dls.errors import DLSError
 
 
 def make_buckets(
-    layers: Sequence[LayerSpec], sparse: Sequence[LayerSpec], config: DLSConfig
+    layers: Sequence[LayerSpec],
+    sparse: Sequence[LayerSpec],
+    config: DLSConfig,
+    limit: int | None = None,
 ) -> tuple[Bucket, ...]:
     """Groups layers in the order in which backward reaches them: last layer first.
 
-    A group ends when its gradients are ``bucket_bytes``, and where the work dtype changes.  It
+    A group ends when its gradients are ``limit`` bytes, and where the work dtype changes.  It
     follows from the model alone, so that ranks whose hooks fire in different orders send the same.
     A layer that goes dense is watched by the group of the next one that does not.
 
@@ -25,6 +28,7 @@ def make_buckets(
         layers: all, in model order.
         sparse: those of them that are compressed.
         config: the options.
+        limit: None for the options' ``bucket_bytes``.
 
     Raises:
         DLSError: strategy="global" with layers that do not fit into one group.
@@ -44,7 +48,7 @@ def make_buckets(
         if not (groups and fits and groups[-1][0].work_dtype == layer.work_dtype):
             groups.append([])
             watched.append([])
-            room, entries = config.bucket_bytes, 0
+            room, entries = config.bucket_bytes if limit is None else limit, 0
         groups[-1].append(layer)
         watched[-1] += waiting
         waiting = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -19,22 +20,21 @@ from hvd_dls.core.wire.layout import (
     parts_of,
     payload_bytes,
 )
-from hvd_dls.core.wire.payload import Payload, Told, checked_k, first_wrong, starts_of
+from hvd_dls.core.wire.payload import Payload, checked_k, first_wrong, starts_of
 from hvd_dls.core.wire.values import decode_counts, decode_values
 from hvd_dls.errors import PayloadError
 
 
 def unpack(
-    bucket: Bucket, k: np.ndarray, gathered: np.ndarray, world_size: int, first_rank: int = 0
+    bucket: Bucket, k: np.ndarray, gathered: np.ndarray, ranks: int | Sequence[int]
 ) -> list[Payload]:
-    """Reads all ranks' payloads of one bucket and checks all there is to check.
+    """Reads some ranks' payloads of one bucket and checks all there is to check.
 
     Args:
         bucket: whose payloads these should be.
         k: (L,) entries of each layer that is sent.
-        gathered: (world_size * payload_bytes(bucket, k.sum()),) uint8, payloads in rank order.
-        world_size: number of ranks.
-        first_rank: whose payload comes first, for messages.
+        gathered: (P * payload_bytes(bucket, k.sum()),) uint8, payloads in rank order.
+        ranks: whose they are; or their number P, if they are those of the first ones.
 
     Returns:
         One payload a rank.
@@ -44,22 +44,23 @@ def unpack(
         PayloadError: the buffer is not that; the message names layer or bucket, rank, what was
             found and what was expected.
     """
+    ranks = range(ranks) if isinstance(ranks, int) else ranks
     k, capacity = checked_k(bucket, k)
     length = payload_bytes(bucket, capacity)
-    if gathered.dtype != np.uint8 or gathered.shape != (world_size * length,):
+    if gathered.dtype != np.uint8 or gathered.shape != (len(ranks) * length,):
         raise PayloadError(
             f"bucket {bucket.name!r}: gathered {gathered.size} items of {gathered.dtype}, expected "
-            f"{world_size} payloads of {length} bytes; are all ranks in the same step?"
+            f"{len(ranks)} payloads of {length} bytes; are all ranks in the same step?"
         )
     if not gathered.flags.c_contiguous or gathered.__array_interface__["data"][0] % 8:
         gathered = gathered.copy()  # compiled loops read whole words
-    parts = parts_of(bucket, capacity, gathered.reshape(world_size, length))
-    _check_headers(bucket, capacity, parts.header, first_rank)
-    _check_records(bucket, k, parts, first_rank)
+    parts = parts_of(bucket, capacity, gathered.reshape(len(ranks), length))
+    _check_headers(bucket, capacity, parts.header, ranks)
+    _check_records(bucket, k, parts, ranks)
     counts = decode_counts(parts.records["counts"])
     return [
-        _unpack_one(bucket, first_rank + i, Parts(*(part[i] for part in parts)), counts[i])
-        for i in range(world_size)
+        _unpack_one(bucket, rank, Parts(*(part[i] for part in parts)), counts[i])
+        for i, rank in enumerate(ranks)
     ]
 
 
@@ -85,7 +86,7 @@ def unpack_varying(bucket: Bucket, gathered: np.ndarray, world_size: int) -> lis
         if k.sum() != capacity or (k > np.diff(bucket.offsets)).any():
             _refuse_payload(bucket, rank, "capacity", capacity, int(k.sum()))
         length = payload_bytes(bucket, capacity)
-        payloads += unpack(bucket, k, gathered[start : start + length], 1, rank)
+        payloads += unpack(bucket, k, gathered[start : start + length], [rank])
         start += length
     if start != len(gathered):
         raise PayloadError(
@@ -95,62 +96,32 @@ def unpack_varying(bucket: Bucket, gathered: np.ndarray, world_size: int) -> lis
     return payloads
 
 
-def headers_in(bucket: Bucket, gathered: np.ndarray, world_size: int) -> list[Told]:
-    """When each rank made its payload, if no more is sure than that these are payloads.
-
-    Args:
-        bucket: whose payloads they should be.
-        gathered: uint8, payloads in rank order, each as long as it says.
-        world_size: number of ranks.
-
-    Returns:
-        What each rank tells; nothing if they are something else.
-    """
-    told: list[Told] = []
-    start = 0
-    for _ in range(world_size):
-        raw = gathered[start : start + HEADER.itemsize]
-        if raw.dtype != np.uint8 or len(raw) < HEADER.itemsize:
-            return []
-        header = raw.copy().view(HEADER)[0]
-        capacity = int(header["capacity"])
-        expected = header_of(bucket, capacity)
-        own = ("entries", "abandoned", "step", "attempt")
-        if any(
-            header[field] != expected[field] for field in HEADER.names or () if field not in own
-        ):
-            return []
-        told.append(
-            Told(Clock(int(header["step"]), int(header["attempt"])), bool(header["abandoned"]))
-        )
-        start += payload_bytes(bucket, capacity)
-    return told if start == len(gathered) else []
-
-
-def _check_headers(bucket: Bucket, capacity: int, headers: np.ndarray, first_rank: int) -> None:
+def _check_headers(
+    bucket: Bucket, capacity: int, headers: np.ndarray, ranks: Sequence[int]
+) -> None:
     """Checks all fields of all ranks' headers but the number of entries and the clock."""
     expected = header_of(bucket, capacity)
     headers = headers[:, 0].copy()
-    for rank, abandoned in enumerate(headers["abandoned"], start=first_rank):
+    for rank, abandoned in zip(ranks, headers["abandoned"], strict=True):
         if abandoned > 1:
             _refuse_payload(bucket, rank, "abandoned", abandoned, "0 or 1")
     for field in ("entries", "step", "attempt", "abandoned"):
         headers[field] = 0
     if headers.tobytes() == expected.tobytes() * len(headers):
         return
-    for rank, header in enumerate(headers, start=first_rank):
+    for rank, header in zip(ranks, headers, strict=True):
         for field in HEADER.names or ():
             if header[field] != expected[field]:
                 _refuse_payload(bucket, rank, field, header[field], expected[field])
 
 
-def _check_records(bucket: Bucket, k: np.ndarray, parts: Parts, first_rank: int) -> None:
+def _check_records(bucket: Bucket, k: np.ndarray, parts: Parts, ranks: Sequence[int]) -> None:
     """Checks all ranks' records, and the number of entries in their headers."""
     records = parts.records
     status, bases, exponents = records["status"], records["sketch_base"], records["exponent"]
 
     def check(field: str, good: np.ndarray, wanted: object) -> None:
-        _check_layers(bucket, field, records[field], good, wanted, first_rank)
+        _check_layers(bucket, field, records[field], good, wanted, ranks)
 
     check("status", (status >= SENT) & (status <= ABSENT), "1, 2 or 3")
     expected = np.where(status == SENT, k, 0)
@@ -163,11 +134,11 @@ def _check_records(bucket: Bucket, k: np.ndarray, parts: Parts, first_rank: int)
     if not good.all() or watched[:, n:].any():
         rank = int(np.argmin(good.all(axis=1) & ~watched[:, n:].any(axis=1)))
         found = watched[rank].tolist()
-        _refuse_payload(bucket, first_rank + rank, "watched", found, f"1, 2 or 3, {n} times")
+        _refuse_payload(bucket, ranks[rank], "watched", found, f"1, 2 or 3, {n} times")
     entries, totals = parts.header["entries"][:, 0], expected.sum(axis=1)
     if (entries != totals).any():
         rank = int(np.argmax(entries != totals))
-        _refuse_payload(bucket, first_rank + rank, "entries", entries[rank], totals[rank])
+        _refuse_payload(bucket, ranks[rank], "entries", entries[rank], totals[rank])
 
 
 def _check_layers(
@@ -176,14 +147,14 @@ def _check_layers(
     found: np.ndarray,
     good: np.ndarray,
     expected: object,
-    first_rank: int,
+    ranks: Sequence[int],
 ) -> None:
     if good.all():
         return
     rank, layer = np.argwhere(~good)[0]
     wanted = expected[rank, layer] if isinstance(expected, np.ndarray) else expected
     raise PayloadError(
-        f"layer {bucket.layers[layer].name!r}, payload of rank {first_rank + rank}: {field} is "
+        f"layer {bucket.layers[layer].name!r}, payload of rank {ranks[rank]}: {field} is "
         f"{found[rank, layer]}, expected {wanted}"
     )
 

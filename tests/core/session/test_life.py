@@ -154,10 +154,13 @@ class Life(RuleBasedStateMachine):
                 world.ranks[number].send_rest()
         for number, rank in enumerate(world.ranks):
             if number != leaver:
-                with pytest.raises(RanksDisagreeError, match=rf"\[{leaver}\] gave step"):
+                with pytest.raises(RanksDisagreeError, match=self.given_up_by(leaver)):
                     rank.receive()
                 rank.abandon()
         assert world.frozen() == before
+
+    def given_up_by(self, leaver):
+        return rf"\[{leaver}\] gave step"
 
     def out_of_step(self, parts, at, leaver):
         """All had been sent, so the others make the step; that is told, and a checkpoint helps."""
@@ -256,11 +259,57 @@ class Life(RuleBasedStateMachine):
             self.restart_from_now()
 
 
+OPTIONS_OF_HOSTS = [
+    {},
+    {"pair_steps": 2, "warmup_steps": 4},
+    {"bucket_bytes": 900, "index_code": "plain", "adjust_every": 3, "min_k": 3},
+    {"strategy": "layerwise", "layer_density": {"conv1.weight": 0.3, "conv2.weight": "dense"}},
+    {"dense_steps": 2, "warmup_steps": 5},
+    {"values": "bfloat16"},
+    {"momentum": 0.5, "bucket_bytes": 900},
+    {"momentum": 0.5, "nesterov": True, "momentum_masking": False},
+    {"density": 1.0},
+]
+HOSTS = [(2, 2), (2, 2), (1, 3), (2, 1, 1), (1, 1, 1), (4,)]
+
+
+class LifeOnHosts(Life):
+    """The same of ranks that average their gradients with those of their host."""
+
+    @initialize(
+        options=st.sampled_from(OPTIONS_OF_HOSTS),
+        sizes=st.sampled_from(HOSTS),
+        nonfinite=st.sampled_from(["raise", "skip"]),
+        marks=st.booleans(),
+    )
+    def begin(self, options, sizes, nonfinite, marks):
+        super().begin(options | {"hierarchical": True}, sizes, nonfinite, marks)
+
+    def given_up_by(self, leaver):
+        """Ranks of its host are told that it did, others that the one that sends for it did."""
+        return (
+            r" gave step \d+ up, .* there or on a rank it sends for"
+            if self.grouped
+            else (super().given_up_by(leaver))
+        )
+
+    @property
+    def grouped(self):
+        return self.world.sessions[0].grouped
+
+    @precondition(lambda self: not self.world.options.get("momentum"))
+    @rule(sizes=st.sampled_from(HOSTS), then=st.sampled_from(["", "scale", "restart"]))
+    def other_ranks(self, sizes, then):
+        """On other hosts: with momentum, what waits would gather it again."""
+        super().other_ranks(sizes, then)
+
+
 # To shorten an example that fails takes longer than a test may; HYPOTHESIS_PROFILE=explore does it.
 exploring = settings.default.max_examples > 100
-TestLife = Life.TestCase
-TestLife.settings = settings(
-    max_examples=1000 if exploring else 40,
+lives = settings(
+    max_examples=1000 if exploring else 30,
     stateful_step_count=25,
     phases=[*Phase] if exploring else [Phase.generate],
 )
+TestLife, TestLifeOnHosts = Life.TestCase, LifeOnHosts.TestCase
+TestLife.settings = TestLifeOnHosts.settings = lives

@@ -95,8 +95,8 @@ def test_other_options_are_told_with_the_rank_and_both_values(option):
 
 
 def test_no_option_is_forgotten():
-    pairs = {"nesterov": {"momentum": 0.5}, "threshold": {"strategy": "hard"}}
-    values = {"nesterov": True, "threshold": 1.0}
+    pairs = {"nesterov": {"momentum": 0.5}, "threshold": {"strategy": "hard"}, "hierarchical": {}}
+    values = {"nesterov": True, "threshold": 1.0, "hierarchical": True}
     for field in dataclasses.fields(DLSConfig):
         if field.name in OTHER:
             continue

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_dls.core.wire import elias_fano
+from hvd_dls.core.wire.headers import headers_in, pack_header
 from hvd_dls.core.wire.layout import ABSENT, SENT, Clock, Status, parts_of, payload_bytes
 from hvd_dls.core.wire.pack import pack, pack_abandoned
-from hvd_dls.core.wire.unpack import headers_in, unpack, unpack_varying
+from hvd_dls.core.wire.unpack import unpack, unpack_varying
 from hvd_dls.errors import PayloadError
 from tests.core.payloads import BOTH, CODES, KINDS, bucket_of, buckets, check, found_by_ranks
 from tests.core.strategies import seeds
@@ -94,28 +95,29 @@ def test_headers_are_read_whatever_the_lengths(made, world_size, seed):
     ranks = drawn(bucket, k, world_size, seed)
     payloads = [payload for payload, _ in packed_by(bucket, ranks)]
     gone = pack_abandoned(bucket, k, Clock(7, 1))
-    told = headers_in(bucket, np.concatenate([*payloads, gone]), world_size + 1)
+    alone = pack_header(bucket, 3, Clock(8, 2))
+    told, by_headers = headers_in(bucket, np.concatenate([*payloads, alone, gone]))
     assert told == [((rank, 3), False) for rank in range(world_size)] + [((7, 1), True)]
+    assert by_headers == [((8, 2), False)]
 
 
 def test_what_is_not_the_bucket_s_payloads_has_no_headers():
     bucket, gathered, _ = three_payloads()
-    assert len(headers_in(bucket, gathered, 3)) == 3
+    assert len(headers_in(bucket, gathered)[0]) == 3
     for wrong in (gathered[:-8], gathered[8:], np.append(gathered, gathered[:8]), gathered[:0]):
-        assert headers_in(bucket, wrong, 3) == []
-    assert headers_in(bucket, gathered, 2) == headers_in(bucket, gathered, 4) == []
-    assert headers_in(bucket, gathered.astype(np.uint16), 3) == []
-    assert headers_in(bucket_of([70_000, 301]), gathered, 3) == []
+        assert headers_in(bucket, wrong) == ([], [])
+    assert headers_in(bucket, gathered.astype(np.uint16)) == ([], [])
+    assert headers_in(bucket_of([70_000, 301]), gathered) == ([], [])
     for byte in range(32):
         damaged = gathered.copy()
         damaged[byte] ^= 1
-        assert headers_in(bucket, damaged, 3) == [] or 12 <= byte < 16 or byte == 23
+        assert headers_in(bucket, damaged) == ([], []) or 12 <= byte < 16 or byte == 23
 
 
-@given(seeds, st.integers(0, 400), st.integers(1, 3))
-def test_noise_has_no_headers(seed, length, world_size):
+@given(seeds, st.integers(0, 400))
+def test_noise_has_no_headers(seed, length):
     noise = np.random.default_rng(seed).integers(256, size=length, dtype=np.uint8)
-    assert headers_in(bucket_of([300, 40]), noise, world_size) == []
+    assert headers_in(bucket_of([300, 40]), noise) == ([], [])
 
 
 # Damage -----------------------------------------------------------------------------------------

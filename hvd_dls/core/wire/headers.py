@@ -1,0 +1,119 @@
+"""Headers alone: of ranks that leave it to another to send; and those of payloads that do not fit.
+
+Where ranks are grouped, one of each group sends a bucket's payload, for all; inside the group, each
+of the others sends a header alone, with a magic of its own: so it tells in which step it is, and
+whether it gave it up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hvd_dls.core.wire.layout import HEADER, START, Bucket, Clock, header_of, payload_bytes
+from hvd_dls.core.wire.payload import Told
+from hvd_dls.errors import PayloadError
+
+ALONE = b"DLH"  # magic of a header without a payload
+_OWN = ("entries", "step", "attempt", "abandoned")  # what ranks may differ in
+
+
+class Split(NamedTuple):
+    """What a group's ranks handed on to each other, taken apart."""
+
+    payloads: np.ndarray  # (groups * length,) uint8
+    told: list[Told]  # by the ranks of the group but the one that handed the payloads on
+
+
+def pack_header(
+    bucket: Bucket, capacity: int, clock: Clock = START, abandoned: bool = False
+) -> np.ndarray:
+    """What a rank sends inside its group: (40,) uint8.
+
+    Args:
+        bucket: that another rank of the group sends.
+        capacity: of its payload.
+        clock: of the step.
+        abandoned: whether this rank has given the step up.
+    """
+    header = header_of(bucket, capacity, clock=clock)
+    header["magic"] = ALONE
+    header["abandoned"] = abandoned
+    return np.frombuffer(header.tobytes(), np.uint8).copy()
+
+
+def split(
+    bucket: Bucket, capacity: int, gathered: np.ndarray, ranks: int, owner: int, groups: int
+) -> Split:
+    """Takes apart what the ranks of a group handed on: one all groups' payloads, others a header.
+
+    Args:
+        bucket: whose payloads these should be.
+        capacity: of each.
+        gathered: uint8, in rank order.
+        ranks: in the group.
+        owner: number among them of the one that handed on the payloads.
+        groups: number of payloads.
+
+    Raises:
+        PayloadError: the buffer is not that.
+    """
+    length, each = payload_bytes(bucket, capacity), HEADER.itemsize
+    if gathered.dtype != np.uint8 or gathered.shape != ((ranks - 1) * each + groups * length,):
+        raise PayloadError(
+            f"bucket {bucket.name!r}: gathered {gathered.size} items of {gathered.dtype}, expected "
+            f"{groups} payloads of {length} bytes and {ranks - 1} headers of {each}; are all ranks "
+            "in the same step?"
+        )
+    start, stop = owner * each, owner * each + groups * length
+    raw = np.concatenate([gathered[:start], gathered[stop:]])
+    told = []
+    for header in raw.view(HEADER):
+        if not _fits(bucket, header) or header["capacity"] != capacity or header["entries"]:
+            raise PayloadError(
+                f"bucket {bucket.name!r}: a header of {header.tolist()} inside the host; do all "
+                "ranks run the same version and configuration?"
+            )
+        told.append(_read(header))
+    return Split(gathered[start:stop], told)
+
+
+def headers_in(bucket: Bucket, gathered: np.ndarray) -> tuple[list[Told], list[Told]]:
+    """What is told by what ranks sent, if no more is sure than that it is payloads or headers.
+
+    Args:
+        bucket: whose they should be.
+        gathered: uint8, in rank order, each as long as it says.
+
+    Returns:
+        What payloads tell, and what headers alone do; nothing if they are something else.
+    """
+    payloads: list[Told] = []
+    alone: list[Told] = []
+    start = 0
+    while start < len(gathered):
+        raw = gathered[start : start + HEADER.itemsize]
+        if raw.dtype != np.uint8 or len(raw) < HEADER.itemsize:
+            return [], []
+        header = raw.copy().view(HEADER)[0]
+        if not _fits(bucket, header):
+            return [], []
+        by_itself = bytes(header["magic"]) == ALONE
+        (alone if by_itself else payloads).append(_read(header))
+        start += HEADER.itemsize if by_itself else payload_bytes(bucket, int(header["capacity"]))
+    return (payloads, alone) if start == len(gathered) else ([], [])
+
+
+def _fits(bucket: Bucket, header: np.void) -> bool:
+    """Whether all fields are as they should be, but those that ranks may differ in."""
+    expected = header_of(bucket, int(header["capacity"]))
+    if bytes(header["magic"]) == ALONE:
+        expected["magic"] = ALONE
+    fields = [field for field in HEADER.names or () if field not in _OWN]
+    return header["abandoned"] <= 1 and all(header[f] == expected[f] for f in fields)
+
+
+def _read(header: np.void) -> Told:
+    clock = Clock(int(header["step"]), int(header["attempt"]))
+    return Told(clock, bool(header["abandoned"]))

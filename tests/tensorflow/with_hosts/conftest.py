@@ -1,0 +1,5 @@
+"""As for the tests on several ranks."""
+
+from tests.tensorflow.with_ranks.conftest import fresh, horovod, mode
+
+__all__ = ["fresh", "horovod", "mode"]

@@ -1,0 +1,358 @@
+"""Ranks that average their gradients with those of their host, on two hosts: 2 + 2 ranks, 1 + 2."""
+
+import os
+
+import horovod.torch as hvd
+import pytest
+import torch
+from torch import nn
+
+from hvd_dls import DLSError
+from hvd_dls.errors import NonFiniteGradientError, RanksDisagreeError, StateMismatchError
+from hvd_dls.torch import DLSCompressor
+from tests.torch.with_ranks.training import (
+    SPARSE,
+    assert_same_on_all_ranks,
+    batch,
+    flat,
+    linear_loss,
+    net,
+    net_without_vectors,
+    train,
+    whole_numbers,
+    wrap,
+)
+
+HOSTS = {3: (1, 2), 4: (2, 2)}  # by number of ranks
+HIERARCHICAL = {**SPARSE, "hierarchical": True}
+
+
+def plain_sgd(model, lr=0.05):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def session_of(compression):
+    (binding,) = compression._bindings
+    return binding.session
+
+
+# The laws ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"strategy": "layerwise"},
+        {"momentum": 0.9, "clip_norm": 1.0},
+        {"values": "bfloat16", "index_code": "plain", "bucket_bytes": 4000},
+        {"warmup_steps": 4, "dense_steps": 2},
+    ],
+    ids=str,
+)
+def test_parameters_and_ratios_agree_to_the_bit(options):
+    model = net()
+    compression = DLSCompressor(density=0.05, **HIERARCHICAL, **options)
+    train(model, wrap(model, compression, plain_sgd(model)), range(10))
+    record = compression.last_step()
+    assert record.step == 10
+    assert session_of(compression).groups.sizes == HOSTS[hvd.size()]
+    assert_same_on_all_ranks(flat(model))
+    assert_same_on_all_ranks(torch.tensor(record.k.tolist()))
+    assert (record.thresholds > 0).all()  # also of layers that others send
+
+
+def residuals_of(compression) -> dict[str, torch.Tensor]:
+    (state,) = compression.state_dict()["models"]
+    return state["residuals"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(dtype):
+    shapes = [(40, 30), (7, 5, 3, 3), (300, 2)]
+    largest = 3
+    model = nn.ParameterList([nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes])
+    compression = DLSCompressor(density=0.1, **HIERARCHICAL)
+    optimizer = wrap(model, compression, plain_sgd(model, lr=1), op=hvd.Sum)
+    received = [torch.zeros(s) for s in shapes]
+    accumulated = [torch.zeros(s) for s in shapes]
+    for step in range(6):
+        optimizer.zero_grad()
+        sum(linear_loss(p, whole_numbers(p.shape, step, largest=largest)) for p in model).backward()
+        optimizer.synchronize()
+        for i, parameter in enumerate(model):
+            received[i] += parameter.grad.float()
+            for rank in range(hvd.size()):
+                accumulated[i] += whole_numbers(parameter.shape, step, rank, largest)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    of_a_host = hvd.size() / len(HOSTS[hvd.size()])  # what a host's average is multiplied by
+    residuals = residuals_of(compression)
+    exact = hvd.size() == 4  # else thirds are rounded
+    for i, shape in enumerate(shapes):
+        own = residuals.get(str(i), torch.zeros(received[i].numel())).float()
+        kept = of_a_host * hvd.allreduce(own, op=hvd.Sum, name=f"kept.{i}")
+        assert kept.abs().sum() > 0
+        off = 0 if exact else 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+        torch.testing.assert_close(
+            received[i] + kept.reshape(shape), accumulated[i], rtol=off, atol=20 * off
+        )
+
+
+def test_residuals_are_shared_out_among_a_host_s_ranks():
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+    compression = DLSCompressor(density=0.05, **HIERARCHICAL)
+    optimizer = wrap(model, compression)
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    mine = sum(residual.numel() for residual in residuals_of(compression).values())
+    everyone = hvd.allgather(torch.tensor([mine]), name="sizes").tolist()
+    whole = sum(p.numel() for p in model.parameters())
+    assert everyone == ([whole // 2] * 4 if hvd.size() == 4 else [whole, whole, 0])
+
+
+@pytest.mark.parametrize(
+    "horovod_options",
+    [{"op": hvd.Average}, {"op": hvd.Sum}, {"gradient_predivide_factor": 1.5}],
+    ids=["average", "sum", "predivide"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_at_density_one_training_equals_dense_training(dtype, horovod_options):
+    trained = []
+    for compression in (hvd.Compression.none, DLSCompressor(density=1, **HIERARCHICAL)):
+        torch.manual_seed(1)
+        model = net().to(dtype)
+        train(model, wrap(model, compression, plain_sgd(model, 0.01), **horovod_options), range(8))
+        trained.append(flat(model))
+    assert_same_on_all_ranks(trained[1])
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(trained[1], trained[0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(os.environ.get("HVD_DLS_TEST_RANKS") != "4", reason="thirds are rounded")
+def test_it_is_what_as_many_ranks_as_hosts_would_do_with_their_averages():
+    """To the bit: a session of two ranks, given the averages of two hosts."""
+    from tests.core.ranks import make_sessions, step
+
+    shapes = {"a": (40, 30), "b": (20, 40)}
+    model = nn.ParameterDict({n: nn.Parameter(torch.zeros(s)) for n, s in shapes.items()})
+    compression = DLSCompressor(density=0.1, prior="uniform", **HIERARCHICAL)
+    optimizer = wrap(model, compression, plain_sgd(model, lr=1))
+    train_one = session_of
+    alike = None
+    for number in range(5):
+        drawn = [
+            {n: whole_numbers(s, number, rank) for n, s in shapes.items()} for rank in range(4)
+        ]
+        optimizer.zero_grad()
+        sum(linear_loss(model[n], drawn[hvd.rank()][n]) for n in shapes).backward()
+        optimizer.synchronize()
+        session = train_one(compression)
+        if alike is None:
+            limit = session.routing.buckets[0].size * 4
+            alike = make_sessions(
+                2, session.plan.layers, density=0.1, dense_below=0, bucket_bytes=limit
+            )
+        hosts = [
+            {n: ((drawn[i][n] + drawn[i + 1][n]) / 2).numpy().ravel() for n in shapes}
+            for i in (0, 2)
+        ]
+        sums, _ = step(alike, hosts, scale=0.5)
+        for name in shapes:
+            assert torch.equal(model[name].grad.view(-1), torch.from_numpy(sums[0][name]))
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+# Ways of use ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"groups": 2}, {"backward_passes_per_step": 3}, {"sparse_as_dense": True}], ids=str
+)
+def test_horovod_s_options(options):
+    model = net()
+    compression = DLSCompressor(density=0.05, **HIERARCHICAL)
+    optimizer = wrap(model, compression, plain_sgd(model), **options)
+    train(model, optimizer, range(6), options.get("backward_passes_per_step", 1))
+    assert compression.last_step().step == 6
+    assert_same_on_all_ranks(flat(model))
+
+
+class Branches(nn.Module):
+    """Each rank uses the layer of its own, or all the first one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(48, 32)
+        self.mine = nn.ModuleList(nn.Linear(32, 5) for _ in range(4))
+
+    def forward(self, images, number):
+        return self.mine[number](torch.relu(self.first(images.flatten(1))))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_take_no_part_on_some_ranks(frozen):
+    model = Branches()
+    compression = DLSCompressor(density=0.1, **HIERARCHICAL)
+    optimizer = wrap(model, compression)
+    for step in range(6):
+        if frozen and step == 3:
+            for parameter in model.mine[hvd.rank()].parameters():
+                parameter.requires_grad_(False)
+        images, labels = batch(step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images, hvd.rank()), labels).backward()
+        optimizer.step()
+    assert compression.last_step().step == 6
+    assert_same_on_all_ranks(flat(model))
+
+
+def test_hvd_init_again_keeps_what_waits():
+    model = net_without_vectors()
+    compression = DLSCompressor(density=0.02, **HIERARCHICAL)
+    optimizer = wrap(model, compression, plain_sgd(model))
+    train(model, optimizer, range(4))
+    before = {name: values.clone() for name, values in residuals_of(compression).items()}
+    hvd.shutdown()
+    hvd.init()
+    for parameter in model.parameters():
+        parameter.grad = None
+    train(model, optimizer, [4])
+    assert compression.last_step().step == 5
+    after = residuals_of(compression)
+    assert after.keys() == before.keys()
+    assert all(len(torch.nonzero(before[n] == after[n])) < before[n].numel() for n in before)
+    assert_same_on_all_ranks(flat(model))
+
+
+# Steps that fail --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("culprit", range(3))
+@pytest.mark.parametrize("vector", [False, True])
+def test_nan_on_one_rank_refuses_the_step_on_all(culprit, vector):
+    model = net()
+    compression = DLSCompressor(density=0.05, **HIERARCHICAL)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(2))
+    before, residuals = flat(model), {n: r.clone() for n, r in residuals_of(compression).items()}
+    optimizer.zero_grad()
+    images, labels = batch(5)
+    loss = nn.functional.cross_entropy(model(images), labels)
+    if hvd.rank() == culprit:
+        parameter = model[0].bias if vector else model[0].weight
+        loss = loss + (parameter * torch.nan).sum()
+    loss.backward()
+    with pytest.raises(NonFiniteGradientError) as error:
+        optimizer.step()
+    assert [name for name, _ in error.value.where] == ["0.bias" if vector else "0.weight"]
+    assert torch.equal(flat(model), before)
+    assert all(torch.equal(residuals[n], r) for n, r in residuals_of(compression).items())
+    train(model, optimizer, range(2, 4))
+    assert compression.last_step().step == 4
+    assert_same_on_all_ranks(flat(model))
+
+
+def test_nan_is_skipped_by_all():
+    model = net()
+    compression = DLSCompressor(density=0.05, nonfinite="skip", **HIERARCHICAL)
+    optimizer = wrap(model, compression)
+    train(model, optimizer, range(2))
+    before = flat(model)
+    optimizer.zero_grad()
+    images, labels = batch(5)
+    factor = torch.inf if hvd.rank() == hvd.size() - 1 else 1.0
+    (nn.functional.cross_entropy(model(images), labels) * factor).backward()
+    optimizer.step()
+    assert torch.equal(flat(model), before)
+    train(model, optimizer, range(2, 4))
+    assert compression.last_step().step == 4
+    assert_same_on_all_ranks(flat(model))
+
+
+@pytest.mark.parametrize("culprit", range(3))
+@pytest.mark.parametrize("layer", [0, 2, 4], ids="at layer {}".format)
+def test_a_step_that_one_rank_gives_up_is_given_up_by_all(culprit, layer):
+    model = nn.Sequential(*(nn.Linear(48, 48) for _ in range(5)))
+    compression = DLSCompressor(density=0.05, bucket_bytes=8000, **HIERARCHICAL)
+    optimizer = wrap(model, compression)
+
+    def backward(seed):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(seed + hvd.rank())
+        model(torch.randn(4, 48, generator=generator)).square().mean().backward()
+
+    for seed in range(2):
+        backward(10 * seed)
+        optimizer.step()
+    before = flat(model)
+    if hvd.rank() == culprit:
+
+        def stop(gradient):
+            raise ValueError("stop here")
+
+        hook = model[layer].weight.register_hook(stop)
+        with pytest.raises(ValueError, match="stop here"):
+            backward(50)
+        hook.remove()
+        compression.abandon_step()
+    else:
+
+        def step():
+            backward(50)
+            optimizer.step()
+
+        with pytest.raises(RanksDisagreeError, match=r"gave step 3 up"):
+            step()
+    assert torch.equal(flat(model), before)
+    for seed in range(6, 9):
+        backward(10 * seed)
+        optimizer.step()
+    assert compression.last_step().step == 5
+    assert_same_on_all_ranks(flat(model))
+
+
+# States -----------------------------------------------------------------------------------------
+
+
+def test_a_restart_goes_on_bit_for_bit():
+    def fresh():
+        torch.manual_seed(1)
+        model = net_without_vectors()
+        compression = DLSCompressor(density=0.05, momentum=0.9, **HIERARCHICAL)
+        return model, compression, wrap(model, compression, plain_sgd(model))
+
+    model, compression, optimizer = fresh()
+    train(model, optimizer, range(4))
+    saved = {n: v.clone() for n, v in model.state_dict().items()}, compression.state_dict()
+    saved[1]["models"][0]["residuals"] = {
+        n: r.clone() for n, r in residuals_of(compression).items()
+    }
+    velocities = saved[1]["models"][0]["velocities"]
+    saved[1]["models"][0]["velocities"] = {n: v.clone() for n, v in velocities.items()}
+    train(model, optimizer, range(4, 8))
+    again, other, optimizer = fresh()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    train(again, optimizer, range(4, 8))
+    assert torch.equal(flat(again), flat(model))
+
+
+def test_a_state_of_ranks_that_sent_for_themselves_is_refused():
+    model = net_without_vectors()
+    compression = DLSCompressor(density=0.05, **SPARSE)
+    train(model, wrap(model, compression), range(2))
+    state = compression.state_dict()
+    other = DLSCompressor(density=0.05, **HIERARCHICAL)
+    other.load_state_dict(state)
+    with pytest.raises(StateMismatchError, match="hierarchical"):
+        train(model, wrap(model, other), [2])
+
+
+def test_one_rank_that_is_hierarchical_alone_is_refused_on_all():
+    model = net_without_vectors()
+    mine = hvd.rank() == 0
+    compression = DLSCompressor(density=0.05, **{**SPARSE, "hierarchical": mine})
+    with pytest.raises(DLSError, match=r"option hierarchical: (True|False)"):
+        train(model, wrap(model, compression), [0])
