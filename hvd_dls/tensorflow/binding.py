@@ -144,8 +144,12 @@ class Binding(BaseBinding):
 
     @property
     def skipped_value(self) -> float:
-        """What replaces each entry of a gradient whose step is skipped."""
-        return np.inf if self.session and self.session.marks_skipped else 0.0
+        """What replaces each entry of a gradient whose step is skipped.
+
+        A graph is traced before its first step, in which the session is told.
+        """
+        marks = self.marks_skipped or self.loss_scale is not None
+        return np.inf if marks or (self.session and self.session.marks_skipped) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the session's state: NumPy arrays and plain values only."""
