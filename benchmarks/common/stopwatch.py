@@ -17,10 +17,11 @@ from hvd_dls.torch.exchange import Exchange
 
 # Where a part of a step is: a class or module, the name of its function, and what to call it.
 PARTS: list[tuple[Any, str, str]] = [
-    (Session, "compress", "find"),
+    (Session, "_select", "find"),
+    (Session, "contribution", "copy gradients, for the host's average"),
     (Session, "payload", "pack"),
     (Exchange, "_start", "hand over payloads"),
-    (Exchange, "receive", "wait for payloads"),
+    (Binding, "_receive_all", "wait for payloads"),
     (Session, "receive", "unpack"),
     (Session, "decompress", "settle"),
     (Controller, "advance", "move ratios"),

@@ -16,11 +16,15 @@ overlapped. The first tables show the terms, and what they make beside what was 
 cannot be told from `copy` and `pass` by measurements of a single model, nor `hop` by a single P:
 then they share.)
 
-The predictions are for one rank a host with as fast a core as measured, and another `hop`: twice
-P' (dense) or once P' (sparse) --latency-us. "Horovod" compares with dense as fitted, on CPUs;
-"ideal" with an allreduce that costs nothing but the wire, as GPUs with NCCL nearly have it, while
-DLS still pays for passes on a CPU. An allgather grows with P, an allreduce does not: with
-P density above about 1.5 (float32), DLS sends more than dense and cannot win on any link.
+The predictions are for ranks with as fast a core as measured, and another `hop`: twice P' (dense)
+or once P' (sparse) --latency-us. "Horovod" compares with dense as fitted, on CPUs; "ideal" with an
+allreduce that costs nothing but the wire, as GPUs with NCCL nearly have it, while DLS still pays
+for passes on a CPU. An allgather grows with P, an allreduce does not: with P density above about
+1.5 (float32), DLS sends more than dense and cannot win on any link.
+
+With --per-host L, ranks share a host's link, and there are two kinds of DLS: "flat", and "two
+levels" (hierarchical=True). There, P is the number of hosts for all that is sparse, and the dense
+allreduce inside each host costs what `start` and `copy` say.
 """
 
 from __future__ import annotations
@@ -99,16 +103,22 @@ def show_predictions(rows: list[dict[str, Any]], args: argparse.Namespace) -> No
         ]
         share = f"{row['bytes_over_dense']:.2%}"
         pays = [row["pays"]["Horovod"], row["pays"]["ideal"]]
-        lines.append([f"{row['density']:g}", str(row["ranks"]), share, *ratios, *pays])
-    head = ["density", "ranks", "bytes of dense", *RATES, "pays, Horovod", "pays, ideal"]
+        levels = "two levels" if row["averaged"] > 1 else "flat"
+        lines.append([f"{row['density']:g}", str(row["ranks"]), levels, share, *ratios, *pays])
+    head = ["density", "ranks", "exchange", "bytes of dense", *RATES]
+    head += ["pays, Horovod", "pays, ideal"]
     print(markdown(head, lines))
     losing = [row for row in rows if row["pays"]["ideal"] == "never"]
     if losing:
-        places = ", ".join(f"{row['ranks']} ranks at {row['density']:g}" for row in losing)
+        places = ", ".join(
+            f"{row['ranks']} ranks at {row['density']:g}"
+            + (" in two levels" if row["averaged"] > 1 else "")
+            for row in losing
+        )
         print(f"Loses on every link against an ideal allreduce: {places}.")
     print(
-        "Not in the model: overlap with backward, Horovod's negotiation among many ranks, several "
-        "ranks sharing a host's link, congestion. With so many ranks, take it for an order."
+        "Not in the model: overlap with backward, Horovod's negotiation among many ranks, "
+        "congestion. With so many ranks, take it for an order."
     )
 
 
@@ -127,7 +137,7 @@ def draw(fitted: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -
     axes[0].legend(fontsize=7)
     x = [bits_of(rate) / 1e9 for rate in RATES]
     for axis, density in zip(axes[1:], densities, strict=True):
-        own = [row for row in rows if row["density"] == density]
+        own = [row for row in rows if row["density"] == density and row["averaged"] == 1]
         for number, row in enumerate(own):
             color = plt.get_cmap("viridis")(number / len(own))
             for kind, style in (("Horovod", "-"), ("ideal", "--")):
@@ -151,6 +161,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--density", type=float, nargs="+", default=[0.01, 0.001])
     parser.add_argument("--values", default="float32")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument(
+        "--per-host", type=int, default=1, help="ranks on each host, for hierarchical=True, too"
+    )
     parser.add_argument("--latency-us", type=float, default=20.0, help="of one hop of a ring")
     add_output_options(parser)
     return parser.parse_args()

@@ -37,8 +37,8 @@ def points_of(path: Path) -> list[Point]:
     data = json.loads(path.read_text())
     points = []
     for job in data.get("jobs", [data]):
-        if job.get("cycle_time"):
-            continue
+        if job.get("cycle_time") or job.get("hosts", job["ranks"]) not in (1, job["ranks"]):
+            continue  # the formula knows no hosts of several ranks
         ranks, n = job["ranks"], job["entries"]
         bits = bits_per_second(job["rate"])
         shared = max(1.0, ranks / job["about"]["cores"])

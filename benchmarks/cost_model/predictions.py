@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,13 @@ def dense_costs(terms: np.ndarray, n: int, ranks: int, latency: float, ideal: bo
 
 
 def sparse_costs(
-    terms: np.ndarray, model: str, density: float, values: str, ranks: int, latency: float
+    terms: np.ndarray,
+    model: str,
+    density: float,
+    values: str,
+    ranks: int,
+    latency: float,
+    per_host: int = 1,
 ) -> Costs:
     """Predicts the costs of a step with DLS.
 
@@ -61,15 +68,20 @@ def sparse_costs(
         values: type of the values that are sent.
         ranks: number of ranks.
         latency: seconds of one hop of a ring.
+        per_host: ranks that average their gradients on each host before one sends for all: that
+            costs as much as a dense allreduce but for the wire, where a host's own is free.
     """
+    hosts = ranks // per_host
     at = dict(zip(TERMS, terms, strict=True))
     # The cost rule would send layers dense where sparse is no smaller: here, what sparse costs.
     config = DLSConfig(density=density, values=values, cost_rule=False)
     shapes = MODELS[model]()
-    n, size = entries(shapes), step_size(shapes, config, ranks)
-    fixed = at["start"] + at["pass"] * n + at["entry"] * size.entries * ranks
-    fixed += 3 * (ranks - 1) * latency
-    sent = (ranks - 1) * size.payload_bytes + 2 * (ranks - 1) / ranks * size.dense_bytes
+    n, size = entries(shapes), step_size(shapes, config, hosts)
+    fixed = at["start"] + at["pass"] * n + at["entry"] * size.entries * hosts
+    fixed += 3 * (hosts - 1) * latency
+    if per_host > 1:
+        fixed += at["start"] + at["copy"] * n + 3 * (per_host - 1) * latency
+    sent = (hosts - 1) * size.payload_bytes + 2 * (ranks - 1) / ranks * size.dense_bytes
     return Costs(fixed, 8 * sent * max(at["wire"], 1.0))
 
 
@@ -103,9 +115,11 @@ def predict(terms: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]
     """Predicts dense and sparse steps for all densities and numbers of ranks."""
     latency, n = args.latency_us * 1e-6, entries(MODELS[args.model]())
     rows = []
-    for density in args.density:
-        for ranks in args.ranks:
-            sparse = sparse_costs(terms, args.model, density, args.values, ranks, latency)
+    for density, ranks, per_host in itertools.product(
+        args.density, args.ranks, sorted({1, args.per_host})
+    ):
+        if ranks > per_host:
+            sparse = sparse_costs(terms, args.model, density, args.values, ranks, latency, per_host)
             both = {
                 kind: dense_costs(terms, n, ranks, latency, kind == "ideal")
                 for kind in ("Horovod", "ideal")
@@ -114,6 +128,7 @@ def predict(terms: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]
                 {
                     "density": density,
                     "ranks": ranks,
+                    "averaged": per_host,
                     "pays": {kind: when_it_pays(dense, sparse) for kind, dense in both.items()},
                     "crossover": {kind: crossover(dense, sparse) for kind, dense in both.items()},
                     "ratio": {
