@@ -237,6 +237,9 @@ def check_settle(residual, gradient, indices, kept, received, scale, dtype=None)
     assert gradient.tobytes() == before
     assert own.tobytes() == expected[0].tobytes()
     assert out.tobytes() == expected[1].tobytes()
+    out = np.full(len(residual), 77, dtype)
+    passes.sum_up(received, scale, out, residual.dtype)
+    assert out.tobytes() == expected[1].tobytes()
     if dtype == gradient.dtype:
         own, out = residual.copy(), gradient.copy()
         passes.settle(own, out, indices, kept, received, scale, out)
@@ -334,6 +337,8 @@ def test_indices_outside_the_layer_are_refused(bad, whose):
     with pytest.raises(ValueError, match="below 100000"):
         passes.settle(residual, gradient, own, None, received, 1.0, gradient)
     if whose == "received":  # and the next call is not disturbed
+        with pytest.raises(ValueError, match="below 100000"):
+            passes.sum_up(received, 1.0, gradient, residual.dtype)
         check_settle(residual, np.ones_like(residual), good, None, received[:1], 1.0)
 
 
