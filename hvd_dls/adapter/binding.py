@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from hvd_dls.adapter.hosts import HostSets, groups_of, host_sets, row_of
 from hvd_dls.adapter.states import take_state_of
 from hvd_dls.adapter.world import World, epoch
 from hvd_dls.config import DLSConfig
+from hvd_dls.core import disk_cache
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection import threads
 from hvd_dls.core.selection.backend import Backend
@@ -111,6 +113,7 @@ class BaseBinding(ABC):
         except Exception as met:
             error = met
         facts = agreement.facts_of(hvd_dls.__version__, self._config, self._layers)
+        facts.insert(1, ("sources of hvd_dls", _sources()))
         facts.append(("ranks on each host", [len(ranks) for ranks in hosts]))
         facts.append(("saved state", _summary_of(loaded) if loaded else "none"))
         first = world.rank == 0
@@ -211,6 +214,15 @@ class BaseBinding(ABC):
         """Goes on from a state that fits."""
         if self.session is not None:
             self.session.load_state_dict(state)
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of the package's sources; empty where there are none beside the compiled files."""
+    try:
+        return disk_cache.digest(disk_cache.PACKAGE)
+    except FileNotFoundError:
+        return ""
 
 
 def _summary_of(state: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -21,7 +20,7 @@ from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.torch import bookkeeping, joined
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
-from hvd_dls.torch.exchange import POLL, Exchange, Stage, gather
+from hvd_dls.torch.exchange import Exchange, Pause, Stage, gather
 from hvd_dls.torch.on_device import Device, finite_future
 from hvd_dls.torch.parameters import (
     NamedParameter,
@@ -292,21 +291,25 @@ class Binding(BaseBinding):
             self._leave_horovod()
             raise
 
-    def _send_ready(self, session: Session) -> None:
+    def _send_ready(self, session: Session) -> bool:
         """Sends what is complete; what is still being worked on goes in a later call.
 
         That is, by a device, or by the host's ranks, which add up their gradients first.
+
+        Returns:
+            Whether anything has come in from the host's ranks, or been handed on to them.
         """
-        exchange = self._exchange
+        exchange, moved = self._exchange, False
         assert exchange is not None
-        for bucket in session.to_add_up():
-            self._add_up(session, bucket)
         if session.grouped:
-            exchange.take(Stage.ADD_UP, session.added_up)
+            for bucket in session.to_add_up():
+                self._add_up(session, bucket)
+            moved = exchange.take(Stage.ADD_UP, session.added_up)
         for bucket in session.ready():
             exchange.send(Stage.GATHER, bucket, session.payload(bucket))
         if session.grouped:
-            exchange.take(Stage.GATHER, self._hand_on)
+            moved |= exchange.take(Stage.GATHER, self._hand_on)
+        return moved
 
     def _add_up(self, session: Session, bucket: int) -> None:
         assert self._exchange is not None
@@ -332,12 +335,15 @@ class Binding(BaseBinding):
             else:
                 exchange.send(Stage.GATHER, bucket, session.payload(bucket))
         last = Stage.HAND_ON if session.grouped else Stage.GATHER
+        pause = Pause()
         try:
             while not exchange.idle:
-                if session.grouped:
-                    self._send_ready(session)
-                if not exchange.take(last, session.receive):
-                    time.sleep(POLL)
+                moved = session.grouped and self._send_ready(session)
+                moved |= exchange.take(last, session.receive)
+                if moved:
+                    pause = Pause()
+                else:
+                    pause.sleep()
         except DLSError:
             self.abandon()
             raise

@@ -17,8 +17,23 @@ from hvd_dls.adapter import epoch
 from hvd_dls.adapter.hosts import HostSets
 from hvd_dls.core.session.gathering import Farewell
 
-POLL = 2e-4  # seconds between two looks
+_SHORTEST, _LONGEST, _SHARE = 2e-4, 3e-3, 1 / 8  # seconds between two looks; of the wait so far
 _DONE, _ALONE = -1, -2  # instead of a handle: the result is there; there is nobody else
+
+
+class Pause:
+    """Sleeps between two looks at what one waits for: longer, the longer it has taken.
+
+    Looking costs time of a processor that other ranks, and Horovod's own thread, may need.
+    """
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    def sleep(self) -> None:
+        """Sleeps for an eighth of the wait so far, within limits."""
+        waited = time.monotonic() - self._begun
+        time.sleep(min(max(_SHARE * waited, _SHORTEST), _LONGEST))
 
 
 def start(name: str, payload: np.ndarray, process_set: hvd.ProcessSet) -> int:
@@ -41,8 +56,9 @@ def finish(handle: int) -> np.ndarray:
         HorovodInternalError: a rank failed or left, as Horovod reports it; elastic training
             recovers from this very type.
     """
+    pause = Pause()
     while not hvd.poll(handle):
-        time.sleep(POLL)
+        pause.sleep()
     gathered: torch.Tensor = hvd.synchronize(handle)
     return gathered.numpy()
 

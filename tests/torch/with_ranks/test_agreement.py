@@ -10,6 +10,7 @@ from torch import nn
 
 import hvd_dls
 from hvd_dls import DLSError
+from hvd_dls.adapter import binding
 from hvd_dls.core.wire import agreement
 from hvd_dls.torch import DLSCompressor
 from tests.torch.with_ranks.training import (
@@ -83,8 +84,9 @@ def test_another_option_on_one_rank_is_refused_on_all(usual, other, words):
     [
         (hvd_dls, "__version__", "0.0.1", ["version", "0.0.1", hvd_dls.__version__]),
         (agreement, "VERSION", 2, ["wire", "2", str(agreement.VERSION)]),
+        (binding, "_sources", lambda: "patched", ["sources of hvd_dls", "patched"]),
     ],
-    ids=["package", "wire"],
+    ids=["package", "wire", "sources"],
 )
 def test_another_version_on_one_rank_is_refused_on_all(
     module, attribute, value, words, monkeypatch
