@@ -307,7 +307,7 @@ class LifeOnHosts(Life):
 # To shorten an example that fails takes longer than a test may; HYPOTHESIS_PROFILE=explore does it.
 exploring = settings.default.max_examples > 100
 lives = settings(
-    max_examples=1000 if exploring else 30,
+    max_examples=1000 if exploring else 20,
     stateful_step_count=25,
     phases=[*Phase] if exploring else [Phase.generate],
 )

@@ -1,5 +1,5 @@
 """As for the tests on several ranks."""
 
-from tests.tensorflow.with_ranks.conftest import fresh, horovod, mode
+from tests.tensorflow.with_ranks.conftest import fresh, horovod
 
-__all__ = ["fresh", "horovod", "mode"]
+__all__ = ["fresh", "horovod"]

@@ -21,7 +21,13 @@ HIERARCHICAL = {**SPARSE, "hierarchical": True}
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.9}, {"warmup_steps": 3, "dense_steps": 2}], ids=str
+    ("mode", "options"),
+    [
+        ("eager", {}),
+        ("tf.function", {"momentum": 0.9}),
+        ("tf.function", {"warmup_steps": 3, "dense_steps": 2}),
+    ],
+    ids=str,
 )
 def test_parameters_and_ratios_agree_to_the_bit(mode, options):
     model = Net()
@@ -35,7 +41,7 @@ def test_parameters_and_ratios_agree_to_the_bit(mode, options):
     assert np.isfinite(flat(model)).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("mode", "dtype"), [("tf.function", "float32"), ("eager", "float64")])
 def test_nothing_is_lost(mode, dtype):
     """What all ranks received plus what hosts keep is what all gradients came to."""
     shapes = [(30, 40), (3, 3, 4, 8), (7, 11)]
@@ -64,7 +70,9 @@ def test_nothing_is_lost(mode, dtype):
 
 
 @pytest.mark.parametrize(
-    "horovod_options", [{"op": hvd.Average}, {"gradient_predivide_factor": 1.5}], ids=str
+    ("mode", "horovod_options"),
+    [("tf.function", {"op": hvd.Average}), ("eager", {"gradient_predivide_factor": 1.5})],
+    ids=str,
 )
 def test_at_density_one_training_equals_dense_training(mode, horovod_options):
     trained = []
@@ -76,7 +84,7 @@ def test_at_density_one_training_equals_dense_training(mode, horovod_options):
     np.testing.assert_allclose(trained[1], trained[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("culprit", range(3))
+@pytest.mark.parametrize(("mode", "culprit"), [("eager", 0), ("tf.function", 2)])
 def test_nan_on_one_rank_refuses_the_step_on_all(mode, culprit):
     variables = [tf.Variable(tf.zeros([40, 50])), tf.Variable(tf.zeros([30]))]
     compression = DLSCompressor(variables, density=0.05, **HIERARCHICAL)
