@@ -128,8 +128,8 @@ class BaseBinding(ABC):
             raise error
         agreement.check_errors(claims)
         assert session is not None
-        if session.grouped and session.routing.buckets:
-            self.host_sets = host_sets(groups, hosts, world)
+        exchanges_by_hosts = session.grouped and session.routing.buckets
+        self.host_sets = host_sets(groups, hosts, world) if exchanges_by_hosts else None
         session.agree(np.array(claims[0].ratios, np.int64))
         self._label = claims[0].label
         self._world, self._epoch, self.session = world, epoch(), session

@@ -15,12 +15,11 @@ from hvd_dls.adapter import BaseBinding, World
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.selection.backend import Array, Backend, Future
 from hvd_dls.core.session.baselines import BASELINES
-from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.torch import bookkeeping, joined
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
-from hvd_dls.torch.exchange import Exchange, Pause, Stage, gather
+from hvd_dls.torch.exchange import Exchange, gather
 from hvd_dls.torch.on_device import Device, finite_future
 from hvd_dls.torch.parameters import (
     NamedParameter,
@@ -30,6 +29,7 @@ from hvd_dls.torch.parameters import (
     specs_of,
     stays_on_device,
 )
+from hvd_dls.torch.sending import send_ready, send_rest, wait_for_all
 
 
 class Binding(BaseBinding):
@@ -291,59 +291,17 @@ class Binding(BaseBinding):
             self._leave_horovod()
             raise
 
-    def _send_ready(self, session: Session) -> bool:
-        """Sends what is complete; what is still being worked on goes in a later call.
-
-        That is, by a device, or by the host's ranks, which add up their gradients first.
-
-        Returns:
-            Whether anything has come in from the host's ranks, or been handed on to them.
-        """
-        exchange, moved = self._exchange, False
-        assert exchange is not None
-        if session.grouped:
-            for bucket in session.to_add_up():
-                self._add_up(session, bucket)
-            moved = exchange.take(Stage.ADD_UP, session.added_up)
-        for bucket in session.ready():
-            exchange.send(Stage.GATHER, bucket, session.payload(bucket))
-        if session.grouped:
-            moved |= exchange.take(Stage.GATHER, self._hand_on)
-        return moved
-
-    def _add_up(self, session: Session, bucket: int) -> None:
+    def _send_ready(self, session: Session) -> None:
+        """Sends what is complete; what is still being worked on goes in a later call."""
         assert self._exchange is not None
-        with Uninterrupted():  # what counts as sent is sent
-            self._exchange.send(Stage.ADD_UP, bucket, session.contribution(bucket))
-            if not session.sends(bucket):
-                self._exchange.send(Stage.HAND_ON, bucket, session.header(bucket))
-
-    def _hand_on(self, bucket: int, gathered: np.ndarray) -> None:
-        assert self._exchange is not None
-        assert self.session is not None
-        with Uninterrupted():
-            self._exchange.send(Stage.HAND_ON, bucket, self.session.hand_on(bucket, gathered))
+        send_ready(session, self._exchange)
 
     def _receive_all(self, session: Session) -> None:
         """Waits for all that is on its way: before a step changes anything, all of it is there."""
-        exchange = self._exchange
-        assert exchange is not None
-        # What a device has worked on until now; or some layers of a bucket take no part.
-        for bucket in session.unfinished():
-            if session.grouped:
-                self._add_up(session, bucket)
-            else:
-                exchange.send(Stage.GATHER, bucket, session.payload(bucket))
-        last = Stage.HAND_ON if session.grouped else Stage.GATHER
-        pause = Pause()
+        assert self._exchange is not None
         try:
-            while not exchange.idle:
-                moved = session.grouped and self._send_ready(session)
-                moved |= exchange.take(last, session.receive)
-                if moved:
-                    pause = Pause()
-                else:
-                    pause.sleep()
+            send_rest(session, self._exchange)
+            wait_for_all(session, self._exchange)
         except DLSError:
             self.abandon()
             raise
