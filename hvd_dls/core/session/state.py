@@ -13,6 +13,7 @@ from hvd_dls.errors import StateMismatchError
 
 STATE_VERSION = 3
 _OLDEST = 2  # that is still read
+_NEW = {"rank", "groups", "parameters"}  # what it did not have
 # Options that may differ between saving and loading.
 FREE_OPTIONS = (
     "measure_every",
@@ -65,10 +66,11 @@ def _checked(
     if not isinstance(state, Mapping) or state.get("version") not in (_OLDEST, STATE_VERSION):
         version = state.get("version") if isinstance(state, Mapping) else state
         raise StateMismatchError(f"saved state has version {version}, expected {STATE_VERSION}")
-    if state["version"] == _OLDEST:
-        state = _upgraded(state, own)
-    if missing := own.keys() - state.keys():
+    old = state["version"] == _OLDEST
+    if missing := own.keys() - state.keys() - (_NEW if old else set()):
         raise StateMismatchError(f"the saved state lacks {', '.join(sorted(missing))}")
+    if old:
+        state = _upgraded(state, own)
     for option, value in own["config"].items():
         saved = state["config"].get(option)
         if saved != value and option not in FREE_OPTIONS:
@@ -95,8 +97,7 @@ def _checked(
 
 def _upgraded(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A state of version 2, which knew no rank, no hosts, and not which layers had stayed away."""
-    layers = len(state.get("layers", []))
-    ratios = np.asarray(state.get("ratios", []), np.int64)
+    layers, ratios = len(state["layers"]), np.asarray(state["ratios"], np.int64)
     cut = 2 + 2 * layers
     attendance = np.repeat([0, PATIENCE, 1], layers)
     return {

@@ -201,9 +201,10 @@ def test_another_model_s_dense_layers_do_not_matter_without_momentum():
 
 
 def of_version_2(state):
-    """As 0.1 would have saved it: no rank, no parameters, no attendance."""
-    ratios, cut = state["ratios"], 2 + 2 * N
-    old = {key: value for key, value in state.items() if key not in ("rank", "parameters")}
+    """As 0.1 would have saved it: no rank, no hosts, no parameters, no attendance."""
+    ratios, cut, new = state["ratios"], 2 + 2 * N, ("rank", "groups", "parameters")
+    old = {key: value for key, value in state.items() if key not in new}
+    old["config"] = {k: v for k, v in state["config"].items() if k != "hierarchical"}
     rest = ratios[cut + 3 * N :]
     return old | {"version": 2, "ratios": np.concatenate([ratios[:cut], rest])}
 
