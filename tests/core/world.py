@@ -65,8 +65,8 @@ class World:
 
     def __init__(self, n_ranks: int | Sequence[int], options: Mapping[str, Any]) -> None:
         self.options = {"dense_below": 0, "density": 0.1, "cost_rule": False} | dict(options)
-        # Momentum of 1/2 makes numbers longer by one bit a step.
-        itemsize = 8 if "momentum" in options else 4
+        # Momentum of 1/2 makes numbers longer by one bit a step; an average of three fourths, by two.
+        itemsize = 8 if "momentum" in options or options.get("hierarchical") else 4
         self.layers = [layer_spec(n, s, itemsize=itemsize) for n, s in SHAPES.items()]
         self.ranks = connect(self.new_sessions(n_ranks))
         self.books = {layer.name: np.zeros(layer.size) for layer in self.layers}
