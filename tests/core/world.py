@@ -65,7 +65,7 @@ class World:
 
     def __init__(self, n_ranks: int | Sequence[int], options: Mapping[str, Any]) -> None:
         self.options = {"dense_below": 0, "density": 0.1, "cost_rule": False} | dict(options)
-        # Momentum of 1/2 makes numbers longer by one bit a step; an average of three fourths, by two.
+        # Momentum of 1/2 makes numbers longer by a bit a step; averages of three fourths, by two.
         itemsize = 8 if "momentum" in options or options.get("hierarchical") else 4
         self.layers = [layer_spec(n, s, itemsize=itemsize) for n, s in SHAPES.items()]
         self.ranks = connect(self.new_sessions(n_ranks))
