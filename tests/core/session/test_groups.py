@@ -60,7 +60,10 @@ def test_each_layer_has_one_owner_in_each_group(widths, sizes):
     for routing in made:  # all ranks see the same buckets and senders
         assert [b.id for b in routing.buckets] == [b.id for b in made[0].buckets]
         assert routing.senders == made[0].senders
-        assert [made[0].senders[n][0] for n in range(len(routing.buckets))]
+    for number, bucket in enumerate(made[0].buckets):  # who sends a bucket has all its layers
+        for rank, routing in enumerate(made):
+            owns = {layer.name for layer in bucket.layers} <= routing.owned
+            assert owns == routing.sends[number] == (rank in made[0].senders[number])
 
 
 def test_equal_layers_are_shared_out_evenly():
