@@ -13,7 +13,7 @@ import numpy as np
 from hvd_dls.core.selection.passes_numpy import widened
 from hvd_dls.core.session.gathering import CLOCK, Gathering
 from hvd_dls.core.wire.headers import pack_header
-from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, Status
+from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, Abandoned, Status
 from hvd_dls.core.wire.pack import pack_abandoned
 
 _CLOCK_MODULO = 1 << 12
@@ -85,7 +85,8 @@ class Averaging(Gathering):
         there, not_finite, clock = self._counts(bucket, total)
         mates = len(self.groups.mates)
         if (clock != [mates * each for each in self._own_clock()]).any():
-            step.out_of_step.add(bucket)
+            all_there = clock[CLOCK.index("ranks")] == mates
+            step.abandoned[bucket] = Abandoned.OUT_OF_STEP if all_there else Abandoned.GIVEN_UP
         for position, layer in enumerate(of.layers):
             name = layer.name
             if not there[position]:
@@ -123,9 +124,11 @@ class Averaging(Gathering):
         If a rank of its group has given the step up, or is in another one, that is what it says.
         Waits for devices that are still working on it.
         """
-        if bucket not in self._step.out_of_step:
+        why = self._step.abandoned.get(bucket)
+        if why is None:
             return super().payload(bucket)
-        payload = pack_abandoned(self.routing.buckets[bucket], self._k_of(bucket), self._clock.now)
+        of, k, now = self.routing.buckets[bucket], self._k_of(bucket), self._clock.now
+        payload = pack_abandoned(of, k, now, why)
         self._step.sent[bucket] = len(payload)
         return payload
 

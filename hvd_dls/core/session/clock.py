@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hvd_dls.core.balancing.controller import Controller
-from hvd_dls.core.wire.layout import Clock
+from hvd_dls.core.wire.layout import Abandoned, Clock
 from hvd_dls.core.wire.payload import Payload, Told
 from hvd_dls.errors import RanksDisagreeError
 
@@ -47,25 +47,33 @@ class SessionClock:
             RanksDisagreeError: some rank has given this attempt up, or is in another step.
         """
         own = self.now
-        if gone := sorted(rank for rank, payload in told.items() if payload.abandoned):
+        if gone := _who_say(Abandoned.GIVEN_UP, told):
             raise RanksDisagreeError(
                 f"rank(s) {gone} gave step {own.step + 1} up, by an exception or abandon_step()"
                 f"{self._where}, so it is given up on this rank, too; nothing of it entered a "
                 "residual or a weight. Go on with a new step on all ranks"
             )
         clocks = {rank: payload.clock for rank, payload in sorted(told.items())}
-        if all(clock == own for clock in clocks.values()):
+        mixed = _who_say(Abandoned.OUT_OF_STEP, told)
+        if not mixed and all(clock == own for clock in clocks.values()):
             return
         if all(clock.step == own.step for clock in clocks.values()):
             # To be the same from now on.
             self._attempt = max(own.attempt, *(clock.attempt for clock in clocks.values()))
-        others = ", ".join(
+        others = [
             f"rank {rank} in step {clock.step + 1}, attempt {clock.attempt + 1}"
             for rank, clock in clocks.items()
             if clock != own
-        )
+        ]
+        if mixed:
+            others.append(f"ranks that rank(s) {mixed} send for are not all in the same one")
         raise RanksDisagreeError(
-            f"this rank is in step {own.step + 1}, attempt {own.attempt + 1}, but {others}: a step "
-            "that ended on one was given up on the other, so their weights may differ. Give all "
-            "ranks the same weights and states (a checkpoint) and go on"
+            f"this rank is in step {own.step + 1}, attempt {own.attempt + 1}, but "
+            f"{', '.join(others)}: a step that ended on one was given up on the other, so their "
+            "weights may differ. Give all ranks the same weights and states (a checkpoint) and go "
+            "on"
         )
+
+
+def _who_say(abandoned: Abandoned, told: Mapping[int, Payload | Told]) -> list[int]:
+    return sorted(rank for rank, payload in told.items() if payload.abandoned == abandoned)

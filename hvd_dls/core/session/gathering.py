@@ -16,7 +16,7 @@ from hvd_dls.core.session.base import SessionBase
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.step import Step
 from hvd_dls.core.wire.headers import headers_in, pack_header, split
-from hvd_dls.core.wire.layout import ABSENT
+from hvd_dls.core.wire.layout import ABSENT, Abandoned
 from hvd_dls.core.wire.pack import pack, pack_abandoned
 from hvd_dls.core.wire.payload import Payload, Told
 from hvd_dls.core.wire.unpack import unpack, unpack_varying
@@ -261,7 +261,7 @@ class Gathering(SessionBase):
         return {}
 
     def _check_clock(self, told: Mapping[int, Payload | Told]) -> None:
-        self._step.given_up |= any(each.abandoned for each in told.values())
+        self._step.given_up |= any(x.abandoned == Abandoned.GIVEN_UP for x in told.values())
         self._clock.check(told)
 
     def _farewell(self) -> dict[int, Farewell]:
@@ -282,7 +282,7 @@ class Gathering(SessionBase):
             farewell[n] = Farewell(
                 self.no_contribution(n) if grouped and n not in step.closed else None,
                 pack_abandoned(bucket, k, now) if unsent else None,
-                pack_header(bucket, int(k.sum()), now, abandoned=True) if grouped else None,
+                pack_header(bucket, int(k.sum()), now, Abandoned.GIVEN_UP) if grouped else None,
             )
         return farewell
 

@@ -10,7 +10,7 @@ import numpy as np
 from hvd_dls.core.selection.backend import Array, Future
 from hvd_dls.core.selection.passes import Found
 from hvd_dls.core.session.routing import Routing
-from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Status
+from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Abandoned, Status
 from hvd_dls.core.wire.payload import Payload
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 
@@ -39,7 +39,8 @@ class Step:
         kept: what rounding to 16 bits leaves of each layer's values, by bucket.
         closed: buckets whose layers have been put together: no more can come in.
         added_up: those of them of which all ranks' of the group are together: see ``Averaging``.
-        out_of_step: those of them of which a rank of the group is in another step, or gave it up.
+        abandoned: why, of those of them of which a rank of the group is in another step, or gave it
+            up.
         watched_in_group: what to tell of layers that go dense, for the whole group, by bucket.
         sent: length of each payload that went out, by bucket.
         handed_on: buckets whose payloads, or a header, went to the other ranks of the group.
@@ -66,7 +67,7 @@ class Step:
         self.kept: dict[int, list[np.ndarray | None]] = {}
         self.closed: set[int] = set()
         self.added_up: set[int] = set()
-        self.out_of_step: set[int] = set()
+        self.abandoned: dict[int, Abandoned] = {}
         self.watched_in_group: dict[int, dict[str, Status]] = {}
         self.sent: dict[int, int] = {}
         self.handed_on: set[int] = set()

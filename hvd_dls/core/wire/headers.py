@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hvd_dls.core.wire.layout import HEADER, START, Bucket, Clock, header_of, payload_bytes
+from hvd_dls.core.wire.layout import (
+    HEADER,
+    START,
+    Abandoned,
+    Bucket,
+    Clock,
+    header_of,
+    payload_bytes,
+)
 from hvd_dls.core.wire.payload import Told
 from hvd_dls.errors import PayloadError
 
@@ -27,7 +35,7 @@ class Split(NamedTuple):
 
 
 def pack_header(
-    bucket: Bucket, capacity: int, clock: Clock = START, abandoned: bool = False
+    bucket: Bucket, capacity: int, clock: Clock = START, abandoned: Abandoned = Abandoned.NO
 ) -> np.ndarray:
     """What a rank sends inside its group: (40,) uint8.
 
@@ -111,9 +119,9 @@ def _fits(bucket: Bucket, header: np.void) -> bool:
     if bytes(header["magic"]) == ALONE:
         expected["magic"] = ALONE
     fields = [field for field in HEADER.names or () if field not in _OWN]
-    return header["abandoned"] <= 1 and all(header[f] == expected[f] for f in fields)
+    return header["abandoned"] <= max(Abandoned) and all(header[f] == expected[f] for f in fields)
 
 
 def _read(header: np.void) -> Told:
     clock = Clock(int(header["step"]), int(header["attempt"]))
-    return Told(clock, bool(header["abandoned"]))
+    return Told(clock, Abandoned(header["abandoned"]))

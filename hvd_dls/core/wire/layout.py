@@ -46,7 +46,7 @@ HEADER = np.dtype(
         ("values", "u1"),  # one of VALUE_CODES
         ("indices", "u1"),  # one of INDEX_CODES
         ("low_bits", "u1"),  # of Elias–Fano; 0 if plain
-        ("abandoned", "u1"),  # 1: the rank has given the step up, and sends nothing; else 0
+        ("abandoned", "u1"),  # one of Abandoned; unless NO, the payload holds nothing
         ("layers", "<u4"),
         ("watched", "<u4"),  # layers that go dense
         ("step", "<u4"),  # number of the step, modulo 2**32
@@ -70,6 +70,14 @@ class Status(IntEnum):
     SENT = 1
     NOT_FINITE = 2
     ABSENT = 3
+
+
+class Abandoned(IntEnum):
+    """Whether, and why, a rank takes no part in a step."""
+
+    NO = 0
+    GIVEN_UP = 1  # by this rank, or by one that it sends for
+    OUT_OF_STEP = 2  # the ranks that it sends for are not all in the same one
 
 
 SENT: Literal[Status.SENT] = Status.SENT

@@ -10,6 +10,7 @@ import numpy as np
 from hvd_dls.core.balancing.sketch import WINDOW
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import (
+    Abandoned,
     ABSENT,
     NOT_FINITE,
     SENT,
@@ -91,17 +92,20 @@ def pack(
     )
 
 
-def pack_abandoned(bucket: Bucket, k: np.ndarray, clock: Clock) -> np.ndarray:
+def pack_abandoned(
+    bucket: Bucket, k: np.ndarray, clock: Clock, why: Abandoned = Abandoned.GIVEN_UP
+) -> np.ndarray:
     """A payload of the usual length that says that this rank has given the step up: uint8.
 
     Args:
         bucket: of which nothing is sent.
         k: (L,) entries of each layer that the others expect.
         clock: of the step.
+        why: this rank has; or rather those that it sends for are in different steps.
     """
     absent = dict.fromkeys(bucket.watched, ABSENT)
     payload = pack(bucket, k, [ABSENT] * len(bucket.layers), absent, clock).payload
-    parts_of(bucket, int(np.sum(k)), payload).header["abandoned"] = 1
+    parts_of(bucket, int(np.sum(k)), payload).header["abandoned"] = why
     return payload
 
 

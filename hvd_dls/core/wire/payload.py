@@ -8,7 +8,7 @@ import numpy as np
 
 from hvd_dls.core.balancing.sketch import Sketch
 from hvd_dls.core.wire import elias_fano
-from hvd_dls.core.wire.layout import Bucket, Clock
+from hvd_dls.core.wire.layout import Abandoned, Bucket, Clock
 from hvd_dls.errors import DLSError
 
 
@@ -39,14 +39,14 @@ class Told(NamedTuple):
     """What a payload's header tells of its sender."""
 
     clock: Clock
-    abandoned: bool
+    abandoned: Abandoned
 
 
 class Payload(NamedTuple):
     """One rank's part of a gathered buffer; values and indices may be views into it."""
 
     clock: Clock
-    abandoned: bool  # whether the rank has given the step up
+    abandoned: Abandoned  # whether the rank has given the step up
     watched: np.ndarray  # (W,) uint8: as status, of the watched layers
     status: np.ndarray  # (L,) uint8: SENT, NOT_FINITE or ABSENT
     bases: np.ndarray  # (L,) uint16, of the sketches

@@ -10,6 +10,7 @@ import numpy as np
 from hvd_dls.core.balancing.sketch import LAST_BASE
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import (
+    Abandoned,
     ABSENT,
     HEADER,
     SENT,
@@ -103,8 +104,8 @@ def _check_headers(
     expected = header_of(bucket, capacity)
     headers = headers[:, 0].copy()
     for rank, abandoned in zip(ranks, headers["abandoned"], strict=True):
-        if abandoned > 1:
-            _refuse_payload(bucket, rank, "abandoned", abandoned, "0 or 1")
+        if abandoned > max(Abandoned):
+            _refuse_payload(bucket, rank, "abandoned", abandoned, "0, 1 or 2")
     for field in ("entries", "step", "attempt", "abandoned"):
         headers[field] = 0
     if headers.tobytes() == expected.tobytes() * len(headers):
@@ -187,7 +188,7 @@ def _unpack_one(bucket: Bucket, rank: int, parts: Parts, counts: np.ndarray) -> 
         _refuse_payload(bucket, rank, "room for further values", "in use", "zero")
     return Payload(
         Clock(int(parts.header["step"][0]), int(parts.header["attempt"][0])),
-        bool(parts.header["abandoned"][0]),
+        Abandoned(parts.header["abandoned"][0]),
         parts.watched[: len(bucket.watched)],
         records["status"],
         records["sketch_base"],
