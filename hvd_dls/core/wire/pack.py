@@ -10,11 +10,11 @@ import numpy as np
 from hvd_dls.core.balancing.sketch import WINDOW
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import (
-    Abandoned,
     ABSENT,
     NOT_FINITE,
     SENT,
     START,
+    Abandoned,
     Bucket,
     Clock,
     Parts,

@@ -10,10 +10,10 @@ import numpy as np
 from hvd_dls.core.balancing.sketch import LAST_BASE
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import (
-    Abandoned,
     ABSENT,
     HEADER,
     SENT,
+    Abandoned,
     Bucket,
     Clock,
     Parts,

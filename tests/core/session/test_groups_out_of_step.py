@@ -32,7 +32,7 @@ def test_a_step_that_one_rank_alone_gives_up_is_told_everywhere_as_that(sizes, l
         for rank in world.ranks:
             rank.send_rest()
         for rank in world.ranks:
-            with pytest.raises(RanksDisagreeError, match="may differ. Give all ranks the same"):
+            with pytest.raises(RanksDisagreeError, match=r"may differ\. Give all ranks the same"):
                 rank.receive()
         for rank in world.ranks:
             rank.abandon()
