@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -37,13 +38,22 @@ class Stopwatch:
 
     Attributes:
         seconds: by the clock, of each part.
-        cpu_seconds: in which this thread ran, of each part.
+        cpu_seconds: in which their thread ran, of each part.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.cpu_seconds: dict[str, float] = defaultdict(float)
-        self._inner: list[tuple[float, float]] = []  # of the calls under way, in calls within
+        self._local = threading.local()
+        self._lock = threading.Lock()
+
+    @property
+    def _inner(self) -> list[tuple[float, float]]:
+        """Of the calls under way in this thread: the times of the calls within."""
+        if not hasattr(self._local, "inner"):
+            self._local.inner = []
+        inner: list[tuple[float, float]] = self._local.inner
+        return inner
 
     def longest_first(self) -> list[tuple[str, float]]:
         """Returns the parts and their seconds by the clock."""
@@ -66,17 +76,19 @@ class Stopwatch:
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._inner.append((0.0, 0.0))
+            inner_times = self._inner
+            inner_times.append((0.0, 0.0))
             start, cpu_start = time.perf_counter(), time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
                 taken, cpu = time.perf_counter() - start, time.thread_time() - cpu_start
-                inner, cpu_inner = self._inner.pop()
-                self.seconds[label] += taken - inner
-                self.cpu_seconds[label] += cpu - cpu_inner
-                if self._inner:
-                    inner, cpu_inner = self._inner[-1]
-                    self._inner[-1] = inner + taken, cpu_inner + cpu
+                inner, cpu_inner = inner_times.pop()
+                with self._lock:
+                    self.seconds[label] += taken - inner
+                    self.cpu_seconds[label] += cpu - cpu_inner
+                if inner_times:
+                    inner, cpu_inner = inner_times[-1]
+                    inner_times[-1] = inner + taken, cpu_inner + cpu
 
         return timed

@@ -211,7 +211,8 @@ class BaseBinding(ABC):
             agreement.check_errors(claims)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state that fits."""
+        """Goes on from a state that fits; a step in progress is given up."""
+        self.abandon()
         if self.session is not None:
             self.session.load_state_dict(state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -19,6 +20,7 @@ from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.torch import bookkeeping, joined
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
+from hvd_dls.torch.delivery import Delivery
 from hvd_dls.torch.exchange import Exchange, gather
 from hvd_dls.torch.on_device import Device, finite_future
 from hvd_dls.torch.parameters import (
@@ -29,7 +31,6 @@ from hvd_dls.torch.parameters import (
     specs_of,
     stays_on_device,
 )
-from hvd_dls.torch.sending import send_ready, send_rest, wait_for_all
 
 
 class Binding(BaseBinding):
@@ -49,7 +50,8 @@ class Binding(BaseBinding):
         self.parameters = Parameters(pairs)
         self._itemsize = {layer.name: layer.itemsize for layer in self._layers}
         self._process_set: hvd.ProcessSet = hvd.global_process_set
-        self._exchange: Exchange | None = None
+        self._delivery: Delivery | None = None
+        self._lock = threading.RLock()
         self._on_device: dict[str, Device] = {}  # layers whose gradients do not come to the host
         self._optimizer: Any = lambda: None  # weak reference to Horovod's, of the step in progress
         self._handles: Any = None  # its record of that step
@@ -92,8 +94,7 @@ class Binding(BaseBinding):
         parameter = self.parameters.get(name)
         if parameter is not None and not parameter.requires_grad:
             if not session.has(name):
-                session.leave_out(name)
-                self._send_ready(session)
+                self._come_in(session, name, None)
             return self._nothing(name, gradient)
         if not session.has(name):
             self._come_in(session, name, gradient)
@@ -107,14 +108,19 @@ class Binding(BaseBinding):
         whole, _ = send_dense(whole)
         return whole, Dense(gradient.dtype, whole, self, name)
 
-    def _come_in(self, session: Session, name: str, gradient: torch.Tensor) -> None:
-        """Hands a gradient to the session, and sends the buckets that are complete with it."""
-        if session.is_sparse(name):
-            session.compress(name, self.array(name, self.flat(name, gradient)))
-        else:
-            session.note(name, session.dense_step or self._finite(session, name, gradient))
-        self._came_in[name] = gradient
-        self._send_ready(session)
+    def _come_in(self, session: Session, name: str, gradient: torch.Tensor | None) -> None:
+        """Hands a gradient, or None, to the session, and sends buckets that are complete."""
+        assert self._delivery is not None
+        with self._lock:
+            if gradient is None:
+                session.leave_out(name)
+            elif session.is_sparse(name):
+                session.compress(name, self.array(name, self.flat(name, gradient)))
+            else:
+                session.note(name, session.dense_step or self._finite(session, name, gradient))
+            if gradient is not None:
+                self._came_in[name] = gradient
+            self._delivery.send_ready()
 
     def _placeholder(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, InFlight]:
         placeholder = torch.ones(1, dtype=torch.float64)
@@ -225,9 +231,12 @@ class Binding(BaseBinding):
         )
         if self.session is not None:
             self.session.abandon()  # Horovod was shut down: nobody waits any more
-        self._exchange = None
-        self.agree(world)
-        self._exchange = Exchange(self._label, self._process_set, self.host_sets)
+        if self._delivery is not None:
+            self._delivery.close()
+            self._delivery = None
+        session = self.agree(world)
+        exchange = Exchange(self._label, self._process_set, self.host_sets)
+        self._delivery = Delivery(session, exchange, self._lock)
 
     def _change_types(self) -> None:
         """Takes over that the model's parameters have other types now, as by ``model.double()``."""
@@ -250,9 +259,12 @@ class Binding(BaseBinding):
         if session is None or not session.in_step:
             return
         missed = session.missed
-        farewell = session.abandon()
-        if self.agreed and self._exchange is not None:
-            self._exchange.abandon(farewell)
+        with self._lock:
+            farewell = session.abandon()
+            reachable = self._delivery if self.agreed else None
+            if reachable is not None:
+                reachable.abandon(farewell)
+        if reachable is not None:
             self._leave_horovod(missed)
         else:
             self._forget_in_horovod()
@@ -291,17 +303,11 @@ class Binding(BaseBinding):
             self._leave_horovod()
             raise
 
-    def _send_ready(self, session: Session) -> None:
-        """Sends what is complete; what is still being worked on goes in a later call."""
-        assert self._exchange is not None
-        send_ready(session, self._exchange)
-
     def _receive_all(self, session: Session) -> None:
         """Waits for all that is on its way: before a step changes anything, all of it is there."""
-        assert self._exchange is not None
+        assert self._delivery is not None
         try:
-            send_rest(session, self._exchange)
-            wait_for_all(session, self._exchange)
+            self._delivery.wait_for_all()
         except DLSError:
             self.abandon()
             raise

@@ -134,6 +134,11 @@ class Exchange:
         """Whether nothing is on its way."""
         return not self._arrays
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is on its way, or waits for a name that an abandoned step still uses."""
+        return bool(self._arrays or self._leaving)
+
     def send(self, stage: Stage, bucket: int, array: np.ndarray) -> None:
         """Sends something on its way; what is to be added up is overwritten."""
         self._arrays[Operation(stage, bucket)] = array

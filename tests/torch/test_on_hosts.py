@@ -29,7 +29,9 @@ import horovod.torch as hvd
 import torch
 from hvd_dls.errors import DLSError
 from hvd_dls.torch import DLSCompressor
-from tests.torch.with_ranks.training import SPARSE, assert_same_on_all_ranks, flat, net, train, wrap
+from tests.torch.with_ranks.training import (
+    SPARSE, assert_same_on_all_ranks, batch, flat, net, train, wrap,
+)
 
 if "given" in sys.argv:
     hvd.init(process_sets=[hvd.ProcessSet(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])])
@@ -40,7 +42,14 @@ model = net()
 compression = DLSCompressor(density=0.05, hierarchical=True, **SPARSE)
 optimizer = wrap(model, compression)
 try:
-    train(model, optimizer, range(3))
+    train(model, optimizer, range(2))
+    optimizer.zero_grad()
+    model(batch(2)[0]).square().mean().backward()
+    if hvd.rank() % 2:  # in another order on other ranks
+        hvd.allreduce(torch.ones(1), name="elsewhere")
+    optimizer.step()
+    if hvd.rank() % 2 == 0:
+        hvd.allreduce(torch.ones(1), name="elsewhere")
 except DLSError as error:
     print("refused on rank", hvd.rank(), str(error).replace("\\n", " "), flush=True)
 else:

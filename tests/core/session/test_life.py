@@ -145,8 +145,10 @@ class Life(RuleBasedStateMachine):
             world.gather(number, part, max(stop, 1) if number == leaver else stop)
             if number == leaver and world.has_sent_all(number):
                 world.go_on(number, part, stop)
-        if not world.ranks[leaver].abandon():
-            self.out_of_step(parts, at, leaver)
+        farewell = world.ranks[leaver].abandon()
+        if all(last.contribution is last.payload is None for last in farewell.values()):
+            mates = world.sessions[leaver].groups.mates if farewell else []
+            self.out_of_step(parts, at, leaver, mates)
             return
         for number, part in enumerate(parts):
             if number != leaver:
@@ -162,14 +164,22 @@ class Life(RuleBasedStateMachine):
     def given_up_by(self, leaver):
         return rf"\[{leaver}\] gave step"
 
-    def out_of_step(self, parts, at, leaver):
-        """All had been sent, so the others make the step; that is told, and a checkpoint helps."""
+    def out_of_step(self, parts, at, leaver, mates):
+        """All had been sent, so the others make the step; that is told, and a checkpoint helps.
+
+        The leaver's mates do not, if they wait for what it was to hand on.
+        """
         world = self.world
         others = [number for number in range(len(parts)) if number != leaver]
         for number in others:
             world.go_on(number, parts[number], at[number])
             world.ranks[number].send_rest()
         for number in others:
+            if number in mates:
+                with pytest.raises(RanksDisagreeError, match=self.given_up_by(leaver)):
+                    world.ranks[number].receive()
+                world.ranks[number].abandon()
+                continue
             world.ranks[number].receive()
             for name in parts[number].order:
                 if name in world.ranks[number].whole:

@@ -313,6 +313,54 @@ def test_a_step_that_one_rank_gives_up_is_given_up_by_all(culprit, layer):
     assert_same_on_all_ranks(flat(model))
 
 
+def test_ranks_may_call_other_operations_in_different_orders():
+    """A rank that waits elsewhere still sends on what others wait for in their step."""
+    model = net()
+    compression = DLSCompressor(density=0.05, **HIERARCHICAL)
+    optimizer = wrap(model, compression)
+    for step in range(6):
+        optimizer.zero_grad()
+        images, labels = batch(step)
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        if (hvd.rank() + step) % 2:
+            hvd.allreduce(loss.detach(), name="loss")
+            optimizer.step()
+        else:
+            optimizer.step()
+            hvd.allreduce(loss.detach(), name="loss")
+    assert_same_on_all_ranks(flat(model))
+
+
+def test_a_name_still_in_use_by_a_step_given_up_is_freed_without_this_rank():
+    """Twice in a row, while others are late: what waits for the name goes out by itself."""
+    model = nn.Sequential(*(nn.Linear(48, 48) for _ in range(3)))
+    compression = DLSCompressor(density=0.05, bucket_bytes=8000, **HIERARCHICAL)
+    optimizer = wrap(model, compression)
+
+    def backward():
+        optimizer.zero_grad()
+        model(torch.ones(2, 48)).square().mean().backward()
+
+    backward()
+    optimizer.step()
+    for _ in range(3):
+        if hvd.rank() == 1:
+            for _ in range(2):
+                backward()
+                compression.abandon_step()
+            hvd.allreduce(torch.ones(1), name="elsewhere")
+        else:
+            for _ in range(2):
+                backward()
+                with pytest.raises(RanksDisagreeError):
+                    optimizer.step()
+            hvd.allreduce(torch.ones(1), name="elsewhere")
+    backward()
+    optimizer.step()
+    assert_same_on_all_ranks(flat(model))
+
+
 # States -----------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from hvd_dls.torch import DLSCompressor
 from tests.torch.with_ranks.training import (
     SPARSE,
     assert_same_on_all_ranks,
+    batch,
     flat,
     net,
     net_without_vectors,
@@ -57,6 +58,29 @@ def test_a_restart_goes_on_bit_for_bit(use):
     train(again, optimizer_again, range(6, 12))
     assert torch.equal(flat(model), flat(again))
     assert_same_on_all_ranks(flat(again))
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_what_was_on_its_way_when_a_state_is_loaded_is_not_of_the_next_step(complete):
+    """The state is of the beginning of that very step, so its number does not tell them apart."""
+    trained = []
+    for loads in (False, True):
+        torch.manual_seed(1)
+        model = net_without_vectors()
+        compression = DLSCompressor(density=0.05, bucket_bytes=4000, **SPARSE)
+        optimizer = wrap(model, compression, torch.optim.SGD(model.parameters(), lr=0.05))
+        train(model, optimizer, range(3))
+        if loads:
+            state = saved(compression.state_dict())
+            images, _ = batch(99)
+            out = model(images) if complete else model[-1](torch.ones(2, 30))
+            out.sum().backward()
+            compression.load_state_dict(state)
+            compression.abandon_step()
+        train(model, optimizer, range(3, 6))
+        trained.append(flat(model))
+        assert compression.last_step().step == 6
+    assert torch.equal(*trained)
 
 
 def test_a_state_loaded_before_the_first_step_waits_for_the_parameters():
