@@ -15,8 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, WINDOW, edges
-from hvd_dls.core.jit import jit
-from hvd_dls.core.selection.bits import (
+from hvd_dls.core.bits import (
     LANES,
     lowest_one,
     magnitude,
@@ -25,6 +24,7 @@ from hvd_dls.core.selection.bits import (
     sums_reaching,
     widened,
 )
+from hvd_dls.core.jit import jit
 
 CHUNK = 2048  # entries between two looks at the room left: a chunk stays in the first-level cache
 BINS = LAST_BASE + WINDOW

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from hvd_dls.core.balancing.sketch import WINDOW, Sketch
+from hvd_dls.core.bits import LANES
+from hvd_dls.core.received import table_of
 from hvd_dls.core.selection import find_loops, settle_loops, threads
-from hvd_dls.core.selection.bits import LANES
 from hvd_dls.core.selection.passes_numpy import sample_stride
 
 _MARGIN = 0.7  # part of the last threshold above which candidates are looked for
@@ -26,10 +27,10 @@ class _Scratch:
         self.tables = np.zeros((3, width), np.uint32)
         self._indices = np.empty(0, np.uint32)
         self._values = dict(_nothing)
-        block = settle_loops.BLOCK
+        width = settle_loops.WIDEST
         self.totals: dict[str, np.ndarray] = {
-            "f": np.zeros(block, np.float32),
-            "d": np.zeros(block, np.float64),
+            "f": np.zeros(width, np.float32),
+            "d": np.zeros(width, np.float64),
         }
 
     def candidates(self, dtype: np.dtype[Any], room: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,9 +137,9 @@ def settle(
     gradient, out, factor = _numbered(gradient), _numbered(out), dtype.type(scale)
     left = _nothing[dtype.char] if kept is None else kept
 
-    def settle_part(start: int, stop: int, lists: np.ndarray, total: np.ndarray) -> bool:
+    def settle_part(start: int, stop: int, table: np.ndarray, total: np.ndarray) -> bool:
         in_order: bool = settle_loops.settle(
-            residual, gradient, start, stop, indices, left, lists, factor, out, total
+            residual, gradient, start, stop, indices, left, table, factor, out, total
         )
         return in_order
 
@@ -154,8 +155,8 @@ def sum_up(
     """See ``passes.sum_up``."""
     result, factor = _numbered(out), dtype.type(scale)
 
-    def sum_part(start: int, stop: int, lists: np.ndarray, total: np.ndarray) -> bool:
-        in_order: bool = settle_loops.sum_up(start, stop, lists, factor, result, total)
+    def sum_part(start: int, stop: int, table: np.ndarray, total: np.ndarray) -> bool:
+        in_order: bool = settle_loops.sum_up(start, stop, table, factor, result, total)
         return in_order
 
     _in_parts(len(out), dtype, received, sum_part)
@@ -168,15 +169,13 @@ def _in_parts(
     work: Callable[[int, int, np.ndarray, np.ndarray], bool],
 ) -> None:
     """Calls a loop for a whole layer of n entries, or for its parts on several threads."""
+    table = table_of(received)
 
     def part(task: tuple[tuple[int, int], _Scratch]) -> bool:
         (start, stop), own = task
         if stop == n:
             stop = settle_loops.END  # so that what lies beyond the layer is seen
-        lists = np.empty((len(received), 5), np.int64)
-        for rank, (entries, values) in enumerate(received):
-            settle_loops.note(lists, rank, entries, values, start, stop)
-        return work(start, stop, lists, own.totals[dtype.char])
+        return work(start, stop, table, own.totals[dtype.char])
 
     if threads.of_use(n):
         parts = threads.parts(n, settle_loops.BLOCK)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from hvd_dls.core.balancing.controller import Controller
 from hvd_dls.core.wire.layout import Abandoned, Clock
-from hvd_dls.core.wire.payload import Payload, Told
+from hvd_dls.core.wire.payload import Told
 from hvd_dls.errors import RanksDisagreeError
 
 _MODULO = 1 << 32  # of step numbers in a payload
@@ -40,7 +40,7 @@ class SessionClock:
         """This attempt failed: on all ranks, once they hear of it."""
         self._attempt += 1
 
-    def check(self, told: Mapping[int, Payload | Told]) -> None:
+    def check(self, told: Mapping[int, Told]) -> None:
         """Compares what ranks say, by rank.
 
         Raises:
@@ -75,5 +75,5 @@ class SessionClock:
         )
 
 
-def _who_say(abandoned: Abandoned, told: Mapping[int, Payload | Told]) -> list[int]:
+def _who_say(abandoned: Abandoned, told: Mapping[int, Told]) -> list[int]:
     return sorted(rank for rank, payload in told.items() if payload.abandoned == abandoned)

@@ -18,7 +18,7 @@ from hvd_dls.core.session.step import Step
 from hvd_dls.core.wire.headers import headers_in, pack_header, split
 from hvd_dls.core.wire.layout import ABSENT, Abandoned
 from hvd_dls.core.wire.pack import pack, pack_abandoned
-from hvd_dls.core.wire.payload import Payload, Told
+from hvd_dls.core.wire.payload import Payloads, Told
 from hvd_dls.core.wire.unpack import unpack, unpack_varying
 from hvd_dls.errors import DLSError, PayloadError
 
@@ -222,19 +222,19 @@ class Gathering(SessionBase):
             # Ranks in other steps send other numbers of entries.
             self._check_clock(self._told_by_headers(bucket, gathered))
             raise
-        self._check_clock(told)
+        if told or not payloads.all_of(self._clock.now):
+            senders = self.routing.senders[bucket]
+            self._check_clock(told | dict(zip(senders, payloads.told(), strict=True)))
         self._step.received[bucket] = payloads
 
-    def _taken_apart(
-        self, bucket: int, gathered: np.ndarray
-    ) -> tuple[list[Payload], dict[int, Payload | Told]]:
-        """A bucket's payloads, and what ranks tell."""
+    def _taken_apart(self, bucket: int, gathered: np.ndarray) -> tuple[Payloads, dict[int, Told]]:
+        """A bucket's payloads, and what ranks of the group tell that sent a header alone."""
         of, k, senders = (
             self.routing.buckets[bucket],
             self._k_of(bucket),
             self.routing.senders[bucket],
         )
-        told: dict[int, Payload | Told] = {}
+        told: dict[int, Told] = {}
         if self.memory.baseline is not None:
             payloads = unpack_varying(of, gathered, self.world_size)
         elif self.groups.trivial:
@@ -246,7 +246,6 @@ class Gathering(SessionBase):
             )
             payloads = unpack(of, k, apart.payloads, senders)
             told.update(zip((m for m in mates if m != owner), apart.told, strict=True))
-        told.update(zip(senders, payloads, strict=True))
         return payloads, told
 
     def _told_by_headers(self, bucket: int, gathered: np.ndarray) -> dict[int, Told]:
@@ -260,7 +259,7 @@ class Gathering(SessionBase):
             return dict(zip(mates, alone, strict=True))
         return {}
 
-    def _check_clock(self, told: Mapping[int, Payload | Told]) -> None:
+    def _check_clock(self, told: Mapping[int, Told]) -> None:
         self._step.given_up |= any(x.abandoned == Abandoned.GIVEN_UP for x in told.values())
         self._clock.check(told)
 

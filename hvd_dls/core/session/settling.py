@@ -85,7 +85,7 @@ class Settling(Averaging):
         """Books what was sent of a layer and what came in; of one that is left out, the latter."""
         step, (bucket, position) = self._step, self.routing.position(name)
         backend = self._backends[name]
-        received = [payload.entries(position) for payload in step.received[bucket]]
+        received = step.received[bucket].received(position)
         if name not in step.found:  # left out, or another rank's to send
             backend.sum_up(received, scale, out, self._layers[name].work_dtype)
             return

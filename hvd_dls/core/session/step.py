@@ -11,7 +11,7 @@ from hvd_dls.core.selection.backend import Array, Future
 from hvd_dls.core.selection.passes import Found
 from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Abandoned, Status
-from hvd_dls.core.wire.payload import Payload
+from hvd_dls.core.wire.payload import Payloads
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
@@ -71,7 +71,7 @@ class Step:
         self.watched_in_group: dict[int, dict[str, Status]] = {}
         self.sent: dict[int, int] = {}
         self.handed_on: set[int] = set()
-        self.received: dict[int, list[Payload]] = {}
+        self.received: dict[int, Payloads] = {}
         self.settled: set[str] = set()
         self.given_up = False
         self.refused: NonFiniteGradientError | None = None
@@ -163,10 +163,11 @@ class Step:
         said: list[tuple[str, int]] = []
         for number, payloads in self.received.items():
             bucket = self._routing.buckets[number]
-            for rank, payload in zip(self._routing.senders[number], payloads, strict=True):
-                sparse, watched = payload.status == status, payload.watched == status
-                said += [(bucket.layers[i].name, rank) for i in np.flatnonzero(sparse)]
-                said += [(bucket.watched[i], rank) for i in np.flatnonzero(watched)]
+            senders = self._routing.senders[number]
+            for rank, i in np.argwhere(payloads.status == status).tolist():
+                said.append((bucket.layers[i].name, senders[rank]))
+            for rank, i in np.argwhere(payloads.watched == status).tolist():
+                said.append((bucket.watched[i], senders[rank]))
         return said
 
     def thresholds_in_group(self, group: int) -> dict[str, float]:
@@ -176,7 +177,7 @@ class Step:
             if self._routing.sends[number]:
                 continue
             for position, layer in enumerate(self._routing.buckets[number].layers):
-                _, values = payloads[group].entries(position)
+                _, values = payloads.received(position)[group]
                 if len(values):
                     thresholds[layer.name] = float(np.abs(values).min())
         return thresholds
@@ -185,18 +186,18 @@ class Step:
         """(n_layers,) bool: of each of the plan's sparse layers, whether some rank sent it."""
         present = np.zeros(n_layers, bool)
         for number, payloads in self.received.items():
-            for payload in payloads:
-                present[self._routing.rows[number]] |= payload.status == SENT
+            present[self._routing.rows[number]] |= (payloads.status == SENT).any(axis=0)
         return present
 
     def sketches(self, rows: np.ndarray, n_layers: int) -> tuple[np.ndarray, np.ndarray]:
         """First bins and counts of all ranks' sketches of the layers in ``rows``, as they came."""
         senders = max(map(len, self.received.values()), default=1)
-        window = next((p[0].counts.shape[1] for p in self.received.values()), 1)
+        window = next((payloads.counts.shape[2] for payloads in self.received.values()), 1)
         bases = np.zeros((n_layers, senders), np.int64)
         counts = np.zeros((n_layers, senders, window))
         for number, payloads in self.received.items():
             own = self._routing.rows[number]
-            for sender, payload in enumerate(payloads):
-                bases[own, sender], counts[own, sender] = payload.bases, payload.counts
+            there = len(payloads)
+            bases[own, :there] = payloads.bases.T
+            counts[own, :there] = payloads.counts.swapaxes(0, 1)
         return bases[rows], counts[rows]

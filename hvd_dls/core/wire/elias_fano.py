@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from hvd_dls.core.jit import HAVE_NUMBA, jit
+from hvd_dls.core.jit import HAVE_NUMBA
+
+if HAVE_NUMBA:
+    from hvd_dls.core.wire import elias_fano_loops as loops
 
 # What ``encode`` and ``decode`` return; any other answer is the number of the wrong segment.
-GOOD, TOO_FEW, TOO_MANY = -1, -2, -3
+GOOD, TOO_FEW, TOO_MANY, IN_USE = -1, -2, -3, -4
 
 _WORD = np.dtype("<u8")
 
@@ -64,7 +67,7 @@ def encode(
     Returns:
         GOOD, or the first segment whose numbers do not ascend or leave its range.
     """
-    do = _encode_compiled if HAVE_NUMBA else _encode_numpy
+    do = loops.encode if HAVE_NUMBA else _encode_numpy
     return int(do(indices, starts, offsets, low, lower, upper))
 
 
@@ -88,85 +91,42 @@ def decode(
             void unless the answer is GOOD.
 
     Returns:
-        GOOD; TOO_FEW or TOO_MANY numbers; or the first segment with numbers that do not ascend or
-        that leave its range.
+        GOOD; TOO_FEW or TOO_MANY numbers; the first segment with numbers that do not ascend or
+        that leave its range; or IN_USE, if there is something behind the last number.
     """
-    do = _decode_compiled if HAVE_NUMBA else _decode_numpy
+    do = loops.decode if HAVE_NUMBA else _decode_numpy
     return int(do(lower, upper, starts, offsets, low, indices))
 
 
-# Compiled ---------------------------------------------------------------------------------------
+def decode_all(
+    lower: np.ndarray,
+    upper: np.ndarray,
+    starts: np.ndarray,
+    offsets: np.ndarray,
+    low: int,
+    indices: np.ndarray,
+) -> np.ndarray:
+    """``decode`` of several codes at once.
 
-# Position of a word's only bit, by multiplication with a de Bruijn sequence: compiled Python has no
-# instruction for it.
-_DE_BRUIJN = 0x03F79D71B4CB0A89
-_POSITION = np.zeros(64, np.uint8)
-_POSITION[[(_DE_BRUIJN << bit) % 2**64 >> 58 for bit in range(64)]] = range(64)
+    Args:
+        lower: as for ``decode``, a row for each code.
+        upper: likewise.
+        starts: likewise.
+        offsets: the same for all.
+        low: likewise.
+        indices: a row for each code, at least as long as that has numbers.
 
-
-@jit
-def _encode_compiled(indices, starts, offsets, low, lower, upper):  # type: ignore[no-untyped-def]
-    width = np.uint64(low)
-    mask = (np.uint64(1) << width) - np.uint64(1)
-    word, filled, at = np.uint64(0), np.uint64(0), 0
-    for segment in range(len(starts) - 1):
-        previous = offsets[segment] - 1
-        for j in range(starts[segment], starts[segment + 1]):
-            number = offsets[segment] + np.int64(indices[j])
-            if number <= previous or number >= offsets[segment + 1]:
-                return segment
-            previous = number
-            bit = (number >> low) + j
-            upper[bit >> 6] |= np.uint64(1) << np.uint64(bit & 63)
-            rest = np.uint64(number) & mask
-            word |= rest << filled
-            filled += width
-            if filled >= np.uint64(64):
-                lower[at] = word
-                at += 1
-                filled -= np.uint64(64)
-                word = rest >> (width - filled)
-    if filled > np.uint64(0):
-        lower[at] = word
-    return GOOD
-
-
-@jit
-def _decode_compiled(lower, upper, starts, offsets, low, indices):  # type: ignore[no-untyped-def]
-    width = np.uint64(low)
-    mask = (np.uint64(1) << width) - np.uint64(1)
-    one = np.uint64(1)
-    word, at = np.uint64(0), -1  # what is left of the upper part's word, and which one that is
-    bit = 0  # of the lower part
-    for segment in range(len(starts) - 1):
-        previous = offsets[segment] - 1
-        for j in range(starts[segment], starts[segment + 1]):
-            while word == np.uint64(0):
-                at += 1
-                if at == len(upper):
-                    return TOO_FEW
-                word = upper[at]
-            lowest = word & (~word + one)
-            word ^= lowest
-            position = np.int64(_POSITION[(lowest * np.uint64(_DE_BRUIJN)) >> np.uint64(58)])
-            number = (64 * at + position - j) << low
-            if low:
-                shift = np.uint64(bit & 63)
-                rest = lower[bit >> 6] >> shift
-                if shift + width > np.uint64(64):
-                    rest |= lower[(bit >> 6) + 1] << (np.uint64(64) - shift)
-                number |= np.int64(rest & mask)
-                bit += low
-            if number <= previous or number >= offsets[segment + 1]:
-                return segment
-            previous = number
-            indices[j] = number - offsets[segment]
-    if word != np.uint64(0):
-        return TOO_MANY
-    for i in range(at + 1, len(upper)):
-        if upper[i] != np.uint64(0):
-            return TOO_MANY
-    return GOOD
+    Returns:
+        What ``decode`` returns for each.
+    """
+    codes = np.empty(len(starts), np.int64)
+    if HAVE_NUMBA:
+        loops.decode_all(lower, upper, starts, offsets, low, indices, codes)
+    else:
+        for row, start in enumerate(starts):
+            into = indices[row, : start[-1]]
+            codes[row] = _decode_numpy(lower[row], upper[row], start, offsets, low, into)
+    return codes
 
 
 # With NumPy alone -------------------------------------------------------------------------------
@@ -214,11 +174,13 @@ def _decode_numpy(
         rest[:, : packed.shape[1]] = packed
         numbers |= rest.view("<u4")[:, 0]
     wrong = _first_wrong(numbers, starts, offsets)
-    if wrong == GOOD:
-        np.subtract(
-            numbers, np.repeat(offsets[:-1], np.diff(starts)), out=indices, casting="unsafe"
-        )
-    return wrong
+    if wrong != GOOD:
+        return wrong
+    np.subtract(numbers, np.repeat(offsets[:-1], np.diff(starts)), out=indices, casting="unsafe")
+    word, bit = divmod(n * low, 64)
+    behind = lower[word:]
+    in_use = len(behind) > 0 and bool(behind[0] >> np.uint64(bit) or behind[1:].any())
+    return IN_USE if in_use else GOOD
 
 
 def _first_wrong(numbers: np.ndarray, starts: np.ndarray, offsets: np.ndarray) -> int:

@@ -20,7 +20,7 @@ from hvd_dls.core.wire.layout import (
     header_of,
     payload_bytes,
 )
-from hvd_dls.core.wire.payload import Told
+from hvd_dls.core.wire.payload import Told, told_by
 from hvd_dls.errors import PayloadError
 
 ALONE = b"DLH"  # magic of a header without a payload
@@ -83,7 +83,7 @@ def split(
                 f"bucket {bucket.name!r}: a header of {header.tolist()} inside the host; do all "
                 "ranks run the same version and configuration?"
             )
-        told.append(_read(header))
+        told.append(told_by(header))
     return Split(gathered[start:stop], told)
 
 
@@ -108,7 +108,7 @@ def headers_in(bucket: Bucket, gathered: np.ndarray) -> tuple[list[Told], list[T
         if not _fits(bucket, header):
             return [], []
         by_itself = bytes(header["magic"]) == ALONE
-        (alone if by_itself else payloads).append(_read(header))
+        (alone if by_itself else payloads).append(told_by(header))
         start += HEADER.itemsize if by_itself else payload_bytes(bucket, int(header["capacity"]))
     return (payloads, alone) if start == len(gathered) else ([], [])
 
@@ -120,8 +120,3 @@ def _fits(bucket: Bucket, header: np.void) -> bool:
         expected["magic"] = ALONE
     fields = [field for field in HEADER.names or () if field not in _OWN]
     return header["abandoned"] <= max(Abandoned) and all(header[f] == expected[f] for f in fields)
-
-
-def _read(header: np.void) -> Told:
-    clock = Clock(int(header["step"]), int(header["attempt"]))
-    return Told(clock, Abandoned(header["abandoned"]))

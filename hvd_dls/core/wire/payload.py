@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from hvd_dls.core.balancing.sketch import Sketch
+from hvd_dls.core.received import Received, addresses
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import Abandoned, Bucket, Clock
 from hvd_dls.errors import DLSError
@@ -61,6 +64,98 @@ class Payload(NamedTuple):
         return self.indices[part], self.values[part]
 
 
+class Payloads(Sequence[Payload]):
+    """Some ranks' payloads of a bucket, in rank order: each field as one array, a row a rank.
+
+    Args:
+        headers: (P,) HEADER.
+        watched: (P, W), as in ``Payload``.
+        status: (P, L), as in ``Payload``.
+        bases: (P, L), as in ``Payload``.
+        counts: (P, L, WINDOW), as in ``Payload``.
+        starts: (P, L + 1), as in ``Payload``.
+        entries: each rank's indices and values; longer than ``starts`` says, perhaps.
+    """
+
+    def __init__(
+        self,
+        headers: np.ndarray,
+        watched: np.ndarray,
+        status: np.ndarray,
+        bases: np.ndarray,
+        counts: np.ndarray,
+        starts: np.ndarray,
+        entries: Sequence[tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        self.headers, self.watched, self.status = headers, watched, status
+        self.bases, self.counts, self.starts = bases, counts, starts
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def __getitem__(self, rank):  # type: ignore[no-untyped-def]
+        clock, abandoned = told_by(self.headers[rank])
+        indices, values = self.entries[rank]
+        total = int(self.starts[rank, -1])
+        return Payload(
+            clock,
+            abandoned,
+            self.watched[rank],
+            self.status[rank],
+            self.bases[rank],
+            self.counts[rank],
+            self.starts[rank],
+            indices[:total],
+            values[:total],
+        )
+
+    def all_of(self, clock: Clock) -> bool:
+        """Whether all ranks take part in this step."""
+        fields = (("step", clock.step), ("attempt", clock.attempt), ("abandoned", Abandoned.NO))
+        return all((self.headers[name] == value).all() for name, value in fields)
+
+    def told(self) -> list[Told]:
+        """What each rank's header tells of it."""
+        return [told_by(header) for header in self.headers]
+
+    def received(self, position: int) -> Received:
+        """All ranks' entries of a layer, by its number in the bucket."""
+        bounds = self.starts[:, position : position + 2]
+        return Received(self.entries, bounds, self._tables[position])
+
+    @cached_property
+    def _tables(self) -> np.ndarray:
+        """(L, P, 3) of all layers: see ``Received``."""
+        itemsize = np.array([array.itemsize for array in self.entries[0]])
+        first = addresses(self.entries)[:, None, :] + self.starts[:, :-1, None] * itemsize
+        tables = np.concatenate([first, np.diff(self.starts)[:, :, None]], axis=2)
+        return np.ascontiguousarray(tables.transpose(1, 0, 2))
+
+
+def joined(payloads: Sequence[Payloads]) -> Payloads:
+    """Payloads of some ranks after those of others."""
+
+    def rows(name: str) -> np.ndarray:
+        return np.concatenate([getattr(each, name) for each in payloads])
+
+    return Payloads(
+        rows("headers"),
+        rows("watched"),
+        rows("status"),
+        rows("bases"),
+        rows("counts"),
+        rows("starts"),
+        [pair for each in payloads for pair in each.entries],
+    )
+
+
+def told_by(header: np.void) -> Told:
+    """What a header tells of its sender."""
+    clock = Clock(int(header["step"]), int(header["attempt"]))
+    return Told(clock, Abandoned(header["abandoned"]))
+
+
 def checked_k(bucket: Bucket, k: np.ndarray) -> tuple[np.ndarray, int]:
     """k as int64, and the capacity it makes."""
     k = np.asarray(k, np.int64)
@@ -73,9 +168,9 @@ def checked_k(bucket: Bucket, k: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def starts_of(entries: np.ndarray) -> np.ndarray:
-    """Where each layer's entries begin: (L + 1,) int64."""
-    starts = np.zeros(len(entries) + 1, np.int64)
-    np.cumsum(entries, out=starts[1:])
+    """Where each layer's entries begin: (..., L + 1) int64, of (..., L)."""
+    starts = np.zeros((*entries.shape[:-1], entries.shape[-1] + 1), np.int64)
+    np.cumsum(entries, axis=-1, out=starts[..., 1:])
     return starts
 
 

@@ -15,20 +15,19 @@ from hvd_dls.core.wire.layout import (
     SENT,
     Abandoned,
     Bucket,
-    Clock,
     Parts,
     header_of,
     parts_of,
     payload_bytes,
 )
-from hvd_dls.core.wire.payload import Payload, checked_k, first_wrong, starts_of
+from hvd_dls.core.wire.payload import Payloads, checked_k, first_wrong, joined, starts_of
 from hvd_dls.core.wire.values import decode_counts, decode_values
 from hvd_dls.errors import PayloadError
 
 
 def unpack(
     bucket: Bucket, k: np.ndarray, gathered: np.ndarray, ranks: int | Sequence[int]
-) -> list[Payload]:
+) -> Payloads:
     """Reads some ranks' payloads of one bucket and checks all there is to check.
 
     Args:
@@ -58,20 +57,27 @@ def unpack(
     parts = parts_of(bucket, capacity, gathered.reshape(len(ranks), length))
     _check_headers(bucket, capacity, parts.header, ranks)
     _check_records(bucket, k, parts, ranks)
-    counts = decode_counts(parts.records["counts"])
-    return [
-        _unpack_one(bucket, rank, Parts(*(part[i] for part in parts)), counts[i])
-        for i, rank in enumerate(ranks)
-    ]
+    starts = starts_of(parts.records["entries"])
+    values = _take_values(bucket, parts, starts, ranks)
+    indices = _take_indices(bucket, parts, starts, ranks)
+    return Payloads(
+        parts.header[:, 0],
+        parts.watched[:, : len(bucket.watched)],
+        parts.records["status"],
+        parts.records["sketch_base"],
+        decode_counts(parts.records["counts"]),
+        starts,
+        list(zip(indices, values, strict=True)),
+    )
 
 
-def unpack_varying(bucket: Bucket, gathered: np.ndarray, world_size: int) -> list[Payload]:
+def unpack_varying(bucket: Bucket, gathered: np.ndarray, world_size: int) -> Payloads:
     """Like ``unpack``, where each rank chose the entries of its layers, and so the length, itself.
 
     Raises:
         PayloadError: as ``unpack``.
     """
-    payloads: list[Payload] = []
+    payloads: list[Payloads] = []
     gathered = np.asarray(gathered)
     start, head = 0, payload_bytes(bucket, 0)  # header and records
     for rank in range(world_size):
@@ -87,14 +93,14 @@ def unpack_varying(bucket: Bucket, gathered: np.ndarray, world_size: int) -> lis
         if k.sum() != capacity or (k > np.diff(bucket.offsets)).any():
             _refuse_payload(bucket, rank, "capacity", capacity, int(k.sum()))
         length = payload_bytes(bucket, capacity)
-        payloads += unpack(bucket, k, gathered[start : start + length], [rank])
+        payloads.append(unpack(bucket, k, gathered[start : start + length], [rank]))
         start += length
     if start != len(gathered):
         raise PayloadError(
             f"bucket {bucket.name!r}: gathered {len(gathered)} bytes, expected {start} from "
             f"{world_size} ranks"
         )
-    return payloads
+    return joined(payloads)
 
 
 def _check_headers(
@@ -169,57 +175,69 @@ def _refuse_payload(
     )
 
 
-def _unpack_one(bucket: Bucket, rank: int, parts: Parts, counts: np.ndarray) -> Payload:
-    records = parts.records
-    starts = starts_of(records["entries"])
-    total = int(starts[-1])
-    sent = parts.values[:total]
-    values = decode_values(sent, bucket.values, records["exponent"], starts)
+def _take_values(
+    bucket: Bucket, parts: Parts, starts: np.ndarray, ranks: Sequence[int]
+) -> np.ndarray:
+    """(P, C or more): all ranks' values, where there is room for them."""
+    kind, totals = bucket.values, starts[:, -1]
+    if kind == "float16":  # each rank's segments are scaled by themselves
+        values = np.zeros(parts.values.shape, np.float32)
+        for row, total in enumerate(totals.tolist()):
+            exponents = parts.records["exponent"][row]
+            sent = parts.values[row, :total]
+            values[row, :total] = decode_values(sent, kind, exponents, starts[row])
+    else:
+        values = decode_values(parts.values, kind, parts.records["exponent"], starts)
     finite = np.isfinite(values)
     if not finite.all():
-        where = int(np.argmin(finite))
-        layer = int(np.searchsorted(starts, where, side="right")) - 1
-        raise PayloadError(
-            f"layer {bucket.layers[layer].name!r}, payload of rank {rank}: value "
-            f"{where - starts[layer]} is {values[where]}, expected it to be finite"
-        )
-    indices = _take_indices(bucket, rank, parts, starts)
-    if parts.values[total:].view(np.uint8).any():
-        _refuse_payload(bucket, rank, "room for further values", "in use", "zero")
-    return Payload(
-        Clock(int(parts.header["step"][0]), int(parts.header["attempt"][0])),
-        Abandoned(parts.header["abandoned"][0]),
-        parts.watched[: len(bucket.watched)],
-        records["status"],
-        records["sketch_base"],
-        counts,
-        starts,
-        indices,
-        values,
-    )
+        row, where = np.argwhere(~finite)[0].tolist()
+        if where < totals[row]:
+            layer = int(np.searchsorted(starts[row], where, side="right")) - 1
+            raise PayloadError(
+                f"layer {bucket.layers[layer].name!r}, payload of rank {ranks[row]}: value "
+                f"{where - starts[row, layer]} is {values[row, where]}, expected it to be finite"
+            )
+    room = parts.values.shape[1]
+    for row in np.flatnonzero(totals < room).tolist():
+        if parts.values[row, totals[row] :].view(np.uint8).any():
+            _refuse_payload(bucket, ranks[row], "room for further values", "in use", "zero")
+    return values
 
 
-def _take_indices(bucket: Bucket, rank: int, parts: Parts, starts: np.ndarray) -> np.ndarray:
-    total = int(starts[-1])
+def _take_indices(
+    bucket: Bucket, parts: Parts, starts: np.ndarray, ranks: Sequence[int]
+) -> np.ndarray:
+    """(P, C): all ranks' indices, where there is room for them."""
     if bucket.code == "plain":
-        indices = parts.lower[:total]
-        wrong = first_wrong(bucket, starts, indices)
-        unused = bool(parts.lower[total:].any())
+        indices = parts.lower
+        codes = [_check_plain(bucket, parts.lower[row], starts[row]) for row in range(len(starts))]
     else:
-        low = int(parts.header["low_bits"][0])
-        indices = np.empty(total, np.uint32)
-        wrong = elias_fano.decode(parts.lower, parts.upper, starts, bucket.offsets, low, indices)
-        word, bit = divmod(total * low, 64)
-        tail = parts.lower[word:]
-        unused = len(tail) > 0 and bool(tail[0] >> np.uint64(bit) or tail[1:].any())
-    if wrong >= 0:
-        raise PayloadError(
-            f"layer {bucket.layers[wrong].name!r}, payload of rank {rank}: indices do not ascend "
-            f"within its {bucket.layers[wrong].size} entries"
-        )
-    if wrong != elias_fano.GOOD:
-        number = "fewer" if wrong == elias_fano.TOO_FEW else "more"
-        _refuse_payload(bucket, rank, "number of indices", f"{number} than {total}", total)
-    if unused:
-        _refuse_payload(bucket, rank, "room for further indices", "in use", "zero")
+        low = int(parts.header["low_bits"][0, 0])
+        indices = np.empty((len(starts), int(parts.header["capacity"][0, 0])), np.uint32)
+        codes = elias_fano.decode_all(
+            parts.lower, parts.upper, starts, bucket.offsets, low, indices
+        ).tolist()
+    if any(code != elias_fano.GOOD for code in codes):
+        row = next(row for row, code in enumerate(codes) if code != elias_fano.GOOD)
+        _refuse_indices(bucket, ranks[row], codes[row], int(starts[row, -1]))
     return indices
+
+
+def _check_plain(bucket: Bucket, room: np.ndarray, starts: np.ndarray) -> int:
+    total = int(starts[-1])
+    wrong = first_wrong(bucket, starts, room[:total])
+    if wrong == elias_fano.GOOD and room[total:].any():
+        return elias_fano.IN_USE
+    return wrong
+
+
+def _refuse_indices(bucket: Bucket, rank: int, code: int, total: int) -> NoReturn:
+    if code >= 0:
+        raise PayloadError(
+            f"layer {bucket.layers[code].name!r}, payload of rank {rank}: indices do not ascend "
+            f"within its {bucket.layers[code].size} entries"
+        )
+    if code == elias_fano.IN_USE:
+        _refuse_payload(bucket, rank, "room for further indices", "in use", "zero")
+    number = "fewer" if code == elias_fano.TOO_FEW else "more"
+    _refuse_payload(bucket, rank, "number of indices", f"{number} than {total}", total)

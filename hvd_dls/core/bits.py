@@ -167,6 +167,17 @@ def element(_: Any, address: types.Type, number: types.Type, like: types.Type) -
     return like(types.int64, types.int64, like), generate
 
 
+@intrinsic
+def word_at(_: Any, address: types.Type) -> Any:
+    """The eight bytes from an address on, wherever it is, as little-endian uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        word = ir.IntType(64)
+        return builder.load(builder.inttoptr(args[0], word.as_pointer()), align=1)
+
+    return types.uint64(types.uint64), generate
+
+
 def rounded(value: float, like: float) -> float:
     """What to store of a value in an array with entries like that one."""
     raise NotImplementedError  # compiled code only

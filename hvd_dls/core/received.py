@@ -1,0 +1,50 @@
+"""What all ranks sent of a layer, for loops that take any number of ranks in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# Of a rank's entries: where its indices begin in memory, where its values do, how many there are.
+TABLE_COLUMNS = 3
+
+
+class Received(Sequence[tuple[np.ndarray, np.ndarray]]):
+    """Each rank's entries of a layer, in rank order: indices (uint32, ascending) and values.
+
+    Args:
+        ranks: arrays of all ranks; of which this layer's entries are a part.
+        bounds: (P, 2) where that part begins and ends.
+        table: (P, TABLE_COLUMNS) int64: the same as addresses.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[tuple[np.ndarray, np.ndarray]],
+        bounds: np.ndarray,
+        table: np.ndarray,
+    ) -> None:
+        self._ranks, self._bounds, self.table = ranks, bounds, table
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def __getitem__(self, rank):  # type: ignore[no-untyped-def]
+        indices, values = self._ranks[rank]
+        start, stop = self._bounds[rank].tolist()
+        return indices[start:stop], values[start:stop]
+
+
+def addresses(ranks: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """(P, 2) int64: where each rank's indices and values begin in memory."""
+    where = [[array.__array_interface__["data"][0] for array in pair] for pair in ranks]
+    return np.array(where, np.int64).reshape(-1, 2)
+
+
+def table_of(ranks: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """(P, TABLE_COLUMNS) int64 of arrays that must live as long as it is used."""
+    if isinstance(ranks, Received):
+        return ranks.table
+    counts = np.array([len(indices) for indices, _ in ranks], np.int64)
+    return np.column_stack([addresses(ranks), counts])

@@ -1,0 +1,107 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
+"""Elias–Fano, as compiled loops: see ``elias_fano`` for the code and the arguments."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hvd_dls.core.bits import lowest_one, word_at
+from hvd_dls.core.jit import jit
+
+_GOOD, _TOO_FEW, _TOO_MANY, _IN_USE = -1, -2, -3, -4  # as in ``elias_fano``
+
+
+@jit
+def encode(indices, starts, offsets, low, lower, upper):
+    """See ``elias_fano.encode``."""
+    width = np.uint64(low)
+    mask = (np.uint64(1) << width) - np.uint64(1)
+    word, filled, at = np.uint64(0), np.uint64(0), 0
+    for segment in range(len(starts) - 1):
+        previous = offsets[segment] - 1
+        for j in range(starts[segment], starts[segment + 1]):
+            number = offsets[segment] + np.int64(indices[j])
+            if number <= previous or number >= offsets[segment + 1]:
+                return segment
+            previous = number
+            bit = (number >> low) + j
+            upper[bit >> 6] |= np.uint64(1) << np.uint64(bit & 63)
+            rest = np.uint64(number) & mask
+            word |= rest << filled
+            filled += width
+            if filled >= np.uint64(64):
+                lower[at] = word
+                at += 1
+                filled -= np.uint64(64)
+                word = rest >> (width - filled)
+    if filled > np.uint64(0):
+        lower[at] = word
+    return _GOOD
+
+
+@jit
+def decode(lower, upper, starts, offsets, low, indices):
+    """See ``elias_fano.decode``.
+
+    The upper bits of all numbers first, then the lower ones: so neither loop has a branch that
+    depends on the data, but for the end of a word.
+    """
+    count = _decode_upper(upper, indices)
+    if count != len(indices):
+        return _TOO_FEW if count < len(indices) else _TOO_MANY
+    width, last, address = np.uint64(low), np.uint64(0), np.uint64(upper.ctypes.data)
+    if low:  # else any word will do, of which no bit is taken
+        last, address = np.uint64(8 * len(lower) - 8), np.uint64(lower.ctypes.data)
+    mask = (np.uint64(1) << width) - np.uint64(1)
+    for segment in range(len(starts) - 1):
+        begin, previous, good = offsets[segment], offsets[segment] - 1, True
+        for j in range(starts[segment], starts[segment + 1]):
+            bit = np.uint64(j) * width
+            byte = min(bit >> np.uint64(3), last)
+            rest = (word_at(address + byte) >> (bit - (byte << np.uint64(3)))) & mask
+            number = (np.int64(indices[j]) << low) | np.int64(rest)
+            good &= number > previous
+            previous = number
+            indices[j] = np.uint32(number - begin)
+        if not good or previous >= offsets[segment + 1]:
+            return segment
+    return _GOOD if _is_empty(lower, len(indices) * low) else _IN_USE
+
+
+@jit
+def decode_all(lower, upper, starts, offsets, low, indices, codes):
+    """See ``elias_fano.decode_all``."""
+    for row in range(len(starts)):
+        into = indices[row, : starts[row, -1]]
+        codes[row] = decode(lower[row], upper[row], starts[row], offsets, low, into)
+
+
+@jit
+def _is_empty(lower, bit):
+    """Whether all bits from this one on are zero."""
+    at = bit >> 6
+    if at == len(lower):
+        return True
+    rest = lower[at] >> np.uint64(bit & 63)
+    for word in lower[at + 1 :]:
+        rest |= word
+    return rest == np.uint64(0)
+
+
+@jit
+def _decode_upper(upper, indices):
+    """Writes what stands in the upper part; returns how many numbers, or len(indices) + 1."""
+    one, zero = np.uint64(1), np.uint64(0)
+    j, beyond = np.uint64(0), np.uint64(0)
+    count = np.uint64(len(indices))
+    for at in range(len(upper)):
+        word, start = upper[at], np.uint64(64 * at)
+        while word != zero:
+            if j == count:
+                return np.int64(count) + 1
+            number = start + np.uint64(lowest_one(word)) - j
+            beyond |= number >> np.uint64(32)
+            indices[j] = np.uint32(number)
+            word &= word - one
+            j += one
+    return np.int64(count) + 1 if beyond != zero else np.int64(j)
