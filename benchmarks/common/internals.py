@@ -14,13 +14,14 @@ from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
 from hvd_dls.core.balancing.sketch import WINDOW, Sketch
 from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.selection import threads
-from hvd_dls.core.selection.passes import Found, find, settle
+from hvd_dls.core.selection.passes import Found, find, settle, sum_up
 from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.session.session import Session
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.buckets import make_buckets
 from hvd_dls.core.wire.layout import Bucket, payload_bytes
 from hvd_dls.core.wire.pack import pack
+from hvd_dls.core.wire.payload import Payloads
 from hvd_dls.core.wire.unpack import unpack
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Controller",
     "Found",
     "LayerSpec",
+    "Payloads",
     "Session",
     "Sketch",
     "StepSize",
@@ -40,6 +42,7 @@ __all__ = [
     "payload_bytes",
     "settle",
     "step_size",
+    "sum_up",
     "threads",
     "unpack",
 ]

@@ -10,6 +10,8 @@ Bytes of this format are those of whole payloads, headers and sketches included,
 capacity of just K and for one with slack; of the bound and the other codes, those of indices and
 values alone. Times are medians of `pack` and of `unpack` for one rank, values included, and of the
 Elias–Fano coder alone, in nanoseconds an entry, with the interquartile range behind; one thread.
+Then what a received entry costs where many ranks send: `unpack` of all ranks' payloads of ResNet-50
+in one bucket, and adding them up, beyond what the sums of nothing take.
 """
 
 from __future__ import annotations
@@ -24,10 +26,21 @@ import numpy as np
 from benchmarks.common.command_line import add_output_options, make_parser
 from benchmarks.common.internals import HAVE_NUMBA
 from benchmarks.common.reporting import markdown, pyplot, save_picture, write_json
-from benchmarks.wire.index_sets import MODELS, clustered_gradient, digits_gradient, largest, uniform
+from benchmarks.wire.index_sets import (
+    MODELS,
+    clustered_gradient,
+    digits_gradient,
+    largest,
+    resnet50_matrices,
+    uniform,
+)
 from benchmarks.wire.measuring import VALUE_BITS, measure
+from benchmarks.wire.receiving import measure_receiving
 
 DENSITIES = [1e-4, 1e-3, 1e-2, 1e-1]
+
+RECEIVED = [(density, ranks) for density in (1e-3, 1e-2) for ranks in (4, 16, 64)]
+PARTS = ("unpack", "add", "both")
 
 # Bytes an entry that the format was designed for: density, value bits -> at most.
 TARGETS = {(1e-2, 32): 5.3, (1e-2, 16): 3.3, (1e-3, 32): 5.8, (1e-3, 16): 3.8}
@@ -94,6 +107,16 @@ def show_times(rows: list[dict[str, Any]]) -> None:
     print(markdown(head, lines))
 
 
+def show_receiving(rows: list[dict[str, Any]]) -> None:
+    """Prints what an entry that comes in costs, in nanoseconds."""
+    lines = []
+    for row in rows:
+        cells = (f"{row[what][1]:.1f} ({row[what][0]:.1f}–{row[what][2]:.1f})" for what in PARTS)
+        lines.append([f"{row['density']:g}", f"{row['ranks']}", f"{row['entries']:,}", *cells])
+    print("Nanoseconds an entry received: ResNet-50, float32\n")
+    print(markdown(["density", "ranks", "entries", *PARTS], lines))
+
+
 def show_targets(rows: list[dict[str, Any]]) -> bool:
     """Prints which TARGETS were met; returns whether all were."""
     met = True
@@ -151,10 +174,11 @@ def main() -> None:
     rows = measure_all(args.models, args.seed)
     show_bytes(rows)
     show_times(rows)
+    show_receiving(received := [measure_receiving(resnet50_matrices(), *x) for x in RECEIVED])
     met = show_targets(rows)
     if args.json:
         about = {"numba": HAVE_NUMBA, "numpy": np.__version__, "python": platform.python_version()}
-        write_json({"about": about, "rows": rows}, args.json)
+        write_json({"about": about, "rows": rows, "received": received}, args.json)
     if args.picture:
         draw(rows, args.picture)
     sys.exit(not met)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.common.internals import layer_spec
 from benchmarks.wire import __main__ as wire
-from benchmarks.wire import codes, measuring
+from benchmarks.wire import codes, measuring, receiving
 from benchmarks.wire.index_sets import resnet50_matrices
 
 
@@ -20,6 +21,15 @@ def test_wire_measures_a_small_layer(monkeypatch, capsys, tmp_path):
     wire.draw(rows, tmp_path / "w.png")
     assert [row["set"] for row in rows] == ["uniform", "clustered"]
     assert "one layer, 100k" in capsys.readouterr().out
+
+
+def test_what_an_entry_costs_that_comes_in(monkeypatch, capsys):
+    monkeypatch.setattr(receiving, "ROUNDS", 2)
+    layers = [layer_spec("one", (100, 40)), layer_spec("other", (30, 20))]
+    row = receiving.measure_receiving(layers, 0.05, 3)
+    assert row["entries"] == 3 * (200 + 30)
+    wire.show_receiving([row])
+    assert "| 0.05 | 3 | 690 |" in capsys.readouterr().out
 
 
 def test_codes_need_at_least_what_the_entropy_says():
