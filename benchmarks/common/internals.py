@@ -15,6 +15,7 @@ from hvd_dls.core.balancing.sketch import WINDOW, Sketch
 from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.selection import threads
 from hvd_dls.core.selection.passes import Found, find, settle, sum_up
+from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.session.session import Session
 from hvd_dls.core.wire import elias_fano
@@ -30,6 +31,7 @@ __all__ = [
     "Bucket",
     "Controller",
     "Found",
+    "Groups",
     "LayerSpec",
     "Payloads",
     "Session",

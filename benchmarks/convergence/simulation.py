@@ -9,14 +9,14 @@ what goes dense are added up in rank order here, and in another order by Horovod
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.common.internals import Session, layer_spec
+from benchmarks.common.internals import Groups, Session, layer_spec
 from hvd_dls.config import DLSConfig
 
 Gradients = dict[str, np.ndarray]  # (n,) of each parameter, by name
@@ -33,6 +33,7 @@ class SimulatedJob:
         config: the compressor's options; None: dense.
         measure_all: all workers measure the quality of their selection in every so many steps; in
             the others, worker 0 does as ``config`` says.
+        hosts: number of workers on each, with the option ``hierarchical``; None: each is alone.
 
     Attributes:
         workers: how many there are.
@@ -46,6 +47,7 @@ class SimulatedJob:
         workers: int,
         config: DLSConfig | None = None,
         measure_all: int = 0,
+        hosts: Sequence[int] | None = None,
     ) -> None:
         self._model = model
         self._parameters = dict(model.named_parameters())
@@ -59,8 +61,10 @@ class SimulatedJob:
             ]
             norms = {n: p.detach().double().norm().item() for n, p in self._parameters.items()}
             configs = [config] + [replace(config, measure_every=measure_all)] * (workers - 1)
+            sizes = hosts or [1] * workers
             self.sessions = [
-                Session(layers, own, workers, rank, norms) for rank, own in enumerate(configs)
+                Session(layers, own, workers, rank, norms, groups=Groups(sizes, rank))
+                for rank, own in enumerate(configs)
             ]
 
     def backward(self, loss_of: Callable[[int], torch.Tensor]) -> float:
@@ -127,6 +131,8 @@ def exchange_all(sessions: list[Session], gradients: list[Gradients]) -> list[Gr
     sparse = [name for name in names if sessions[0].is_sparse(name)]
     sent = [_send(session, own, names) for session, own in zip(sessions, gradients, strict=True)]
     reduced = averages([{n: own[n] for n in names if n not in sparse} for own in gradients])
+    if sessions[0].grouped:
+        _exchange_by_hosts(sessions)
     results = []
     for session, own in zip(sessions, gradients, strict=True):
         for bucket in sent[0]:
@@ -136,7 +142,7 @@ def exchange_all(sessions: list[Session], gradients: list[Gradients]) -> list[Gr
         skipped = np.inf if session.marks_skipped else 0.0
         for name in names:
             if name in sparse:
-                session.decompress(name, own[name], 1 / len(sessions))
+                session.decompress(name, own[name], 1 / session.groups.count)
                 result[name] = own[name]
             else:
                 counts = session.accept(name, reduced[name] if dense_step else None)
@@ -154,7 +160,7 @@ def _send(session: Session, gradients: Gradients, names: list[str]) -> dict[int,
         names: of all layers, in the order in which backward reaches them.
 
     Returns:
-        The payload of each bucket.
+        The payload of each bucket; none where hosts average first.
     """
     sent = {}
     for name in names:
@@ -166,9 +172,32 @@ def _send(session: Session, gradients: Gradients, names: list[str]) -> dict[int,
             complete = session.note(name, finite)
             if session.corrects:
                 gradients[name] = session.correct(name, gradient)
-        if complete is not None:
+        if complete is not None and not session.grouped:
             sent[complete] = session.payload(complete)
+    if session.grouped:
+        return {}
     return sent | {bucket: session.payload(bucket) for bucket in session.unfinished()}
+
+
+def _exchange_by_hosts(sessions: list[Session]) -> None:
+    """Takes all buckets through their stages: averages of hosts, payloads between them, hand-on."""
+    for bucket in sessions[0].unfinished():
+        contributions = [session.contribution(bucket) for session in sessions]
+        for session in sessions:
+            mates = session.groups.mates
+            total = contributions[mates[0]].copy()
+            for mate in mates[1:]:
+                total += contributions[mate]
+            session.added_up(bucket, total)
+        senders = sessions[0].routing.senders[bucket]
+        gathered = np.concatenate([sessions[rank].payload(bucket) for rank in senders])
+        handed_on = [
+            session.hand_on(bucket, gathered) if session.sends(bucket) else session.header(bucket)
+            for session in sessions
+        ]
+        for session in sessions:
+            mates = session.groups.mates
+            session.receive(bucket, np.concatenate([handed_on[mate] for mate in mates]))
 
 
 def _flat(gradient: torch.Tensor | None) -> np.ndarray:

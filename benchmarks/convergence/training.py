@@ -121,8 +121,8 @@ def train(about: dict[str, Any]) -> dict[str, Any]:
     model = task.make_model(about["seed"])
     config = None
     if about["options"] is not None:
-        config = DLSConfig.from_options(measure_every=1, **about["options"])
-    job = SimulatedJob(model, about["workers"], config, MEASURE_ALL)
+        config = DLSConfig.from_options(**{"measure_every": 1} | about["options"])
+    job = SimulatedJob(model, about["workers"], config, MEASURE_ALL, about.get("hosts"))
     optimizer = optimizer_of(about, model)
     sparse = job.sessions[0].plan.sparse if job.sessions else ()
     history = History([layer.name for layer in sparse], [layer.size for layer in sparse])

@@ -108,6 +108,41 @@ def test_all_workers_get_the_same(strategy):
     assert 0 < np.count_nonzero(first["14.weight"]) < 0.5 * sizes["14.weight"]
 
 
+def test_hosts_are_as_many_workers_with_their_averages_to_rounding():
+    """Two hosts of two train as two workers do whose batches are those of a host."""
+    import torch
+
+    from benchmarks.convergence.simulation import SimulatedJob, exchange_all
+
+    rng, trained_by = np.random.default_rng(0), []
+    own = [rng.normal(size=(60, 50)).astype(np.float32) for _ in range(8)]
+    for hosts in ((2, 2), None):
+        model = torch.nn.Linear(50, 60, bias=False)
+        options = {"density": 0.05, "momentum": 0.5, "hierarchical": bool(hosts)}
+        config = DLSConfig.from_options(**options, dense_below=0, cost_rule=False)
+        job = SimulatedJob(model, 4 if hosts else 2, config, hosts=hosts)
+        sums = np.zeros(3000)
+        for a, b in zip(own[::2], own[1::2], strict=True):
+            each = [a, b, b, 3 * a] if hosts else [(a + b) / 2, (b + 3 * a) / 2]
+            gradients = [{"weight": gradient.ravel().copy()} for gradient in each]
+            first, *others = exchange_all(job.sessions, gradients)
+            assert all(np.array_equal(first["weight"], other["weight"]) for other in others)
+            sums += first["weight"]
+        trained_by.append(sums)
+    np.testing.assert_allclose(*trained_by, rtol=1e-5, atol=1e-6)
+
+
+def test_ways_to_train_on_hosts(tmp_path, capsys):
+    from benchmarks.convergence import hosts
+
+    arguments = ["--tasks", "digits", "--seeds", "0", "--steps", "3", "--folder", str(tmp_path)]
+    for _ in range(2):  # the second time from what was kept
+        assert hosts.main([*arguments, "--ways", "dense", "hosts", "flat-equal"]) == 0
+        printed = capsys.readouterr().out
+        assert "| two levels | 16 | 3 |" in printed
+        assert "| flat | 16 | 15 | - |" in printed
+
+
 def test_density_one_is_dense_to_rounding():
     models = [trained("digits", 4, options, steps=2)[0] for options in (None, EVERYTHING)]
     for dense, sparse in zip(*(model.parameters() for model in models), strict=True):

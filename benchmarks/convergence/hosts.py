@@ -1,0 +1,157 @@
+"""Training on hosts of several ranks: two levels beside ranks that each send for themselves.
+
+    python -m benchmarks.convergence.hosts
+    python -m benchmarks.convergence.hosts --tasks digits --seeds 0 --steps 100
+
+Four hosts of four ranks, simulated as in ``benchmarks.convergence``: the same tasks, seeds and
+learning rates, with momentum correction and a warm-up. *Payloads on a link*: what a host receives
+from others in a step, in payloads of 1 %. Each run is kept in build/convergence-hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.paths import ROOT
+from benchmarks.common.reporting import markdown
+from benchmarks.convergence.settings import MOMENTUM, SEEDS, WARMUP
+from benchmarks.convergence.sweep import run_and_keep, start_worker
+from benchmarks.convergence.tasks import TASKS
+
+KEPT = ROOT / "build" / "convergence-hosts"
+DENSITY = 0.01
+HOSTS = (4, 4, 4, 4)
+
+
+class Way(NamedTuple):
+    """A way to train.
+
+    Attributes:
+        title: its name in the table.
+        workers: how many there are; the batch is shared out among them.
+        density: of each payload; None: dense.
+        hosts: workers on each, where they average first.
+        payloads: that a host receives in a step, in payloads of DENSITY.
+    """
+
+    title: str
+    workers: int
+    density: float | None
+    hosts: tuple[int, ...] | None
+    payloads: float
+
+
+_RANKS, _HOSTS = sum(HOSTS), len(HOSTS)
+WAYS = {
+    "dense": Way("dense", _RANKS, None, None, 0),
+    "alone": Way("flat, a rank on each host", _HOSTS, DENSITY, None, _HOSTS - 1),
+    "hosts": Way("two levels", _RANKS, DENSITY, HOSTS, _HOSTS - 1),
+    "flat": Way("flat", _RANKS, DENSITY, None, _RANKS - 1),
+    "flat-equal": Way(
+        "flat, as many bytes as two levels",
+        _RANKS,
+        DENSITY * (_HOSTS - 1) / (_RANKS - 1),
+        None,
+        _HOSTS - 1,
+    ),
+}
+
+
+def description(task: str, way: Way, seed: int, steps: int | None) -> dict[str, Any]:
+    """Returns all that a run's result follows from: see ``training.train``."""
+    of, options = TASKS[task], None
+    steps = steps or of.steps
+    if way.density is not None:
+        options = {
+            "density": way.density,
+            "momentum": MOMENTUM,
+            "momentum_masking": of.masking,
+            "warmup_steps": round(WARMUP[DENSITY] * steps),
+            "hierarchical": way.hosts is not None,
+            "measure_every": 0,
+        }
+    return {
+        "task": task,
+        "workers": way.workers,
+        "hosts": list(way.hosts) if way.hosts else None,
+        "seed": seed,
+        "steps": steps,
+        "rate": of.rate,
+        "batch": of.batch,
+        "options": options,
+        "optimizer_momentum": MOMENTUM if options is None else 0.0,
+    }
+
+
+def result_of(about: dict[str, Any], file: Path) -> dict[str, Any] | None:
+    """Reads a run's result; None if there is none, or if a run would do something else now."""
+    if not file.exists():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result if result["about"] == about else None
+
+
+def table(tasks: Sequence[str], results: dict[tuple[str, str, int], dict[str, Any]]) -> str:
+    """Formats the mean of all seeds and its standard deviation, for each way and task."""
+    rows = []
+    for name, way in WAYS.items():
+        cells = []
+        for task in tasks:
+            of = TASKS[task]
+            own = [r for (t, n, _), r in results.items() if (t, n) == (task, name)]
+            values = [r["accuracy"] if of.accuracy else r["loss"] for r in own]
+            good = np.array([value for value in values if value is not None])
+            if not len(good):
+                cells.append("-")
+                continue
+            mean, deviation = good.mean(), good.std(ddof=1) if len(good) > 1 else 0.0
+            number = f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+            cells.append(number if of.accuracy else f"{mean:.3f} ± {deviation:.3f}")
+        payloads = "-" if way.density is None else f"{way.payloads:.0f}"
+        rows.append([way.title, f"{way.workers}", payloads, *cells])
+    head = ["", "ranks", "payloads on a link"]
+    head += [f"{task}: {'%' if TASKS[task].accuracy else 'nats'}" for task in tasks]
+    return markdown(head, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the runs that are missing and prints the table; returns the exit status."""
+    parser = make_parser("convergence.hosts", __doc__)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of a thread each")
+    parser.add_argument("--steps", type=int, help="of every run (default: the task's)")
+    parser.add_argument("--folder", type=Path, default=KEPT, help="where results are kept")
+    args = parser.parse_args(arguments)
+    runs = {}
+    for seed in args.seeds:
+        for task in args.tasks:
+            for name in args.ways:
+                about = description(task, WAYS[name], seed, args.steps)
+                runs[task, name, seed] = about, args.folder / task / f"{name}-{seed}.json"
+    missing = [each for each in runs.values() if result_of(*each) is None]
+    failed = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context, start_worker) as pool:
+        futures = {pool.submit(run_and_keep, *each): each[0] for each in missing}
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
+            if error := future.exception():
+                failed.append(f"{futures[future]}: {error!r}")
+    results = {key: result for key, each in runs.items() if (result := result_of(*each))}
+    print(table(args.tasks, results), *failed, sep="\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
