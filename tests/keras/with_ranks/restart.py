@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import horovod.tensorflow as hvd
+
+from tests.store import request, wait_for_all
 
 _restarts = itertools.count()
 
@@ -25,33 +24,15 @@ def restart_horovod() -> None:
     scopes = ["global", f"cross_{hvd.local_rank()}", f"local_{os.environ.get('HOROVOD_HOSTNAME')}"]
     hvd.shutdown()
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
-        _wait_for_all(f"down.{number}", rank, size)
+        wait_for_all(f"down.{number}", rank, size)
         for scope in scopes:
             if rank == 0 or scope.startswith("cross"):
                 _clear(scope)
-        _wait_for_all(f"cleared.{number}", rank, size)
+        wait_for_all(f"cleared.{number}", rank, size)
     hvd.init()
 
 
 def _clear(scope: str) -> None:
-    _request("PUT", scope, "marker")
-    while _request("GET", scope, "marker"):
-        _request("DELETE", scope, "marker")
-
-
-def _wait_for_all(what: str, rank: int, size: int) -> None:
-    _request("PUT", "restart", f"{what}.{rank}")
-    while not all(_request("GET", "restart", f"{what}.{other}") for other in range(size)):
-        time.sleep(0.01)
-
-
-def _request(method: str, scope: str, key: str) -> bool:
-    """Whether the store has the key, for "GET"."""
-    address = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"]
-    port = os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]
-    data = b"1" if method == "PUT" else None
-    try:
-        urlopen(Request(f"http://{address}:{port}/{scope}/{key}", data, method=method)).close()
-    except HTTPError:
-        return False
-    return True
+    request("PUT", scope, "marker")
+    while request("GET", scope, "marker"):
+        request("DELETE", scope, "marker")
