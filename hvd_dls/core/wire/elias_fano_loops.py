@@ -43,29 +43,62 @@ def encode(indices, starts, offsets, low, lower, upper):
 def decode(lower, upper, starts, offsets, low, indices):
     """See ``elias_fano.decode``.
 
-    The upper bits of all numbers first, then the lower ones: so neither loop has a branch that
-    depends on the data, but for the end of a word.
+    All numbers first, in a loop without a branch that depends on the data, but for the end of a
+    word; then what segment they are in.
     """
-    count = _decode_upper(upper, indices)
+    count, ascending = _decode_numbers(lower, upper, low, indices)
     if count != len(indices):
         return _TOO_FEW if count < len(indices) else _TOO_MANY
-    width, last, address = np.uint64(low), np.uint64(0), np.uint64(upper.ctypes.data)
+    if not ascending:
+        return _first_wrong(starts, offsets, indices)
+    for segment in range(len(starts) - 1):
+        begin, own = offsets[segment], indices[starts[segment] : starts[segment + 1]]
+        if len(own) and (own[0] < begin or own[-1] >= offsets[segment + 1]):
+            return segment
+        if begin:
+            for j in range(len(own)):
+                own[j] -= np.uint32(begin)
+    return _GOOD if _is_empty(lower, len(indices) * low) else _IN_USE
+
+
+@jit
+def _decode_numbers(lower, upper, low, indices):
+    """Writes all numbers; returns how many, or len(indices) + 1, and whether they ascend."""
+    one, zero, count = np.uint64(1), np.uint64(0), np.uint64(len(indices))
+    width, last, address = np.uint64(low), zero, np.uint64(upper.ctypes.data)
     if low:  # else any word will do, of which no bit is taken
         last, address = np.uint64(8 * len(lower) - 8), np.uint64(lower.ctypes.data)
-    mask = (np.uint64(1) << width) - np.uint64(1)
-    for segment in range(len(starts) - 1):
-        begin, previous, good = offsets[segment], offsets[segment] - 1, True
-        for j in range(starts[segment], starts[segment + 1]):
-            bit = np.uint64(j) * width
+    mask = (one << width) - one
+    j, beyond, previous, ascending = zero, zero, np.int64(-1), True
+    for at in range(len(upper)):
+        word, start = upper[at], np.uint64(64 * at)
+        while word != zero:
+            if j == count:
+                return np.int64(count) + 1, ascending
+            bit = j * width
             byte = min(bit >> np.uint64(3), last)
             rest = (word_at(address + byte) >> (bit - (byte << np.uint64(3)))) & mask
-            number = (np.int64(indices[j]) << low) | np.int64(rest)
-            good &= number > previous
+            number = ((start + np.uint64(lowest_one(word)) - j) << width) | rest
+            beyond |= number >> np.uint64(32)
+            ascending &= np.int64(number) > previous
+            previous = np.int64(number)
+            indices[j] = np.uint32(number)
+            word &= word - one
+            j += one
+    return np.int64(j), ascending and beyond == zero
+
+
+@jit
+def _first_wrong(starts, offsets, indices):
+    """The first segment whose numbers do not ascend or leave its range."""
+    for segment in range(len(starts) - 1):
+        previous = offsets[segment] - 1
+        for j in range(starts[segment], starts[segment + 1]):
+            number = np.int64(indices[j])
+            if number <= previous or number >= offsets[segment + 1]:
+                return segment
             previous = number
-            indices[j] = np.uint32(number - begin)
-        if not good or previous >= offsets[segment + 1]:
-            return segment
-    return _GOOD if _is_empty(lower, len(indices) * low) else _IN_USE
+    return len(starts) - 2  # a number of more than 32 bits
 
 
 @jit
@@ -86,22 +119,3 @@ def _is_empty(lower, bit):
     for word in lower[at + 1 :]:
         rest |= word
     return rest == np.uint64(0)
-
-
-@jit
-def _decode_upper(upper, indices):
-    """Writes what stands in the upper part; returns how many numbers, or len(indices) + 1."""
-    one, zero = np.uint64(1), np.uint64(0)
-    j, beyond = np.uint64(0), np.uint64(0)
-    count = np.uint64(len(indices))
-    for at in range(len(upper)):
-        word, start = upper[at], np.uint64(64 * at)
-        while word != zero:
-            if j == count:
-                return np.int64(count) + 1
-            number = start + np.uint64(lowest_one(word)) - j
-            beyond |= number >> np.uint64(32)
-            indices[j] = np.uint32(number)
-            word &= word - one
-            j += one
-    return np.int64(count) + 1 if beyond != zero else np.int64(j)
