@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Of a rank's entries: where its indices begin in memory, where its values do, how many there are.
-TABLE_COLUMNS = 3
-
 
 class Received(Sequence[tuple[np.ndarray, np.ndarray]]):
     """Each rank's entries of a layer, in rank order: indices (uint32, ascending) and values.
@@ -16,7 +13,8 @@ class Received(Sequence[tuple[np.ndarray, np.ndarray]]):
     Args:
         ranks: arrays of all ranks; of which this layer's entries are a part.
         bounds: (P, 2) where that part begins and ends.
-        table: (P, TABLE_COLUMNS) int64: the same as addresses.
+        table: (P, 3) int64, the same as addresses: where each rank's indices begin in memory, where
+            its values do, and how many there are.
     """
 
     def __init__(
@@ -43,7 +41,7 @@ def addresses(ranks: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
 
 def table_of(ranks: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """(P, TABLE_COLUMNS) int64 of arrays that must live as long as it is used."""
+    """The table of arrays (see ``Received``), which must live as long as it is used."""
     if isinstance(ranks, Received):
         return ranks.table
     counts = np.array([len(indices) for indices, _ in ranks], np.int64)
