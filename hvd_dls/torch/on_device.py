@@ -11,10 +11,12 @@ there.
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from functools import cache, partial
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,42 +27,37 @@ from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BI
 from hvd_dls.core.selection.backend import Future
 from hvd_dls.core.selection.passes import Found, found_on_device
 from hvd_dls.core.selection.passes_numpy import sample_stride
+from hvd_dls.errors import DLSError
+from hvd_dls.torch.futures import DeviceFuture
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from hvd_dls.torch.kernels.selector import Selector
 
 
-class DeviceFuture(Future[T]):
-    """What a device will have copied to the host.
-
-    Args:
-        copied: (m,) a result of work that the device has been given.
-        read: makes of it, as an array, what is wanted.
-    """
-
-    def __init__(self, copied: Tensor, read: Callable[[np.ndarray], T]) -> None:
-        self._read = read
-        self._array = copied.to("cpu", non_blocking=True)  # into pinned memory, so without waiting
-        self._event: Any = None
-        if copied.is_cuda:
-            self._event = torch.cuda.Event(blocking=True)
-            self._event.record(torch.cuda.current_stream(copied.device))
-
-    def ready(self) -> bool:
-        """See ``Future``."""
-        return self._event is None or self._event.query()
-
-    def result(self) -> T:
-        """See ``Future``."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._read(self._array.numpy())
+TOO_LARGE = 2**31 - 2**20  # entries of a layer, for the kernels
 
 
 class Device:
-    """A ``Backend``: arrays are flat tensors on this device."""
+    """A ``Backend`` of one layer: arrays are flat tensors on this device.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of the parameter.
+        kernels: whether ``find`` and ``settle`` are fused kernels (``hvd_dls.torch.kernels``), of
+            float32 residuals; False: torch's operations; None: kernels on a GPU with Triton.
+
+    Raises:
+        DLSError: kernels are asked for, but Triton is missing or too old.
+    """
+
+    def __init__(self, device: torch.device, kernels: bool | None = None) -> None:
         self._device = device
+        if kernels and not have_triton():
+            raise DLSError("kernels=True needs Triton >= 3.4: pip install 'triton>=3.4'")
+        self._selector: Selector | None = None
+        if device.type == "cuda" and have_triton() if kernels is None else kernels:
+            from hvd_dls.torch.kernels.selector import Selector  # seconds to import
+
+            self._selector = Selector()
 
     def zeros(self, size: int, dtype: np.dtype) -> Tensor:
         return torch.zeros(size, dtype=getattr(torch, dtype.name), device=self._device)
@@ -99,8 +96,16 @@ class Device:
 
     def find(
         self, residual: Tensor, gradient: Tensor, k: int, last_threshold: float = 0.0
-    ) -> DeviceFuture[Found | None]:
+    ) -> Future[Found | None]:
         """See ``core.passes.find``; of entries that tie at the threshold, any may be chosen."""
+        exact = partial(self._find, residual, gradient, k)
+        usable = 0 < last_threshold < math.inf and 4 * k <= len(residual)
+        if self._selector is None or not usable or not _short_float32(residual):
+            return exact()
+        return self._selector.find(residual, gradient, k, last_threshold, exact)
+
+    def _find(self, residual: Tensor, gradient: Tensor, k: int) -> DeviceFuture[Found | None]:
+        """In torch's operations, which sort: several times slower, but of any threshold."""
         # Types are promoted within one operation: float16 and bfloat16 are not copied before.
         magnitudes = (residual + gradient).abs_()
         largest, chosen = magnitudes.topk(k, sorted=False)  # NaN counts as the largest
@@ -131,6 +136,12 @@ class Device:
         Without atomic additions (``index_add_``), which on GPUs take subnormal float32 for zero: a
         rank's indices are unique, and ranks follow each other.
         """
+        if self._selector is not None and _short_float32(residual):
+            from hvd_dls.torch.kernels.settling import book
+
+            left_over = np.zeros(len(indices), np.float32) if kept is None else kept
+            book(residual, gradient, [(indices, left_over), *received], scale, out)
+            return
         own, *where = self._indices([indices, *(entries for entries, _ in received)])
         nothing = np.empty(0, _name(residual.dtype))
         values = [nothing if kept is None else kept, *(values for _, values in received)]
@@ -159,8 +170,14 @@ class Device:
         dtype: np.dtype,
     ) -> None:
         """See ``core.passes.sum_up``."""
-        unused, nothing = self.zeros(len(out), dtype), np.empty(0, np.uint32)
-        self.settle(unused, unused, nothing, None, received, scale, out)
+        if self._selector is not None and dtype == np.float32 and len(out) < TOO_LARGE:
+            from hvd_dls.torch.kernels.settling import book
+
+            nothing = np.empty(0, np.uint32), np.empty(0, np.float32)
+            book(None, None, [nothing, *received], scale, out)
+            return
+        unused, none = self.zeros(len(out), dtype), np.empty(0, np.uint32)
+        self.settle(unused, unused, none, None, received, scale, out)
 
     def _indices(self, arrays: Sequence[np.ndarray]) -> Sequence[Tensor]:
         """uint32 arrays as indices that torch takes."""
@@ -190,6 +207,20 @@ class Device:
             return into.copy_(own)
         torch.mul(velocity, config.momentum, out=into).add_(own)
         return (into * config.momentum).add_(own) if config.nesterov else into
+
+
+@cache
+def have_triton() -> bool:
+    """Whether Triton is there, and new enough to count with a mask (``tl.histogram``)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    major, minor = metadata.version("triton").split(".")[:2]
+    return (int(major), int(minor)) >= (3, 4)
+
+
+def _short_float32(residual: Tensor) -> bool:
+    """Whether the kernels take it: they count entries with 32 bits."""
+    return residual.dtype == torch.float32 and len(residual) < TOO_LARGE
 
 
 def finite_future(gradient: Tensor) -> DeviceFuture[bool]:

@@ -1,0 +1,216 @@
+"""Finding what a layer sends by the kernels of ``finding``: memory, launches and result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from hvd_dls.core.balancing.sketch import (
+    BELOW,
+    LAST_BASE,
+    MANTISSA_SHIFT,
+    WINDOW,
+    Sketch,
+)
+from hvd_dls.core.selection.backend import Future
+from hvd_dls.core.selection.passes import Found
+from hvd_dls.core.selection.passes_numpy import sample_stride
+from hvd_dls.torch.futures import DeviceFuture
+from hvd_dls.torch.kernels import finding
+from hvd_dls.torch.kernels.launching import on
+
+ALONE = 1 << 17  # entries up to which one program does it all
+BLOCK = 4096  # entries that a program looks at
+TILE = 4096  # slots that a program counts digits of
+ROOMS = (64, 256, 1024, BLOCK)  # slots of a block; few kinds, since each is compiled
+_ROWS = {room: max(1, 2048 // room) for room in ROOMS}  # blocks that a program writes
+LARGEST = float(np.finfo(np.float32).max)
+_FIRST_MARGIN = 0.7  # part of the last threshold above which candidates are looked for
+
+Maybe = Found | None
+
+
+class Selector:
+    """Finds the k largest entries of a layer, given roughly the threshold.
+
+    What it remembers of steps before changes the speed, never the result.
+    """
+
+    def __init__(self) -> None:
+        self._margin = _FIRST_MARGIN
+        self._least_room = 0  # that a block of this layer needs
+
+    def find(
+        self,
+        residual: Tensor,
+        gradient: Tensor,
+        k: int,
+        last_threshold: float,
+        otherwise: Callable[[], Future[Maybe]],
+    ) -> Future[Maybe]:
+        """See ``core.passes.find``; ties to the lower index, as there.
+
+        Args:
+            residual: (n,) float32 on a GPU, as the gradient.
+            gradient: (n,) float32, float16 or bfloat16.
+            k: of at most n / 4.
+            last_threshold: of this layer's last step.
+            otherwise: finds them whatever the threshold; called where this bound was no good.
+
+        Returns:
+            A future, made without waiting for the GPU.
+        """
+        bound = np.float32(min(self._margin * last_threshold, LARGEST))
+        low = int(bound.view(np.int32))
+        with on(residual.device):
+            find = _find_alone if len(residual) <= ALONE else self._find_in_blocks
+            room, sent = find(residual, gradient, k, low)
+            first = DeviceFuture(sent, lambda array: _Told(array, k, len(residual), room))
+            stream = torch.cuda.current_stream(residual.device) if residual.is_cuda else None
+        return _Checked(first, self._learn, otherwise, stream)
+
+    def _find_in_blocks(
+        self, residual: Tensor, gradient: Tensor, k: int, low: int
+    ) -> tuple[int, Tensor]:
+        n, device = len(residual), residual.device
+        blocks, stride = triton.cdiv(n, BLOCK), sample_stride(n)
+        wanted = max(4 * k * BLOCK // n + 32, self._least_room)
+        room = next(room for room in ROOMS if room >= min(wanted, BLOCK))
+        work = torch.zeros(
+            finding.WORKSPACE + 2 * k + finding.TOLD, dtype=torch.int32, device=device
+        )
+        where, what = torch.empty((2, blocks * room), dtype=torch.int32, device=device)
+        counts, *_ = numbers = torch.empty((3, blocks), dtype=torch.int32, device=device)
+        larger = numbers[1:]
+        finding.scan[(blocks,)](
+            residual, gradient, n, low, stride, counts, where, what, work, k,
+            BLOCK, room, num_warps=8,
+        )  # fmt: skip
+        tiles = (triton.cdiv(blocks * room, TILE),)
+        finding.first_digits[tiles](counts, what, blocks, work, TILE, room, num_warps=8)
+        finding.second_digits[tiles](counts, what, blocks, work, k, TILE, room, num_warps=8)
+        finding.third_digits[tiles](counts, what, blocks, work, TILE, room, num_warps=8)
+        rows = _ROWS[room]
+        groups = (triton.cdiv(blocks, rows),)
+        finding.count_taken[groups](counts, what, blocks, work, larger, rows, room)
+        ends = larger.cumsum(1, dtype=torch.int32)
+        finding.write[groups](
+            counts, where, what, blocks, work, larger, ends, k, stride, rows, room
+        )
+        return room, work[finding.WORKSPACE :]
+
+    def _learn(self, told: _Told) -> None:
+        """Aims at twice as many candidates as are sent, and at room for all of a block's."""
+        if told.candidates < 1.5 * told.k:
+            self._margin = max(1 - 1.5 * (1 - self._margin), 0.5)
+        elif told.candidates > 2.5 * told.k:
+            self._margin = 1 - 0.8 * (1 - self._margin)
+        if told.fullest > told.room:
+            self._least_room = min(2 * told.fullest, BLOCK)
+
+
+def _find_alone(residual: Tensor, gradient: Tensor, k: int, low: int) -> tuple[int, Tensor]:
+    n, device = len(residual), residual.device
+    room = min(4 * k + BLOCK, n)
+    room += -room % 16  # so that all is aligned alike
+    where, what = torch.empty((2, room), dtype=torch.int32, device=device)
+    out = torch.empty(2 * k + finding.TOLD, dtype=torch.int32, device=device)
+    finding.find_alone[(1,)](
+        residual, gradient, n, k, low, sample_stride(n), room, where, what, out,
+        BLOCK, TILE, num_warps=16,
+    )  # fmt: skip
+    return room, out
+
+
+class _Told:
+    """What the kernels wrote, as arrays on the host: see ``finding``.
+
+    Attributes:
+        candidates: how many entries reached the bound.
+        fullest: of a block where they had no room, how many they were.
+    """
+
+    def __init__(self, sent: np.ndarray, k: int, n: int, room: int) -> None:
+        self.k, self.room = k, room
+        self._sent, self._told, self._stride = sent, sent[2 * k :], sample_stride(n)
+        self.candidates = int(self._told[finding.CANDIDATES])
+        self.fullest = int(self._told[finding.FULLEST])
+
+    @property
+    def good(self) -> bool:
+        """Whether the k largest are among the candidates, and all of these had room."""
+        return self.candidates >= self.k and self.fullest <= self.room
+
+    def found(self) -> Maybe:
+        """See ``core.passes.find``."""
+        told, k = self._told, self.k
+        if told[finding.NOT_FINITE]:
+            return None
+        bits = told[finding.THRESHOLD : finding.THRESHOLD + 1]
+        edge = int(bits[0]) >> MANTISSA_SHIFT
+        base = min(max(edge - BELOW, 0), LAST_BASE)
+        position = edge - base
+        # Above the threshold's bin all is sent, and counts exactly.
+        counts = told[finding.REACHED : finding.REACHED + WINDOW].astype(np.int64)
+        counts[:position] = 0
+        counts[position] = k - counts[position + 1 :].sum()
+        unsent = told[finding.SAMPLED : finding.SAMPLED + position + 1].astype(np.int64)
+        unsent[position] -= told[finding.BOTH]
+        if base == 0:
+            unsent[0] = 0  # zeros, which nobody sends
+        counts[: position + 1] += self._stride * unsent
+        threshold = float(bits.view(np.float32)[0])
+        values, indices = self._sent[:k].view(np.float32), self._sent[k : 2 * k].view(np.uint32)
+        return Found(indices, values, threshold, Sketch(base, counts.astype(np.uint32)))
+
+
+class _Checked(Future[Maybe]):
+    """What was found, unless the bound was no good: then what is found otherwise.
+
+    Args:
+        first: what the kernels wrote.
+        learn: called with it.
+        otherwise: see ``Selector.find``.
+        stream: on which to launch that.
+    """
+
+    def __init__(
+        self,
+        first: Future[_Told],
+        learn: Callable[[_Told], None],
+        otherwise: Callable[[], Future[Maybe]],
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        self._first, self._learn, self._otherwise = first, learn, otherwise
+        self._stream = stream
+        self._told: _Told | None = None
+        self._second: Future[Maybe] | None = None
+
+    def _look(self) -> None:
+        if self._told is not None:
+            return
+        told = self._first.result()
+        if not told.good:
+            with torch.cuda.stream(self._stream):
+                self._second = self._otherwise()
+        self._learn(told)
+        self._told = told
+
+    def ready(self) -> bool:
+        """See ``Future``."""
+        if self._told is None and not self._first.ready():
+            return False
+        self._look()
+        return self._second is None or self._second.ready()
+
+    def result(self) -> Maybe:
+        """See ``Future``."""
+        self._look()
+        if self._second is not None:
+            return self._second.result()
+        assert self._told is not None
+        return self._told.found()

@@ -1,0 +1,36 @@
+"""Runs the tests of the fused kernels on the CPU: in a process in which Triton interprets them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from tests.jobs import ROOT, needs
+
+pytestmark = needs("torch", "horovod", "triton")
+
+
+def too_old():
+    """Triton's interpreter does not go with NumPy >= 2.4 before Triton 3.7."""
+    if importlib.util.find_spec("triton") is None:
+        return True
+    return tuple(map(int, metadata.version("triton").split(".")[:2])) < (3, 7)
+
+
+@pytest.mark.skipif(too_old(), reason="Triton's interpreter is too old for NumPy >= 2.4")
+def test_kernels_on_the_cpu():
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            "tests/torch/kernels",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
