@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
-"""Finding the k largest of residual + gradient on a GPU: the kernels.
+"""Finding the k largest of residual + gradient on a GPU: the kernel.
 
 The core's algorithm (``core/selection/find_loops.py``): one pass adds, compares with a bound that
 is a little below the last threshold, and keeps the few entries that reach it, the candidates.  The
@@ -7,11 +7,13 @@ k-th largest of these is found digit by digit, by histograms.  Everything is exa
 the lower index, so the result has the same bits as the core's.  Magnitudes are compared as
 integers: the bits without the sign, where Inf and NaN are larger than all numbers.
 
-No shape and no launch depends on data.  What can go wrong is counted and told to the host: fewer
-than k candidates (the bound was too high), or more in a block than it has room for.
+All of it is one launch, since launches take the host longer than a GPU takes for most layers.  A
+layer is divided into parts of adjacent entries, a program each; what programs tell each other
+(histograms and how much each one writes) they add up in memory, and then wait for each other.  So
+all must run at the same time: the launch is a cooperative one.
 
-A layer of few entries takes one program and one launch (``find_alone``), since launches take longer
-there than the work; larger ones take a program for each block and a kernel for each stage.
+No shape and no launch depends on data.  What can go wrong is counted and told to the host: fewer
+than k candidates (the bound was too high), or more in a part than there is room for.
 """
 
 from __future__ import annotations
@@ -21,44 +23,38 @@ import triton.language as tl
 
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, WINDOW
 
-FIRST, REST = 2048, 1024  # values of the first digit, which is the sketch's bin, and of the others
-UNFINITE = 2040  # first digits from here on are those of Inf and NaN
+UNFINITE = 2040  # bins from here on are those of Inf and NaN
+DIGITS, VALUES = 4, 256  # digits of a magnitude, and their values
 
-# What ``out`` holds behind k values and k indices, and where: see ``Told``.
+# Where in ``out``, behind k values and k indices, the host is told what.
 THRESHOLD, CANDIDATES, FULLEST, NOT_FINITE, BOTH, SAMPLED = 0, 1, 2, 3, 4, 8
-REACHED = SAMPLED + WINDOW
-TOLD = REACHED + WINDOW
+SENT = SAMPLED + WINDOW
+TOLD = SENT + WINDOW
 WIDE = 64  # the next power of two above WINDOW
 
-# Where what the stages hand on is in their workspace; ``out`` follows.
-SAMPLE = 0
-HISTOGRAM_1 = SAMPLE + FIRST
-HISTOGRAM_2 = HISTOGRAM_1 + FIRST
-HISTOGRAM_3 = HISTOGRAM_2 + REST
-DIGITS = HISTOGRAM_3 + REST  # digit and what is wanted of it, for each of three digits
-WORKSPACE = DIGITS + 8
+# What programs share, in their workspace: how many have come to a point where they wait for each
+# other, histograms of each digit, and of each program how many candidates are above the threshold
+# and equal to it.  ``out`` follows.
+MET = 0
+HISTOGRAMS = 16
+SHARES = HISTOGRAMS + DIGITS * VALUES
+PROGRAMS = 1024  # at most
+WORKSPACE = SHARES + 2 * PROGRAMS
 
-_FIRST, _REST = tl.constexpr(FIRST), tl.constexpr(REST)
-_SHIFT, _HALF = tl.constexpr(MANTISSA_SHIFT), tl.constexpr(10)
+_DIGITS, _VALUES, _WIDE = tl.constexpr(DIGITS), tl.constexpr(VALUES), tl.constexpr(WIDE)
+_SHIFT, _UNFINITE = tl.constexpr(MANTISSA_SHIFT), tl.constexpr(UNFINITE)
 _NO_SIGN = tl.constexpr(0x7FFFFFFF)
-_UNFINITE = tl.constexpr(UNFINITE)
 _BELOW, _LAST_BASE, _WINDOW = tl.constexpr(BELOW), tl.constexpr(LAST_BASE), tl.constexpr(WINDOW)
 _THRESHOLD, _CANDIDATES = tl.constexpr(THRESHOLD), tl.constexpr(CANDIDATES)
 _FULLEST, _NOT_FINITE, _BOTH = tl.constexpr(FULLEST), tl.constexpr(NOT_FINITE), tl.constexpr(BOTH)
-_SAMPLED, _REACHED, _WIDE = tl.constexpr(SAMPLED), tl.constexpr(REACHED), tl.constexpr(WIDE)
-_SMALL = tl.constexpr(256)
-_SAMPLE, _DIGITS = tl.constexpr(SAMPLE), tl.constexpr(DIGITS)
-_WORKSPACE = tl.constexpr(WORKSPACE)
-_HISTOGRAM_1, _HISTOGRAM_2 = tl.constexpr(HISTOGRAM_1), tl.constexpr(HISTOGRAM_2)
-_HISTOGRAM_3 = tl.constexpr(HISTOGRAM_3)
-
-
-# What stages share --------------------------------------------------------------------------------
+_SAMPLED, _SENT = tl.constexpr(SAMPLED), tl.constexpr(SENT)
+_MET, _HISTOGRAMS, _SHARES = tl.constexpr(MET), tl.constexpr(HISTOGRAMS), tl.constexpr(SHARES)
+_PROGRAMS, _WORKSPACE = tl.constexpr(PROGRAMS), tl.constexpr(WORKSPACE)
 
 
 @triton.jit
 def _sums(residual, gradient, at, n):
-    """Bits of the sums at some indices, as int32; those of 0 beyond the layer."""
+    """Bits of the sums at some indices, as int32; those of 0 beyond n."""
     inside = at < n
     old = tl.load(residual + at, mask=inside, other=0.0)
     new = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
@@ -66,82 +62,108 @@ def _sums(residual, gradient, at, n):
 
 
 @triton.jit
-def _digit(histogram, wanted, VALUES: tl.constexpr):
+def _meet(met, times):
+    """Waits until all programs have come here; what they wrote before can be read then."""
+    tl.debug_barrier()
+    all_of_them = tl.num_programs(0) * times
+    tl.atomic_add(met, 1, sem="acq_rel")
+    while tl.atomic_add(met, 0, sem="acq_rel") < all_of_them:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _shared_histogram(shared, own, SIZE: tl.constexpr):
+    value = tl.arange(0, SIZE)
+    tl.atomic_add(shared + value, own, mask=own > 0, sem="relaxed")
+
+
+@triton.jit
+def _digit(histogram, wanted):
     """The digit of the ``wanted``-th largest, and how many are wanted of those that have it."""
-    value = tl.arange(0, VALUES)
+    value = tl.arange(0, _VALUES)
     reached = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # by so many, each value
     digit = tl.maximum(tl.sum((reached >= wanted).to(tl.int32), 0) - 1, 0)
     return digit, wanted - tl.sum(tl.where(value == digit + 1, reached, 0), 0)
 
 
-@triton.jit
-def _tell(told, threshold, sample, histogram):
-    """Writes what the host makes a sketch of: counts in the window around the threshold.
-
-    The last one of the candidates' counts is of all beyond, too.
-    """
-    base = tl.minimum(tl.maximum((threshold >> _SHIFT) - _BELOW, 0), _LAST_BASE)
-    place = tl.arange(0, _FIRST) - base
-    within = (place >= 0) & (place < _WINDOW)
-    tl.store(told + _SAMPLED + place, sample, mask=within)
-    tl.store(told + _REACHED + place, histogram, mask=within & (place < _WINDOW - 1))
-    beyond = tl.sum(tl.where(place >= _WINDOW - 1, histogram, 0), 0)
-    tl.store(told + _REACHED + _WINDOW - 1, beyond)
-    unfinite = tl.sum(tl.where(tl.arange(0, _FIRST) >= _UNFINITE, histogram, 0), 0)
-    tl.store(told + _NOT_FINITE, unfinite)
-    tl.store(told + _THRESHOLD, threshold)
-
-
-# One program for the whole layer ------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["k", "low", "stride", "room"])
-def find_alone(
+@triton.jit(do_not_specialize=["k", "low", "stride", "room", "each"])
+def find(
     residual,  # (n,) float32
     gradient,  # (n,) float32, float16 or bfloat16
     n,
     k,
     low,  # bits of the bound
     stride,  # of the sample
-    room,  # candidates
-    where,  # (room,) int32, their indices
-    what,  # (room,) int32, bits of their values
-    out,  # (2 * k + TOLD,) int32
+    each,  # blocks of a program
+    room,  # candidates of a program
+    where,  # (programs, room) int32, their indices
+    what,  # (programs, room) int32, bits of their values
+    work,  # (WORKSPACE + 2 * k + TOLD,) int32, zeros
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """All of ``find`` for a small layer."""
+    """Writes values and indices of the k largest, ascending, and what the host is told."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    out = work + _WORKSPACE
+    told = out + 2 * k
+    where += program * room
+    what += program * room
+
+    # The pass over the layer: this program's candidates, in ascending order.
     count = 0
-    for start in range(0, n, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    for block in range(program * each, tl.minimum((program + 1) * each, tl.cdiv(n, BLOCK))):
+        at = block * BLOCK + tl.arange(0, BLOCK)
         value = _sums(residual, gradient, at, n)
         hit = (at < n) & ((value & _NO_SIGN) >= low)
         place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
         tl.store(where + place, at, mask=hit & (place < room))
         tl.store(what + place, value, mask=hit & (place < room))
         count += tl.sum(hit.to(tl.int32), 0)
-    tl.debug_barrier()  # candidates are read by other threads than wrote them
+    tl.atomic_add(told + _CANDIDATES, count, sem="relaxed")
+    tl.atomic_max(told + _FULLEST, count, sem="relaxed")
     held = tl.minimum(count, room)
+    tl.debug_barrier()  # candidates are read by other threads than wrote them
 
-    # Here digits have 8 bits: the fewer bins, the faster are histograms within a program.
+    # The threshold: the k-th largest of all programs' candidates.
     threshold, ties, known = 0, k, 31
-    for _ in range(4):
+    for digit in range(_DIGITS):
         lower = tl.maximum(known - 8, 0)
-        histogram = tl.zeros([_SMALL], tl.int32)
+        histogram = tl.zeros([_VALUES], tl.int32)
         for start in range(0, held, TILE):
             at = start + tl.arange(0, TILE)
             magnitude = tl.load(what + at, mask=at < held, other=0) & _NO_SIGN
             same = (at < held) & ((magnitude >> known) == threshold)
-            digit = ((magnitude - (threshold << known)) >> lower) & (_SMALL - 1)
-            histogram += tl.histogram(digit, _SMALL, mask=same)
-        digit, ties = _digit(histogram, ties, _SMALL)
-        threshold = (threshold << (known - lower)) + digit
+            of_this = ((magnitude - (threshold << known)) >> lower) & (_VALUES - 1)
+            histogram += tl.histogram(of_this, _VALUES, mask=same)
+        shared = work + _HISTOGRAMS + digit * _VALUES
+        _shared_histogram(shared, histogram, _VALUES)
+        _meet(work + _MET, digit + 1)
+        histogram = tl.load(shared + tl.arange(0, _VALUES), cache_modifier=".cg")
+        found, ties = _digit(histogram, ties)
+        threshold = (threshold << (known - lower)) + found
         known = lower
     edge = threshold >> _SHIFT
     base = tl.minimum(tl.maximum(edge - _BELOW, 0), _LAST_BASE)
 
-    written, equal, both, unfinite = 0, 0, 0, 0
-    reached = tl.zeros([_WIDE], tl.int32)
+    # Where this program writes: behind those before it.
+    above, equal = 0, 0
+    for start in range(0, held, TILE):
+        at = start + tl.arange(0, TILE)
+        magnitude = tl.load(what + at, mask=at < held, other=0) & _NO_SIGN
+        above += tl.sum(((at < held) & (magnitude > threshold)).to(tl.int32), 0)
+        equal += tl.sum(((at < held) & (magnitude == threshold)).to(tl.int32), 0)
+    tl.store(work + _SHARES + program, above)
+    tl.store(work + _SHARES + _PROGRAMS + program, equal)
+    _meet(work + _MET, _DIGITS + 1)
+    other = tl.arange(0, _PROGRAMS)
+    shares = work + _SHARES + other
+    above = tl.sum(tl.load(shares, mask=other < program, other=0, cache_modifier=".cg"), 0)
+    shares += _PROGRAMS
+    equal = tl.sum(tl.load(shares, mask=other < program, other=0, cache_modifier=".cg"), 0)
+
+    written, both, unfinite = above + tl.minimum(equal, ties), 0, 0
+    sent = tl.zeros([_WIDE], tl.int32)
     for start in range(0, held, TILE):
         at = start + tl.arange(0, TILE)
         value = tl.load(what + at, mask=at < held, other=0)
@@ -158,192 +180,20 @@ def find_alone(
         equal += tl.sum(tie.to(tl.int32), 0)
         both += tl.sum((taken & (bins == edge) & (index % stride == 0)).to(tl.int32), 0)
         unfinite += tl.sum((taken & (bins >= _UNFINITE)).to(tl.int32), 0)
-        reached += tl.histogram(tl.minimum(bins - base, _WINDOW - 1), _WIDE, mask=taken)
+        of_window = tl.where(taken, tl.minimum(bins - base, _WINDOW - 1), 0)
+        sent += tl.histogram(of_window, _WIDE, mask=taken)
+
+    # The sketch: what is sent, and a sample of all.
     sample = tl.zeros([_WIDE], tl.int32)
-    for start in range(0, n, BLOCK * stride):
-        at = start + tl.arange(0, BLOCK) * stride
+    step = programs * BLOCK
+    for start in range(program * BLOCK, tl.cdiv(n, stride), step):
+        at = (start + tl.arange(0, BLOCK)) * stride
         bins = (_sums(residual, gradient, at, n) & _NO_SIGN) >> _SHIFT
         sampled = (at < n) & (bins >= base) & (bins <= edge)
         sample += tl.histogram(tl.where(sampled, bins - base, 0), _WIDE, mask=sampled)
-    told = out + 2 * k
-    place = tl.arange(0, _WIDE)
-    tl.store(told + _SAMPLED + place, sample, mask=place < _WINDOW)
-    tl.store(told + _REACHED + place, reached, mask=place < _WINDOW)
-    tl.store(told + _THRESHOLD, threshold)
-    tl.store(told + _CANDIDATES, count)
-    tl.store(told + _FULLEST, count)
-    tl.store(told + _NOT_FINITE, unfinite)
-    tl.store(told + _BOTH, both)
-
-
-# A program for each block -------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["low", "stride", "k"])
-def scan(
-    residual,
-    gradient,
-    n,
-    low,
-    stride,
-    counts,  # (blocks,) int32, candidates of each block, those without room too
-    where,  # (blocks, ROOM) int32
-    what,  # (blocks, ROOM) int32
-    work,  # (WORKSPACE + 2 * k + TOLD,) int32, zeros: the stages', and ``out``
-    k,
-    BLOCK: tl.constexpr,
-    ROOM: tl.constexpr,
-):
-    """Candidates of each block, and the sample's histogram."""
-    told = work + _WORKSPACE + 2 * k
-    block = tl.program_id(0)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    value = _sums(residual, gradient, at, n)
-    magnitude = value & _NO_SIGN
-    hit = (at < n) & (magnitude >= low)
-    place = tl.cumsum(hit.to(tl.int32), 0) - 1
-    kept = hit & (place < ROOM)
-    tl.store(where + block * ROOM + place, at, mask=kept)
-    tl.store(what + block * ROOM + place, value, mask=kept)
-    count = tl.sum(hit.to(tl.int32), 0)
-    tl.store(counts + block, count)
-    tl.atomic_add(told + _CANDIDATES, count, sem="relaxed")
-    if count > ROOM:
-        tl.atomic_max(told + _FULLEST, count, sem="relaxed")
-    sampled = (at < n) & (at % stride == 0)
-    one = tl.full([BLOCK], 1, tl.int32)
-    tl.atomic_add(work + _SAMPLE + (magnitude >> _SHIFT), one, mask=sampled, sem="relaxed")
-
-
-@triton.jit
-def _candidates(counts, what, blocks, TILE: tl.constexpr, ROOM: tl.constexpr):
-    """A tile of all blocks' slots: bits of magnitudes, and which slots are taken."""
-    slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    block = slot // ROOM
-    count = tl.load(counts + block, mask=block < blocks, other=0)
-    taken = (slot % ROOM) < count
-    return tl.load(what + slot, mask=taken, other=0) & _NO_SIGN, taken
-
-
-@triton.jit
-def _count(histogram, own, VALUES: tl.constexpr):
-    value = tl.arange(0, VALUES)
-    tl.atomic_add(histogram + value, own, mask=own > 0, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def first_digits(counts, what, blocks, work, TILE: tl.constexpr, ROOM: tl.constexpr):
-    """Histogram of the candidates' first digits."""
-    magnitude, taken = _candidates(counts, what, blocks, TILE, ROOM)
-    own = tl.histogram(magnitude >> _SHIFT, _FIRST, mask=taken)
-    _count(work + _HISTOGRAM_1, own, _FIRST)
-
-
-@triton.jit(do_not_specialize=["blocks", "k"])
-def second_digits(counts, what, blocks, work, k, TILE: tl.constexpr, ROOM: tl.constexpr):
-    """The k-th largest candidate's first digit; second digits of those that share it."""
-    histogram = tl.load(work + _HISTOGRAM_1 + tl.arange(0, _FIRST))
-    first, wanted = _digit(histogram, k, _FIRST)
-    if tl.program_id(0) == 0:
-        tl.store(work + _DIGITS, first)
-        tl.store(work + _DIGITS + 1, wanted)
-    magnitude, taken = _candidates(counts, what, blocks, TILE, ROOM)
-    same = taken & ((magnitude >> _SHIFT) == first)
-    own = tl.histogram((magnitude >> _HALF) & (_REST - 1), _REST, mask=same)
-    _count(work + _HISTOGRAM_2, own, _REST)
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def third_digits(counts, what, blocks, work, TILE: tl.constexpr, ROOM: tl.constexpr):
-    """Its second digit; third digits of those that share both."""
-    first, wanted = tl.load(work + _DIGITS), tl.load(work + _DIGITS + 1)
-    histogram = tl.load(work + _HISTOGRAM_2 + tl.arange(0, _REST))
-    second, wanted = _digit(histogram, wanted, _REST)
-    upper = (first << _HALF) + second
-    if tl.program_id(0) == 0:
-        tl.store(work + _DIGITS + 2, upper)
-        tl.store(work + _DIGITS + 3, wanted)
-    magnitude, taken = _candidates(counts, what, blocks, TILE, ROOM)
-    same = taken & ((magnitude >> _HALF) == upper)
-    own = tl.histogram(magnitude & (_REST - 1), _REST, mask=same)
-    _count(work + _HISTOGRAM_3, own, _REST)
-
-
-@triton.jit(do_not_specialize=["blocks", "larger"])
-def count_taken(
-    counts,
-    what,
-    blocks,
-    work,
-    larger,  # (2, blocks) int32: candidates above the threshold, and those that equal it
-    ROWS: tl.constexpr,
-    ROOM: tl.constexpr,
-):
-    """The threshold, and how many candidates of each block are above it, and equal it."""
-    upper, wanted = tl.load(work + _DIGITS + 2), tl.load(work + _DIGITS + 3)
-    histogram = tl.load(work + _HISTOGRAM_3 + tl.arange(0, _REST))
-    third, ties = _digit(histogram, wanted, _REST)
-    threshold = (upper << _HALF) + third
-    if tl.program_id(0) == 0:
-        tl.store(work + _DIGITS + 4, threshold)
-        tl.store(work + _DIGITS + 5, ties)
-    block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    count = tl.load(counts + block, mask=block < blocks, other=0)
-    slot = tl.arange(0, ROOM)
-    taken = slot[None, :] < count[:, None]
-    at = block[:, None] * ROOM + slot[None, :]
-    magnitude = tl.load(what + at, mask=taken, other=0) & _NO_SIGN
-    above = tl.sum((taken & (magnitude > threshold)).to(tl.int32), 1)
-    equal = tl.sum((taken & (magnitude == threshold)).to(tl.int32), 1)
-    tl.store(larger + block, above, mask=block < blocks)
-    tl.store(larger + blocks + block, equal, mask=block < blocks)
-
-
-@triton.jit(do_not_specialize=["blocks", "larger", "ends", "k", "stride"])
-def write(
-    counts,
-    where,
-    what,
-    blocks,
-    work,
-    larger,
-    ends,  # (2, blocks) int32, sums of ``larger`` up to each block, that one included
-    k,
-    stride,
-    ROWS: tl.constexpr,
-    ROOM: tl.constexpr,
-):
-    """Values and indices of the k largest, in ascending order of the indices; and what to tell."""
-    threshold, ties = tl.load(work + _DIGITS + 4), tl.load(work + _DIGITS + 5)
-    first = threshold >> _SHIFT
-    out = work + _WORKSPACE
-    told = out + 2 * k
-    if tl.program_id(0) == 0:
-        value = tl.arange(0, _FIRST)
-        sample = tl.load(work + _SAMPLE + value)
-        histogram = tl.load(work + _HISTOGRAM_1 + value)
-        _tell(told, threshold, sample, histogram)
-    block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = block < blocks
-    count = tl.load(counts + block, mask=inside, other=0)
-    above_before = tl.load(ends + block, mask=inside, other=0)
-    above_before -= tl.load(larger + block, mask=inside, other=0)
-    equal_before = tl.load(ends + blocks + block, mask=inside, other=0)
-    equal_before -= tl.load(larger + blocks + block, mask=inside, other=0)
-    slot = tl.arange(0, ROOM)
-    held = slot[None, :] < count[:, None]
-    at = block[:, None] * ROOM + slot[None, :]
-    value = tl.load(what + at, mask=held, other=0)
-    index = tl.load(where + at, mask=held, other=0)
-    magnitude = value & _NO_SIGN
-    tie = held & (magnitude == threshold)
-    among = equal_before[:, None] + tl.cumsum(tie.to(tl.int32), 1)
-    taken = held & ((magnitude > threshold) | (tie & (among <= ties)))
-    before = above_before + tl.minimum(equal_before, ties)
-    place = before[:, None] + tl.cumsum(taken.to(tl.int32), 1) - 1
-    tl.store(out + place, value, mask=taken & (place < k))
-    tl.store(out + k + place, index, mask=taken & (place < k))
-    of_edge = taken & ((magnitude >> _SHIFT) == first) & (index % stride == 0)
-    both = tl.sum(of_edge.to(tl.int32))
-    if both > 0:
-        tl.atomic_add(told + _BOTH, both, sem="relaxed")
+    _shared_histogram(told + _SAMPLED, sample, _WIDE)
+    _shared_histogram(told + _SENT, sent, _WIDE)
+    tl.atomic_add(told + _BOTH, both, sem="relaxed")
+    tl.atomic_add(told + _NOT_FINITE, unfinite, sem="relaxed")
+    if program == 0:
+        tl.store(told + _THRESHOLD, threshold)

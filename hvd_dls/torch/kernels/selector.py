@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from hvd_dls.torch.futures import DeviceFuture
 from hvd_dls.torch.kernels import finding
 from hvd_dls.torch.kernels.launching import on
 
-ALONE = 1 << 17  # entries up to which one program does it all
-BLOCK = 4096  # entries that a program looks at
-TILE = 4096  # slots that a program counts digits of
-ROOMS = (64, 256, 1024, BLOCK)  # slots of a block; few kinds, since each is compiled
-_ROWS = {room: max(1, 2048 // room) for room in ROOMS}  # blocks that a program writes
+BLOCK = 4096  # entries that a program looks at at once
+TILE = 2048  # candidates
+WARPS = 8
+PER_PROCESSOR = 2  # programs that a multiprocessor runs at the same time
+REGISTERS = 128  # of a thread, so that it can: of 65,536
 LARGEST = float(np.finfo(np.float32).max)
 _FIRST_MARGIN = 0.7  # part of the last threshold above which candidates are looked for
 
@@ -42,7 +43,7 @@ class Selector:
 
     def __init__(self) -> None:
         self._margin = _FIRST_MARGIN
-        self._least_room = 0  # that a block of this layer needs
+        self._spread = 4.0  # room of a program, in parts of k that fall to it
 
     def find(
         self,
@@ -67,40 +68,25 @@ class Selector:
         bound = np.float32(min(self._margin * last_threshold, LARGEST))
         low = int(bound.view(np.int32))
         with on(residual.device):
-            find = _find_alone if len(residual) <= ALONE else self._find_in_blocks
-            room, sent = find(residual, gradient, k, low)
+            room, sent = self._launch(residual, gradient, k, low)
             first = DeviceFuture(sent, lambda array: _Told(array, k, len(residual), room))
             stream = torch.cuda.current_stream(residual.device) if residual.is_cuda else None
         return _Checked(first, self._learn, otherwise, stream)
 
-    def _find_in_blocks(
-        self, residual: Tensor, gradient: Tensor, k: int, low: int
-    ) -> tuple[int, Tensor]:
+    def _launch(self, residual: Tensor, gradient: Tensor, k: int, low: int) -> tuple[int, Tensor]:
         n, device = len(residual), residual.device
-        blocks, stride = triton.cdiv(n, BLOCK), sample_stride(n)
-        wanted = max(4 * k * BLOCK // n + 32, self._least_room)
-        room = next(room for room in ROOMS if room >= min(wanted, BLOCK))
+        blocks = triton.cdiv(n, BLOCK)
+        each = triton.cdiv(blocks, _most_programs(device))
+        programs = triton.cdiv(blocks, each)
+        room = min(int(self._spread * k / programs) + 256, each * BLOCK)
+        where, what = torch.empty((2, programs * room), dtype=torch.int32, device=device)
         work = torch.zeros(
             finding.WORKSPACE + 2 * k + finding.TOLD, dtype=torch.int32, device=device
         )
-        where, what = torch.empty((2, blocks * room), dtype=torch.int32, device=device)
-        counts, *_ = numbers = torch.empty((3, blocks), dtype=torch.int32, device=device)
-        larger = numbers[1:]
-        finding.scan[(blocks,)](
-            residual, gradient, n, low, stride, counts, where, what, work, k,
-            BLOCK, room, num_warps=8,
+        finding.find[(programs,)](
+            residual, gradient, n, k, low, sample_stride(n), each, room, where, what, work,
+            BLOCK, TILE, num_warps=WARPS, maxnreg=REGISTERS, launch_cooperative_grid=True,
         )  # fmt: skip
-        tiles = (triton.cdiv(blocks * room, TILE),)
-        finding.first_digits[tiles](counts, what, blocks, work, TILE, room, num_warps=8)
-        finding.second_digits[tiles](counts, what, blocks, work, k, TILE, room, num_warps=8)
-        finding.third_digits[tiles](counts, what, blocks, work, TILE, room, num_warps=8)
-        rows = _ROWS[room]
-        groups = (triton.cdiv(blocks, rows),)
-        finding.count_taken[groups](counts, what, blocks, work, larger, rows, room)
-        ends = larger.cumsum(1, dtype=torch.int32)
-        finding.write[groups](
-            counts, where, what, blocks, work, larger, ends, k, stride, rows, room
-        )
         return room, work[finding.WORKSPACE :]
 
     def _learn(self, told: _Told) -> None:
@@ -110,20 +96,15 @@ class Selector:
         elif told.candidates > 2.5 * told.k:
             self._margin = 1 - 0.8 * (1 - self._margin)
         if told.fullest > told.room:
-            self._least_room = min(2 * told.fullest, BLOCK)
+            self._spread *= 2 * told.fullest / told.room
 
 
-def _find_alone(residual: Tensor, gradient: Tensor, k: int, low: int) -> tuple[int, Tensor]:
-    n, device = len(residual), residual.device
-    room = min(4 * k + BLOCK, n)
-    room += -room % 16  # so that all is aligned alike
-    where, what = torch.empty((2, room), dtype=torch.int32, device=device)
-    out = torch.empty(2 * k + finding.TOLD, dtype=torch.int32, device=device)
-    finding.find_alone[(1,)](
-        residual, gradient, n, k, low, sample_stride(n), room, where, what, out,
-        BLOCK, TILE, num_warps=16,
-    )  # fmt: skip
-    return room, out
+@cache
+def _most_programs(device: torch.device) -> int:
+    """How many run at the same time."""
+    if device.type != "cuda":
+        return 1  # interpreted, one after the other
+    return PER_PROCESSOR * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class _Told:
@@ -131,7 +112,7 @@ class _Told:
 
     Attributes:
         candidates: how many entries reached the bound.
-        fullest: of a block where they had no room, how many they were.
+        fullest: most of a program.
     """
 
     def __init__(self, sent: np.ndarray, k: int, n: int, room: int) -> None:
@@ -154,10 +135,7 @@ class _Told:
         edge = int(bits[0]) >> MANTISSA_SHIFT
         base = min(max(edge - BELOW, 0), LAST_BASE)
         position = edge - base
-        # Above the threshold's bin all is sent, and counts exactly.
-        counts = told[finding.REACHED : finding.REACHED + WINDOW].astype(np.int64)
-        counts[:position] = 0
-        counts[position] = k - counts[position + 1 :].sum()
+        counts = told[finding.SENT : finding.SENT + WINDOW].astype(np.int64)  # exact
         unsent = told[finding.SAMPLED : finding.SAMPLED + position + 1].astype(np.int64)
         unsent[position] -= told[finding.BOTH]
         if base == 0:

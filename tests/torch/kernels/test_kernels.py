@@ -39,16 +39,6 @@ some = settings(
 FLOAT32 = [(work, dtype) for work, dtype in DTYPES if work == np.float32]
 
 
-@pytest.fixture(params=["alone", "blocks"])
-def in_blocks(request, monkeypatch):
-    """Whether even small layers take a program for each block."""
-    from hvd_dls.torch.kernels import selector
-
-    if request.param == "blocks":
-        monkeypatch.setattr(selector, "ALONE", 0)
-    return request.param == "blocks"
-
-
 def backend():
     return Device(torch.device(DEVICE), kernels=True)
 
@@ -86,7 +76,7 @@ def assert_same(found, expected):
 
 @some
 @given(case=cases(), factor=st.sampled_from([1.0, 0.5, 1.2, 1.5, 1000.0]))
-def test_what_is_found_is_what_the_core_finds_ties_included(in_blocks, case, factor):
+def test_what_is_found_is_what_the_core_finds_ties_included(case, factor):
     residual, gradient, k = case
     expected = passes.find(residual, gradient, k)
     if expected is None or residual.dtype != np.float32 or 4 * k > len(residual):
@@ -100,7 +90,7 @@ def test_what_is_found_is_what_the_core_finds_ties_included(in_blocks, case, fac
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_and_what_remains(in_blocks, kind):
+def test_blocks_and_what_remains(kind):
     rng = np.random.default_rng(3)
     for n in (4096, 12_289):
         gradient = KINDS[kind](rng, n).astype(np.float32)
@@ -126,7 +116,7 @@ def test_layers_of_many_blocks():
 
 @pytest.mark.parametrize(("work", "dtype"), FLOAT32)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_inf_are_found_wherever_they_are(in_blocks, work, dtype, bad):
+def test_nan_and_inf_are_found_wherever_they_are(work, dtype, bad):
     for where in (0, 1000, 5002):
         for k in (1, 10):
             gradient = store(np.ones(5003), dtype)
@@ -135,14 +125,14 @@ def test_nan_and_inf_are_found_wherever_they_are(in_blocks, work, dtype, bad):
             assert find(residual, gradient, k, 1.9) == (None, False)
 
 
-def test_sums_that_overflow(in_blocks):
+def test_sums_that_overflow():
     largest = np.zeros(1000, np.float32)
     largest[100:120] = np.finfo(np.float32).max
     assert find(largest, largest, 5, 1.0) == (None, False)
     assert find(largest, np.zeros_like(largest), 5, 1.0)[0].threshold == largest[100]
 
 
-def test_a_bound_too_high_or_low_is_seen_and_remembered(in_blocks):
+def test_a_bound_too_high_or_low_is_seen_and_remembered():
     """Whatever the bound: what is found is right, and the next step aims better."""
     rng = np.random.default_rng(0)
     gradient, zeros = rng.standard_normal(20_001).astype(np.float32), np.zeros(20_001, np.float32)
@@ -159,11 +149,8 @@ def test_a_bound_too_high_or_low_is_seen_and_remembered(in_blocks):
     assert 1 < device._selector._margin / 0.7 < 1 / 0.7
 
 
-def test_blocks_without_room_for_their_candidates(monkeypatch):
+def test_parts_without_room_for_their_candidates():
     """As of an embedding's few rows in use: the next steps have room."""
-    from hvd_dls.torch.kernels import selector
-
-    monkeypatch.setattr(selector, "ALONE", 0)
     gradient, zeros = np.zeros((2, 20_001), np.float32)
     gradient[4100:4900] = np.arange(1, 801)
     expected = passes.find(gradient, zeros, 30)
@@ -174,7 +161,7 @@ def test_blocks_without_room_for_their_candidates(monkeypatch):
         assert_same(found, expected)
 
 
-def test_values_that_are_no_thresholds(in_blocks):
+def test_values_that_are_no_thresholds():
     gradient = np.arange(100, dtype=np.float32)
     for last in (0.0, math.nan, math.inf, -1.0, 1e-46, 5e-324, 3e38, 1e300):
         there = tensor(gradient, DEVICE)
