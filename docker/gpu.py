@@ -25,6 +25,15 @@ from gpu_parts import PASSED, Part, Result, end_of, run_all
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER = ROOT / "docker"
 TOTAL = 540.0
+LIMITS = {
+    "build": 200,
+    "tests": 150,
+    "ranks": 120,
+    "benchmark": 150,
+    "two_ranks": 100,
+    "build_nccl": 200,
+    "nccl": 60,
+}  # seconds
 RANKS = 2
 # Horovod's setup.py needs a setuptools from before this release.
 SETUPTOOLS_TOO_NEW = 81
@@ -83,47 +92,67 @@ def on_ranks(target: Path, *command: str) -> list[str]:
     return [*launcher, sys.executable, *command]
 
 
-def all_parts(device: str, sdist: Path, work: Path, out: Path) -> list[Part]:
-    """What is run, in this order: what matters most comes first."""
-    target, with_nccl = work / "site", work / "nccl"
+def test_parts(target: Path, device: str, limit: Mapping[str, float]) -> list[Part]:
+    """The package's own tests on the device, in one process and on ranks that share it."""
     pytest = ["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
+    pytest += ["--timeout-method=thread"]  # shows where a test hangs, a little before the end
     paths = [path for path in DEVICE_TESTS if (ROOT / path).exists()]
+    alone = [sys.executable, *pytest, f"--timeout={limit['tests'] - 10:.0f}", *paths]
     # A dry run has nothing to do in the tests for a GPU, so it takes another one along.
     chosen = "gpu" if device == "cuda" else "gpu or test_groups_and_layers_that_go_dense"
-    rank_tests = [*pytest, "-x", "--timeout=100", "--timeout-method=thread"]
-    rank_tests += [RANK_TESTS, "-k", chosen]
-    alone = ["-m", "benchmarks.gpu", "--device", device, "--json", str(out / "gpu.json")]
-    ranks = ["-m", "benchmarks.gpu.two_ranks", "--device", device]
-    ranks += ["--json", str(out / "two_ranks.json")]
-    # As for the jobs that the tests start; a hanging start shall end within the part's limit.
-    job = {
+    ranks = [*pytest, "-x", f"--timeout={limit['ranks'] - 10:.0f}", RANK_TESTS, "-k", chosen]
+    environment = job_environment(limit["ranks"])
+    return [
+        # Only tests run beside the build: it takes the cores, which would disturb timings.
+        Part("tests", alone, limit["tests"], alongside=True),
+        Part("ranks", on_ranks(target, *ranks), limit["ranks"], ["build"], environment),
+    ]
+
+
+def benchmark_parts(target: Path, device: str, out: Path, limit: Mapping[str, float]) -> list[Part]:
+    def command(module: str, result: str) -> list[str]:
+        return ["-m", module, "--device", device, "--json", str(out / result)]
+
+    alone = [sys.executable, *command("benchmarks.gpu", "gpu.json")]
+    ranks = on_ranks(target, *command("benchmarks.gpu.two_ranks", "two_ranks.json"))
+    environment = job_environment(limit["two_ranks"])
+    return [
+        Part("benchmark", alone, limit["benchmark"]),
+        Part("two_ranks", ranks, limit["two_ranks"], ["build"], environment),
+    ]
+
+
+def nccl_parts(sdist: Path, work: Path, limit: Mapping[str, float]) -> list[Part]:
+    folder = work / "nccl"
+    command = build("cuda", sdist, folder)
+    path = {"PYTHONPATH": python_path(folder, work / "site")}
+    return [
+        Part("build_nccl", command, limit["build_nccl"], (), {"HOROVOD_GPU_OPERATIONS": "NCCL"}),
+        Part("nccl", [sys.executable, "-c", TRY_NCCL], limit["nccl"], ["build_nccl"], path),
+    ]
+
+
+def all_parts(device: str, sdist: Path, work: Path, out: Path, stretch: float = 1.0) -> list[Part]:
+    """What is run, in this order: what matters most comes first."""
+    limit = {name: seconds * stretch for name, seconds in LIMITS.items()}
+    target = work / "site"
+    return [
+        Part("build", build(device, sdist, target), limit["build"]),
+        *test_parts(target, device, limit),
+        *benchmark_parts(target, device, out, limit),
+        *(nccl_parts(sdist, work, limit) if device == "cuda" else ()),
+    ]
+
+
+def job_environment(limit: float) -> dict[str, str]:
+    """As for the jobs that tests start, but ranks that miss each other say so within the limit."""
+    return {
         "OMP_NUM_THREADS": "4",
         "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
-        "HOROVOD_START_TIMEOUT": "60",
-        "HOROVOD_GLOO_TIMEOUT_SECONDS": "60",
+        "HOROVOD_START_TIMEOUT": f"{limit / 2:.0f}",
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": f"{limit / 2:.0f}",
         "HVD_DLS_TEST_RANKS": str(RANKS),
     }
-    parts = [
-        Part("build", build(device, sdist, target), 200),
-        # Only tests run beside the build: it takes the cores, which would disturb timings.
-        Part(
-            "tests",
-            [sys.executable, *pytest, "--timeout=140", *paths],
-            150,
-            alongside=True,
-        ),
-        Part("ranks", on_ranks(target, *rank_tests), 120, needs=["build"], environment=job),
-        Part("benchmark", [sys.executable, *alone], 150),
-        Part("two_ranks", on_ranks(target, *ranks), 100, needs=["build"], environment=job),
-    ]
-    if device == "cuda":
-        environment = {"HOROVOD_GPU_OPERATIONS": "NCCL"}
-        try_it = {"PYTHONPATH": python_path(with_nccl, target)}
-        parts += [
-            Part("build_nccl", build(device, sdist, with_nccl), 200, environment=environment),
-            Part("nccl", [sys.executable, "-c", TRY_NCCL], 60, ["build_nccl"], try_it),
-        ]
-    return parts
 
 
 def python_path(*folders: Path) -> str:
@@ -149,6 +178,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="parts")
     parser.add_argument("--total", type=float, default=TOTAL, help=f"seconds ({TOTAL:.0f})")
+    slower = "what to multiply all limits by, where cores are few or busy"
+    parser.add_argument("--stretch", type=float, default=1.0, help=slower)
     return parser.parse_args(arguments)
 
 
@@ -172,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         sdist = fill_target(work / "site", options.bundle.resolve())
-        parts = selected(all_parts(options.device, sdist, work, out), options.only)
+        wanted = all_parts(options.device, sdist, work, out, options.stretch)
+        parts = selected(wanted, options.only)
     except (OSError, ValueError, subprocess.CalledProcessError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
@@ -185,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{result.name}: {result.outcome}, {result.seconds:.1f} s", flush=True)
         gpu_report.write(out, options.device, facts, done)
 
-    results = run_all(parts, out, ROOT, options.total, report)
+    results = run_all(parts, out, ROOT, options.total * options.stretch, report)
     keep_build_logs(results, work, out)
     gpu_report.write(out, options.device, facts, results)
     print("", (out / "summary.md").read_text(), sep="\n")
