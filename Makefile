@@ -8,6 +8,9 @@ FRAMEWORK ?= torch
 DEMO_ARGS ?=
 TEST_ARGS ?=
 ENTRIES ?=
+GPU_BUNDLE ?= build/gpu-bundle
+GPU_PYTHON ?= 3.12
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
@@ -18,7 +21,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint matrix venv wheel clean
+.PHONY: help demo test lint matrix venv wheel gpu-bundle gpu clean
 
 # An environment is void if its Python is gone or another one, or if it was moved or copied here:
 # its scripts still name the old place.
@@ -33,6 +36,8 @@ help:
 	@echo "make matrix  the Docker test matrix, with docker, podman or buildah (ENTRIES=...)"
 	@echo "make venv    only set up $(VENV)"
 	@echo "make wheel   build and install Horovod's wheel, again after installing Open MPI"
+	@echo "make gpu-bundle   gather what 'make gpu' needs where there is no network (GPU_PYTHON=3.12)"
+	@echo "make gpu     build, test and measure on this machine's GPU, with its own Python (GPU_ARGS=...)"
 	@echo "make clean   remove $(VENV) and all caches here (the Horovod wheel stays cached)"
 
 demo: $(DONE)/horovod $(DONE)/package
@@ -55,6 +60,13 @@ venv: $(DONE)/horovod $(DONE)/package
 wheel: $(DONE)/packages
 	@$(BIN)/python docker/horovod_wheel.py --install
 	@touch $(DONE)/horovod
+
+gpu-bundle: $(DONE)/packages
+	@$(BIN)/python docker/gpu_bundle.py --out $(GPU_BUNDLE) --python $(GPU_PYTHON)
+
+# The machine's own Python, which has torch with CUDA: nothing is set up, nothing downloaded.
+gpu:
+	@$(PYTHON) docker/gpu.py --bundle $(GPU_BUNDLE) $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -91,7 +103,7 @@ $(DONE)/packages: docker/constraints.txt $(DONE)/venv
 	@$(PIP) install --quiet -c $< torch
 	@mv $@.unfinished $@
 
-$(DONE)/horovod: docker/horovod_wheel.py $(DONE)/packages
+$(DONE)/horovod: docker/horovod_wheel.py docker/horovod_edits.py $(DONE)/packages
 	@$(BIN)/python $< --install >/dev/null
 	@touch $@
 

@@ -2,11 +2,11 @@
 """Build a Horovod wheel for the frameworks installed in this Python, once for each user.
 
 Horovod 0.28.1, the last release, exists as a source archive only, and that does not build on
-current frameworks. This script has pip download it, makes the changes listed in `edits`, builds
+current frameworks. This script has pip download it, makes the changes of horovod_edits.py, builds
 against the torch and TensorFlow of the Python that runs it, checks that the result imports, and
 keeps it in ${XDG_CACHE_HOME:-~/.cache}/hvd_dls/wheels/<key>/, the key being a hash of everything
 that changes the result (`gather_inputs`). Progress goes to stderr; the last line on stdout is the
-wheel's path. Linux and the standard library suffice, so a Dockerfile can copy this one file.
+wheel's path. Linux and the standard library suffice: a Dockerfile copies docker/horovod_*.py alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -34,6 +35,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
+
+import horovod_cuda
+from horovod_edits import Edit, edits
 
 HOROVOD = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
@@ -56,7 +60,6 @@ PASSED_ON = re.compile(
 FORGOTTEN_INCLUDES = "-include cstdint -include stdexcept -include string"
 APT = "On Debian or Ubuntu: sudo apt-get install"
 
-Edit = tuple[str, str, str]  # file, old text, new text
 Inputs = dict[str, Any]
 Builder = Callable[[Inputs, Path, Path], Path]
 
@@ -74,7 +77,7 @@ def check_machine(environ: Mapping[str, str], python_include: str, needs_venv: b
     """Fail before anything is downloaded, naming all packages to install."""
     present = {
         "g++": shutil.which(shlex.split(environ.get("CXX", "c++"))[0]),
-        "make": shutil.which("make"),
+        "make": shutil.which("make") or shutil.which("ninja"),
         "cmake": shutil.which("cmake"),
         "python3-dev": (Path(python_include) / "Python.h").exists(),
         "python3-venv": not needs_venv or importlib.util.find_spec("ensurepip"),
@@ -127,38 +130,6 @@ def arch_flags(cpuinfo: str) -> str:
     return " ".join(f"-m{name}" for name in ("f16c", "avx", "fma") if name in present)
 
 
-def version_tuple(version: str) -> tuple[int, ...]:
-    """'2.13.0+cpu' → (2, 13, 0)."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
-
-
-def edits(frameworks: Mapping[str, str], python: tuple[int, ...]) -> list[Edit]:
-    """The changes without which Horovod does not build on these versions."""
-    torch_cmake = "horovod/torch/CMakeLists.txt"
-    standard = "set(CMAKE_CXX_STANDARD {})".format
-    flatbuffers = "third_party/flatbuffers/include/flatbuffers/stl_emulation.h"
-    changes = [
-        ("CMakeLists.txt", standard(14), standard(17)),
-        (flatbuffers, "const size_type count_;", "size_type count_;"),  # it is assigned to
-    ]
-    if "torch" in frameworks:  # whose headers ask for it
-        newer = version_tuple(frameworks["torch"]) >= (2, 14)
-        changes.append((torch_cmake, standard(14), standard(20 if newer else 17)))
-    if "tensorflow" in frameworks:  # serves GPUs only; TensorFlow >= 2.19 lacks headers for it
-        xla = 'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")'
-        changes.append(("horovod/tensorflow/CMakeLists.txt", xla, ""))
-    if python >= (3, 12):  # which has no distutils
-        include = "from distutils.sysconfig import get_python_inc; print(get_python_inc())"
-        changes.append(
-            (torch_cmake, include, "import sysconfig; print(sysconfig.get_path('include'))")
-        )
-        find = "from distutils.spawn import find_executable"
-        changes.append(
-            ("horovod/runner/js_run.py", find, "from shutil import which as find_executable")
-        )
-    return changes
-
-
 def apply_edits(source: Path, changes: Sequence[Edit]) -> None:
     for path, old, new in changes:
         file = source / path
@@ -174,14 +145,16 @@ def build_environment(
     """The variables that steer Horovod's build."""
     switches = {"GLOO": True, "MXNET": False, "MPI": mpi}
     switches |= {switch: name in frameworks for name, (switch, _) in FRAMEWORKS.items()}
+    cuda = horovod_cuda.builds_with_cuda(frameworks, environ)
     return {
         "HOROVOD_BUILD_ARCH_FLAGS": arch_flags(cpuinfo),
+        **(horovod_cuda.build_variables(environ) if cuda else {}),
         **{name: value for name, value in environ.items() if PASSED_ON.match(name)},
         **{f"HOROVOD_WITH{'' if on else 'OUT'}_{name}": "1" for name, on in switches.items()},
         "CXXFLAGS": f"{environ.get('CXXFLAGS', '')} {FORGOTTEN_INCLUDES}".strip(),
         # The bundled Gloo asks for a CMake so old that CMake >= 4 refuses.
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
-        "CMAKE_GENERATOR": "Unix Makefiles",
+        "CMAKE_GENERATOR": "Unix Makefiles" if shutil.which("make") else "Ninja",
     }
 
 
@@ -190,10 +163,11 @@ def gather_inputs(
 ) -> Inputs:
     """Everything that changes the wheel, readable: it is hashed for the key and kept with it."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
+    cuda = horovod_cuda.builds_with_cuda(frameworks, environ)
     return {
         "horovod": HOROVOD,
         "sdist_sha256": SDIST_SHA256,
-        "edits": edits(frameworks, sys.version_info[:2]),
+        "edits": edits(frameworks, sys.version_info[:2], cuda),
         "environment": build_environment(frameworks, bool(mpi), cpuinfo, environ),
         "frameworks": frameworks,
         "mpi": mpi,
@@ -201,6 +175,7 @@ def gather_inputs(
         "machine": platform.machine(),
         "libc": " ".join(platform.libc_ver()),
         "compiler": first_line(*shlex.split(environ.get("CXX", "c++")), "--version"),
+        **({"nvcc": horovod_cuda.version(environ)} if cuda else {}),
     }
 
 
@@ -252,21 +227,25 @@ def download_sdist(into: Path, log: Path) -> Path:
     say("downloading the source archive (4 MB)")
     options = ["--no-deps", "--no-binary=:all:", "--no-build-isolation", f"--dest={into}"]
     run_logged([*PIP, "download", *options, f"horovod=={HOROVOD}"], log)
-    archive = into / f"horovod-{HOROVOD}.tar.gz"
+    return checked(into / f"horovod-{HOROVOD}.tar.gz")
+
+
+def checked(archive: Path) -> Path:
+    """The source archive, if it is the one that this script knows."""
     if (actual := sha256(archive)) != SDIST_SHA256:
         raise WheelError(f"{archive.name} has sha256 {actual}, expected {SDIST_SHA256}")
     return archive
 
 
-def build_wheel(inputs: Inputs, work: Path, log: Path) -> Path:
-    """Download, edit, compile, try; the wheel is left in `work`."""
+def build_wheel(inputs: Inputs, work: Path, log: Path, sdist: Path | None = None) -> Path:
+    """Download (without an `sdist`), edit, compile, try; the wheel is left in `work`."""
     frameworks = inputs["frameworks"]
     cores, start = len(os.sched_getaffinity(0)), time.monotonic()
     expected = math.ceil((1 + 2.25 * len(frameworks)) * 2 / cores)
     against = ", ".join(f"{name} {version}" for name, version in frameworks.items())
     say(f"building Horovod {HOROVOD} for {against}, Gloo, {inputs['mpi'] or 'no MPI'}")
     say(f"this takes about {expected} min on {cores} cores, the first time only; log: {log}")
-    shutil.unpack_archive(download_sdist(work, log), work)
+    shutil.unpack_archive(checked(sdist) if sdist else download_sdist(work, log), work)
     source = work / f"horovod-{HOROVOD}"
     apply_edits(source, inputs["edits"])
     ours = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
@@ -312,7 +291,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def obtain(root: Path, inputs: Inputs, build: Builder = build_wheel) -> Path:
+def obtain(root: Path, inputs: Inputs, build: Builder) -> Path:
     """The wheel for these inputs: from the cache if it is there and whole, else built now."""
     entry = root / cache_key(inputs)
     root.mkdir(parents=True, exist_ok=True)
@@ -358,13 +337,23 @@ def verified(entry: Path) -> Path:
     return wheel
 
 
+def install(wheel: Path, target: Path | None) -> None:
+    """Install in this Python, or in a folder that leaves it as it is."""
+    say(f"installing {wheel}")
+    where = ["--upgrade", f"--target={target}"] if target else ["--force-reinstall"]
+    command = [*PIP, "install", "--quiet", "--no-index", "--no-deps", *where, str(wheel)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     wanted = "what to build for, as in torch,tensorflow (default: what is installed)"
     mpi = "build with Open MPI besides Gloo (default: where its headers are installed)"
     parser.add_argument("--frameworks", type=lambda text: text.split(","), default=[], help=wanted)
     parser.add_argument("--mpi", action=argparse.BooleanOptionalAction, help=mpi)
+    parser.add_argument("--sdist", type=Path, help=f"horovod-{HOROVOD}.tar.gz, to download nothing")
     parser.add_argument("--install", action="store_true", help="install the wheel in this Python")
+    parser.add_argument("--target", type=Path, help="a folder to install the wheel in instead")
     parser.add_argument("--check", action="store_true", help="only look for what make needs")
     options = parser.parse_args(arguments)
     if unknown := set(options.frameworks) - set(FRAMEWORKS):
@@ -383,11 +372,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_python_needs()
         frameworks = installed_frameworks(options.frameworks)
         inputs = gather_inputs(frameworks, open_mpi(options.mpi), os.environ)
-        wheel = obtain(cache_root(os.environ), inputs)
-        if options.install:
-            say(f"installing {wheel}")
-            install = [*PIP, "install", "--quiet", "--no-deps", "--force-reinstall", str(wheel)]
-            subprocess.run(install, check=True, stdout=sys.stderr)
+        build = functools.partial(build_wheel, sdist=options.sdist)
+        wheel = obtain(cache_root(os.environ), inputs, build)
+        if options.install or options.target:
+            install(wheel, options.target)
     except (WheelError, OSError, subprocess.CalledProcessError) as problem:
         say(f"error: {problem}")
         return 1

@@ -2,20 +2,16 @@
 
 import fcntl
 import importlib.util
-import io
 import json
-import shutil
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "docker" / "horovod_wheel.py"
-spec = importlib.util.spec_from_file_location("horovod_wheel", SCRIPT)
-wheel_script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(wheel_script)
+from tests.docker.scripts import load
+
+wheel_script = load("horovod_wheel")
 
 FRAMEWORKS = {"torch": "2.13.0+cpu", "tensorflow": "2.21.0"}
 CPUINFO = "model name\t: some\nflags\t\t: fpu avx avx2 fma f16c\n"
@@ -42,7 +38,7 @@ class FakeBuilder:
     def __init__(self, error=None, seconds=0.0):
         self.calls, self.error, self.seconds = 0, error, seconds
 
-    def __call__(self, inputs, work, log):
+    def __call__(self, inputs, work, log, sdist=None):
         self.calls += 1
         time.sleep(self.seconds)
         wheel = work / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
@@ -209,60 +205,6 @@ def test_cache_follows_xdg(tmp_path):
     assert wheel_script.cache_root({}) == Path.home() / ".cache" / "hvd_dls" / "wheels"
 
 
-# ---- the edits
-
-
-def sources(root):
-    """The lines of Horovod's files that the edits are about."""
-    files = {
-        "CMakeLists.txt": "project(horovod CXX)\nset(CMAKE_CXX_STANDARD 14)\n",
-        "horovod/torch/CMakeLists.txt": "set(CMAKE_CXX_STANDARD 14)\nCOMMAND python -c "
-        '"from distutils.sysconfig import get_python_inc; print(get_python_inc())"\n',
-        "horovod/tensorflow/CMakeLists.txt": "list(APPEND TF_SOURCES "
-        '"${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\nset_output_dir()\n',
-        "third_party/flatbuffers/include/flatbuffers/stl_emulation.h": "const size_type count_;\n",
-        "horovod/runner/js_run.py": "from distutils.spawn import find_executable\n",
-    }
-    for path, text in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(text)
-    return root
-
-
-@pytest.mark.parametrize(
-    ("torch", "standard"), [("2.13.0+cpu", 17), ("2.9.1", 17), ("2.14.0", 20), ("3.0.0a0", 20)]
-)
-def test_edits_on_python_3_11(tmp_path, torch, standard):
-    changes = wheel_script.edits({"torch": torch, "tensorflow": "2.21.0"}, (3, 11))
-    wheel_script.apply_edits(sources(tmp_path), changes)
-    assert "CXX_STANDARD 17" in (tmp_path / "CMakeLists.txt").read_text()
-    edited = (tmp_path / "horovod/torch/CMakeLists.txt").read_text()
-    assert f"CXX_STANDARD {standard}" in edited
-    assert "distutils" in edited
-    assert (tmp_path / "horovod/tensorflow/CMakeLists.txt").read_text() == "\nset_output_dir()\n"
-
-
-def test_edits_without_distutils(tmp_path):
-    wheel_script.apply_edits(sources(tmp_path), wheel_script.edits(FRAMEWORKS, (3, 12)))
-    assert not [p for p in tmp_path.rglob("*.*") if p.is_file() and "distutils" in p.read_text()]
-
-
-def test_edits_only_for_the_frameworks_built_for():
-    both = {path for path, _, _ in wheel_script.edits(FRAMEWORKS, (3, 11))}
-    torch_only = {path for path, _, _ in wheel_script.edits({"torch": "2.13.0"}, (3, 11))}
-    assert both - torch_only == {"horovod/tensorflow/CMakeLists.txt"}
-
-
-@pytest.mark.parametrize("remaining", ["set(CMAKE_CXX_STANDARD 11)", None])
-def test_edit_without_a_match_names_file_and_text(tmp_path, remaining):
-    file = sources(tmp_path) / "horovod/torch/CMakeLists.txt"
-    file.unlink() if remaining is None else file.write_text(remaining)
-    with pytest.raises(wheel_script.WheelError) as error:
-        wheel_script.apply_edits(tmp_path, wheel_script.edits(FRAMEWORKS, (3, 11)))
-    assert "horovod/torch/CMakeLists.txt" in str(error.value)
-    assert "set(CMAKE_CXX_STANDARD 14)" in str(error.value)
-
-
 # ---- what the machine offers
 
 
@@ -308,73 +250,7 @@ def test_mpi_forced_without_open_mpi(tmp_path, monkeypatch):
         wheel_script.open_mpi(True)
 
 
-# ---- running and reporting
-
-CMAKE_OUTPUT = [
-    "-- Configuring done",
-    "[  1%] Building CXX object a.o",
-    "[  9%] Building CXX object b.o",
-    "  [ 10%] Building CXX object c.o",
-    "[ 9%] Building CXX object late.o",
-    "warning: [45%] is no progress",
-    "[ 31%] Building CXX object d.o",
-    "[100%] Linking",
-]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def progress_of(stream):
-    progress = wheel_script.Progress(stream, clock=iter(range(0, 10_000, 61)).__next__)
-    for line in CMAKE_OUTPUT:
-        progress.feed(line)
-    return stream.getvalue()
-
-
-def test_progress_in_a_log_is_a_line_every_tenth():
-    lines = progress_of(io.StringIO()).splitlines()
-    assert [line.split()[1] for line in lines] == ["10%", "31%", "100%"]
-    assert lines[0].endswith("1 min 01 s")
-
-
-def test_progress_on_a_terminal_is_one_line():
-    text = progress_of(Terminal())
-    assert "\n" not in text
-    assert [part.split()[1] for part in text.split("\r")[1:]] == ["1%", "9%", "10%", "31%", "100%"]
-
-
-def test_failure_shows_the_end_of_the_log(tmp_path):
-    log = tmp_path / "log"
-    code = "print(*range(100), sep='\\n'); raise SystemExit(3)"
-    with pytest.raises(wheel_script.WheelError) as error:
-        wheel_script.run_logged([sys.executable, "-c", code], log)
-    assert "\n99\n" in str(error.value)
-    assert "\n50\n" not in str(error.value)
-    assert str(log) in str(error.value)
-    assert len(log.read_text().splitlines()) == 100
-
-
-def test_interrupt_ends_the_whole_process_group(tmp_path):
-    shell = shutil.which("sh")
-    command = [shell, "-c", "sleep 3600 & echo $!; wait"]
-    seen = []
-
-    def interrupt(line):
-        seen.append(int(line))
-        raise KeyboardInterrupt
-
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        wheel_script.run_logged(command, tmp_path / "log", interrupt)
-    assert time.monotonic() - started < 600
-    process = Path(f"/proc/{seen[0]}/stat")
-    deadline = time.monotonic() + 600
-    while process.exists() and " Z " not in process.read_text() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not process.exists() or " Z " in process.read_text()
+# ---- the source archive
 
 
 @pytest.mark.parametrize("content", [b"", b"not the archive"])
@@ -387,6 +263,17 @@ def test_archive_with_another_hash_is_refused(tmp_path, monkeypatch, content):
         wheel_script.download_sdist(tmp_path, tmp_path / "log")
 
 
+def test_an_archive_at_hand_is_checked_and_nothing_is_downloaded(tmp_path, monkeypatch):
+    def refuse(*_):
+        pytest.fail("downloads")
+
+    monkeypatch.setattr(wheel_script, "download_sdist", refuse)
+    sdist = tmp_path / "horovod-0.28.1.tar.gz"
+    sdist.write_bytes(b"not the archive")
+    with pytest.raises(wheel_script.WheelError, match=wheel_script.SDIST_SHA256):
+        wheel_script.build_wheel(some_inputs(), tmp_path, tmp_path / "log", sdist)
+
+
 # ---- the command
 
 
@@ -395,7 +282,7 @@ def test_command_prints_the_wheel_last(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wheel_script, "check_machine", lambda *_, **__: None)
     monkeypatch.setattr(wheel_script.signal, "signal", lambda *_: None)
     monkeypatch.setattr(wheel_script, "installed_frameworks", lambda _: FRAMEWORKS)
-    monkeypatch.setattr(wheel_script.obtain, "__defaults__", (FakeBuilder(),))
+    monkeypatch.setattr(wheel_script, "build_wheel", FakeBuilder())
     assert wheel_script.main([]) == 0
     assert Path(capsys.readouterr().out.splitlines()[-1]).read_bytes() == b"a whole wheel"
 
