@@ -17,7 +17,7 @@ from benchmarks.gpu.methods import FLOOR
 from benchmarks.gpu.model import Gradients, Model, plain_add
 from benchmarks.gpu.passes import Ways
 
-SHAPES, QUICK_SHAPES = ("resnet50", "bert-base"), ("tiny", "mlp1m")
+SHAPES, QUICK_SHAPES = ("resnet50", "bert-base"), ("tiny",)
 DENSITIES = [1e-3, 1e-2]
 RANKS = 4
 STEPS, QUICK_STEPS = 12, 3

@@ -33,7 +33,7 @@ from benchmarks.gpu.passes import KERNELS, OPERATIONS, Ways, chooses_kernels, on
 
 DENSE, FP16 = "dense", "dense fp16"
 DENSITY = 0.01
-BATCH, CLASSES, SIDE = 64, 10, 16
+CLASSES, SIDE = 10, 16
 COMPARE_EVERY, WARM_UP = 20, 10  # steps; those of the warm-up are not timed
 
 Row = dict[str, Any]
@@ -60,9 +60,11 @@ class Pictures:
     Args:
         device: where they are to be.
         rank: whose.
+        count: of pictures in a batch.
     """
 
-    def __init__(self, device: torch.device, rank: int) -> None:
+    def __init__(self, device: torch.device, rank: int, count: int) -> None:
+        self._count = count
         patterns = torch.Generator().manual_seed(0)
         shape = (CLASSES, 3, SIDE, SIDE)
         self._patterns = torch.randn(shape, generator=patterns).to(device)
@@ -71,8 +73,8 @@ class Pictures:
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws pictures and their kinds."""
         device = self._patterns.device
-        kinds = torch.randint(CLASSES, (BATCH,), generator=self._generator, device=device)
-        noise = torch.randn((BATCH, 3, SIDE, SIDE), generator=self._generator, device=device)
+        kinds = torch.randint(CLASSES, (self._count,), generator=self._generator, device=device)
+        noise = torch.randn((self._count, 3, SIDE, SIDE), generator=self._generator, device=device)
         return 0.5 * self._patterns[kinds] + noise, kinds
 
 
@@ -91,25 +93,25 @@ def passes_on(device: torch.device, kernels: bool) -> Iterator[None]:
         yield
 
 
-def train(device: torch.device, compression: Any, steps: int) -> Row:
+def train(device: torch.device, compression: Any, args: argparse.Namespace) -> Row:
     """Trains; returns times, losses, and how often all ranks had the same parameters.
 
     Args:
         device: where.
         compression: makes the argument of Horovod's optimizer, of the model's named parameters.
-        steps: how many.
+        args: the command line.
     """
     import horovod.torch as hvd
 
     model = net().to(device)
-    pictures = Pictures(device, hvd.rank())
+    pictures = Pictures(device, hvd.rank(), args.batch)
     named = list(model.named_parameters())
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.01),
         named_parameters=named,
         compression=compression(named),
     )
-    losses, times, same = [], [], []
+    steps, losses, times, same = args.steps, [], [], []
     for step in range(1, steps + 1):
         images, kinds = pictures.batch()
         _synchronize(device)
@@ -126,6 +128,7 @@ def train(device: torch.device, compression: Any, steps: int) -> Row:
     few = max(1, min(10, steps // 4))
     return {
         "steps": steps,
+        "batch": args.batch,
         "entries": sum(parameter.numel() for _, parameter in named),
         "ms": statistics_of(times[WARM_UP:] or times),
         "loss": [sum(losses[:few]) / few, sum(losses[-few:]) / few],
@@ -151,7 +154,7 @@ def _same_on_all_ranks(model: nn.Module) -> bool:
     return bool((everyone == mine).all())
 
 
-def compressed(device: torch.device, found: Ways, way: str, steps: int) -> Row:
+def compressed(device: torch.device, found: Ways, way: str, args: argparse.Namespace) -> Row:
     """Trains with compression, in one way."""
     from hvd_dls.torch import DLSCompressor
 
@@ -159,10 +162,10 @@ def compressed(device: torch.device, found: Ways, way: str, steps: int) -> Row:
         return {"note": f"not measured: {found.notes[way]}"}
     options: dict[str, Any] = {"density": DENSITY, "dense_below": 0, "cost_rule": False}
     with passes_on(device, way == KERNELS):
-        return train(device, lambda named: DLSCompressor(named, **options), steps)
+        return train(device, lambda named: DLSCompressor(named, **options), args)
 
 
-def dense(device: torch.device, steps: int, fp16: bool) -> Row:
+def dense(device: torch.device, args: argparse.Namespace, fp16: bool) -> Row:
     """Trains without our compression, if Horovod takes gradients of this device."""
     import horovod.torch as hvd
 
@@ -171,7 +174,7 @@ def dense(device: torch.device, steps: int, fp16: bool) -> Row:
         hvd.allreduce(torch.ones(2, device=device), name=f"probe.{fp16}")
     except Exception as error:  # Horovod without CUDA: of several types
         return {"note": f"Horovod cannot reduce tensors of this device here: {error}"}
-    return train(device, lambda named: kind, steps)
+    return train(device, lambda named: kind, args)
 
 
 def show(figures: Row, json: Path | None) -> None:
@@ -186,6 +189,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, help="where rank 0 writes all figures")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=64, help="pictures of each rank")
     args = parser.parse_args()
     if importlib.util.find_spec("horovod") is None:
         parser.error("Horovod is not installed; benchmarks.gpu alone needs none")
@@ -209,9 +213,9 @@ def main() -> None:
     good = True
     for method in (KERNELS, OPERATIONS, DENSE, FP16):
         if method in (DENSE, FP16):
-            row = dense(device, args.steps, method == FP16)
+            row = dense(device, args, method == FP16)
         else:
-            row = compressed(device, found, method, args.steps)
+            row = compressed(device, found, method, args)
             good &= "note" in row or (
                 row["same"] == row["compared"] and row["loss"][1] < row["loss"][0]
             )

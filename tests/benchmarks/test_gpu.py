@@ -200,7 +200,7 @@ def test_calls_are_counted_in_the_part_that_they_are_in():
 
 @needs("horovod")
 def test_a_training_on_two_ranks_keeps_them_equal(tmp_path):
-    options = ["--device", "cpu", "--steps", "22", "--json", f"{tmp_path}/x.json"]
+    options = ["--device", "cpu", "--steps", "22", "--batch", "8", "--json", f"{tmp_path}/x.json"]
     output = horovodrun(2, ["-m", "benchmarks.gpu.two_ranks", *options])
     assert "A training on two ranks that share the device" in output
     rows = {
