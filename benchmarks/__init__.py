@@ -8,6 +8,7 @@ Commands:
     exchange: Time that compression adds to a step where the network is no bottleneck.
     network: Time of a step over slow links, for dense, fp16, layer-wise top-k and DLS.
     memory: Memory of a training step, dense and compressed.
+    gpu: Times, waits and memory where gradients are on a GPU.
     synthetic: Horovod's synthetic benchmark, with compression.
     cost_model: A formula for the time of a step, fitted to measurements, and what it predicts.
     convergence: Accuracy of sparse training beside dense training, on small models.
