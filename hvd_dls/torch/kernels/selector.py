@@ -24,13 +24,14 @@ from hvd_dls.torch.futures import DeviceFuture
 from hvd_dls.torch.kernels import finding
 from hvd_dls.torch.kernels.launching import on
 
-BLOCK = 4096  # entries that a program looks at at once
-TILE = 2048  # candidates
-WARPS = 8
-PER_PROCESSOR = 2  # programs that a multiprocessor runs at the same time
+# Measured on an H200: of seven such sets the fastest for layers of 25 million entries.
+BLOCK = 2048  # entries that a program looks at at once
+TILE = 1024  # candidates
+WARPS = 4
+PER_PROCESSOR = 4  # programs that a multiprocessor runs at the same time
 REGISTERS = 128  # of a thread, so that it can: of 65,536
 LARGEST = float(np.finfo(np.float32).max)
-_FIRST_MARGIN = 0.7  # part of the last threshold above which candidates are looked for
+_FIRST_MARGIN = 0.8  # part of the last threshold above which candidates are looked for
 
 Maybe = Found | None
 
@@ -90,12 +91,12 @@ class Selector:
         return room, work[finding.WORKSPACE :]
 
     def _learn(self, told: _Told) -> None:
-        """Aims at twice as many candidates as are sent, and at room for all of a block's."""
+        """Aims at twice as many candidates as are sent, and at room for all of a program's."""
         if told.candidates < 1.5 * told.k:
             self._margin = max(1 - 1.5 * (1 - self._margin), 0.5)
         elif told.candidates > 2.5 * told.k:
-            self._margin = 1 - 0.8 * (1 - self._margin)
-        if told.fullest > told.room:
+            self._margin = 1 - (0.5 if told.candidates > 4 * told.k else 0.8) * (1 - self._margin)
+        elif told.fullest > told.room:  # the largest entries lie close together
             self._spread *= 2 * told.fullest / told.room
 
 
