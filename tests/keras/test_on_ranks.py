@@ -1,4 +1,7 @@
-"""All of with_ranks/ and with_one_rank/, as real horovodrun jobs, for Keras 3 and tf_keras."""
+"""All of with_ranks/ and with_hosts/, as real horovodrun jobs, for Keras 3 and tf_keras.
+
+Keras 3 in one process and on four ranks is in TensorFlow's jobs.
+"""
 
 import re
 import subprocess
@@ -6,26 +9,19 @@ import sys
 
 import pytest
 
-from tests.jobs import horovodrun, needs, pytest_on_ranks
+from tests.jobs import ROOT, controller, horovodrun, needs, pytest_on_ranks
 
 pytestmark = needs("tensorflow")
 
 HERE = "tests/keras/with_ranks"
 
 
-@pytest.mark.parametrize(
-    "file",
-    ["test_keras3", "test_accumulation", "test_lifecycle", "test_like_horovod", "test_names",
-     "test_nonfinite_embeddings"],
-)  # fmt: skip
-def test_keras_3_on_two_ranks(file):
-    output = pytest_on_ranks(2, f"{HERE}/{file}.py")
+def test_keras_3_on_two_ranks():
+    """In one job, since importing TensorFlow takes longer than many a file's tests."""
+    files = sorted((ROOT / HERE).glob("test_*.py"))
+    files.sort(key=lambda file: file.name == "test_lifecycle.py")  # starts Horovod anew
+    output = pytest_on_ranks(2, *map(str, files))
     assert output.count(" passed") == 2, output
-
-
-def test_keras_3_in_one_process():
-    output = pytest_on_ranks(1, "tests/keras/with_one_rank")
-    assert output.count(" passed") == 1, output
 
 
 @pytest.mark.parametrize("options", [[], ["--dls"]])
@@ -36,26 +32,21 @@ def test_horovods_own_example(options, tmp_path):
     assert min(accuracies) > 0.6
 
 
-def test_keras_3_on_four_ranks():
-    chosen = (
-        "dls and (fit_with_a_smaller or custom_loop or process_sets) or options0 or nothing_is_lost"
-    )
-    output = pytest_on_ranks(4, f"{HERE}/test_keras3.py", "-k", chosen)
-    assert output.count(" passed") == 4, output
-
-
 def test_tf_keras_on_two_ranks():
     output = pytest_on_ranks(2, f"{HERE}/test_tf_keras.py", env={"TF_USE_LEGACY_KERAS": "1"})
     assert output.count(" passed") == 2, output
 
 
-def test_tf_keras_on_four_ranks():
+def test_tf_keras_on_four_ranks_of_two_hosts():
+    """With and without averages of each host; over MPI, which sees that it is one, without."""
     names = ["fit[class]", "nothing_is_lost", "density_one_is_dense", "custom_loop_with_tape"]
-    output = pytest_on_ranks(
-        4,
-        *(f"{HERE}/test_tf_keras.py::test_{name}" for name in names),
-        env={"TF_USE_LEGACY_KERAS": "1"},
-    )
+    paths = [f"{HERE}/test_tf_keras.py::test_{name}" for name in names]
+    env = {"TF_USE_LEGACY_KERAS": "1"}
+    if controller() == "mpi":
+        output = pytest_on_ranks(4, *paths, env=env)
+    else:
+        paths.append("tests/keras/with_hosts")
+        output = pytest_on_ranks(4, *paths, env=env, per_host=(2, 2))
     assert output.count(" passed") == 4, output
 
 

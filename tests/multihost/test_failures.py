@@ -17,7 +17,7 @@ pytestmark = [launch.needs_hosts, needs("torch")]
 # A dead host is silent: nobody hears that its connections are gone. These are the settings with
 # which the others notice soon; docs/cluster.md explains them.
 NOTICE = {
-    "gloo": ["--gloo-timeout-seconds", "60"],
+    "gloo": ["--gloo-timeout-seconds", "30"],
     "mpi": [
         "--mpi-args=--mca oob_tcp_keepalive_time 5 --mca oob_tcp_keepalive_intvl 2"
         " --mca oob_tcp_keepalive_probes 3"

@@ -40,7 +40,7 @@ def test_keras_digits(example):
 def test_tensorflow2_synthetic_benchmark():
     output = horovodrun(
         2,
-        ["examples/tensorflow2_synthetic_benchmark.py", "--model", "MobileNetV2", "--no-cuda",
+        ["examples/tensorflow2_synthetic_benchmark.py", "--model", "MobileNet", "--no-cuda",
          "--image-size", "32", "--batch-size", "2", "--num-warmup-batches", "1",
          "--num-batches-per-iter", "1", "--num-iters", "2"],
     )  # fmt: skip

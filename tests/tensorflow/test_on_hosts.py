@@ -23,10 +23,3 @@ def test_a_host_of_one_rank_and_one_of_two():
     chosen = "nothing_is_lost or density_one or keras"
     output = pytest_on_ranks(3, HERE, "-k", chosen, per_host=(1, 2))
     assert output.count(" passed") == 3, output
-
-
-def test_tf_keras_on_two_hosts_of_two_ranks():
-    output = pytest_on_ranks(
-        4, "tests/keras/with_hosts", per_host=(2, 2), env={"TF_USE_LEGACY_KERAS": "1"}
-    )
-    assert output.count(" passed") == 4, output

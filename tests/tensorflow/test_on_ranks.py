@@ -1,15 +1,19 @@
-"""Everything in with_ranks/, as real horovodrun jobs of 2 and 4 ranks; and with_one_rank/."""
+"""Everything in with_ranks/, as real horovodrun jobs of 2 and 4 ranks; and with_one_rank/.
+
+And Keras 3's where the job can be the same: importing TensorFlow on all ranks takes its time.
+"""
 
 from tests.jobs import needs, pytest_on_ranks
 
 pytestmark = needs("tensorflow")
 
 HERE = "tests/tensorflow/with_ranks"
+KERAS = "tests/keras/with_ranks/test_keras3.py"
 
 
-def test_tensorflow_in_a_process_of_its_own():
+def test_tensorflow_and_keras_3_in_a_process_of_their_own():
     """Because horovod.torch and horovod.tensorflow do not go into one."""
-    output = pytest_on_ranks(1, "tests/tensorflow/with_one_rank")
+    output = pytest_on_ranks(1, "tests/tensorflow/with_one_rank", "tests/keras/with_one_rank")
     assert output.count(" passed") == 1, output
 
 
@@ -18,7 +22,7 @@ def test_tensorflow_on_two_ranks():
     assert output.count(" passed") == 2, output
 
 
-def test_tensorflow_on_four_ranks_with_one_thread_for_operations():
+def test_tensorflow_and_keras_3_on_four_ranks_with_one_thread_for_operations():
     """With one thread, an operation that waits for another rank would wait for ever."""
     output = pytest_on_ranks(
         4,
@@ -32,6 +36,12 @@ def test_tensorflow_on_four_ranks_with_one_thread_for_operations():
         ),
         f"{HERE}/test_horovod_options.py::test_process_sets",
         f"{HERE}/test_horovod_options.py::test_two_models_in_one_function",
+        f"{KERAS}::test_fit_with_a_smaller_last_batch[dls]",
+        f"{KERAS}::test_custom_loop[dls-eager-apply_gradients]",
+        f"{KERAS}::test_custom_loop[dls-tf.function-apply]",
+        f"{KERAS}::test_density_one_is_dense[options0]",
+        f"{KERAS}::test_nothing_is_lost",
+        f"{KERAS}::test_process_sets[dls]",
         env={"TF_NUM_INTEROP_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"},
     )
     assert output.count(" passed") == 4, output

@@ -1,4 +1,4 @@
-"""Ranks that come, go and differ: jobs that lose ranks, begin anew, or have one or four of them."""
+"""Ranks that come and go: jobs that lose ranks, begin anew, or have one of them."""
 
 import pytest
 
@@ -9,7 +9,6 @@ pytestmark = needs("torch")
 only_gloo = pytest.mark.skipif(
     controller() == "mpi", reason="MPI can neither lose ranks nor be initialised a second time"
 )
-HERE = "tests/torch/with_ranks"
 
 
 @pytest.mark.parametrize("elastic", [False, True], ids=["", "elastic"])
@@ -18,21 +17,6 @@ def test_torch_on_one_rank(elastic):
     env = {"HOROVOD_ELASTIC": "1"} if elastic else {}
     output = pytest_on_ranks(1, "tests/torch/with_one_rank", env=env)
     assert output.count(" passed") == 1, output
-
-
-def test_mishaps_on_four_ranks():
-    steps = f"{HERE}/test_abandoned_steps.py"
-    output = pytest_on_ranks(
-        4,
-        f"{HERE}/test_agreement.py",
-        f"{steps}::test_a_step_that_an_exception_ended_never_was",
-        f"{steps}::test_a_rank_that_gives_a_step_up_alone_is_named_to_the_others",
-        f"{steps}::test_a_step_that_one_rank_gives_up_when_the_others_have_all_they_need_is_found_out",
-        f"{steps}::test_ctrl_c_while_waiting_for_other_ranks",
-        f"{steps}::test_ctrl_c_while_waiting_for_the_first_gradient_of_other_ranks",
-        f"{HERE}/test_saved_states.py::test_states_of_other_steps_are_refused_by_all",
-    )
-    assert output.count(" passed") == 4, output
 
 
 @only_gloo

@@ -15,8 +15,8 @@ def test_torch_on_two_ranks():
 
 
 def test_torch_on_four_ranks():
-    """What the number of ranks may change: the laws, who is named, groups and process sets."""
-    options = f"{HERE}/test_horovod_options.py"
+    """What their number may change: the laws, who is named, groups, process sets, mishaps."""
+    options, steps = f"{HERE}/test_horovod_options.py", f"{HERE}/test_abandoned_steps.py"
     output = pytest_on_ranks(
         4,
         f"{HERE}/test_laws.py",
@@ -25,6 +25,13 @@ def test_torch_on_four_ranks():
         f"{options}::test_parameters_that_take_no_part_on_some_ranks_or_none_or_are_frozen",
         f"{HERE}/test_refusals.py",
         f"{HERE}/test_state.py::test_a_restart_goes_on_bit_for_bit",
+        f"{HERE}/test_agreement.py",
+        f"{steps}::test_a_step_that_an_exception_ended_never_was",
+        f"{steps}::test_a_rank_that_gives_a_step_up_alone_is_named_to_the_others",
+        f"{steps}::test_a_step_that_one_rank_gives_up_when_the_others_have_all_they_need_is_found_out",
+        f"{steps}::test_ctrl_c_while_waiting_for_other_ranks",
+        f"{steps}::test_ctrl_c_while_waiting_for_the_first_gradient_of_other_ranks",
+        f"{HERE}/test_saved_states.py::test_states_of_other_steps_are_refused_by_all",
     )
     assert output.count(" passed") == 4, output
 

@@ -12,8 +12,8 @@ import keras
 
 import hvd_dls.keras as hvd
 from hvd_dls.tensorflow import DLSCompressor
-from tests.keras.with_ranks.restart import restart_horovod
 from tests.keras.with_ranks.training import SPARSE, assert_same_on_all_ranks, data, flat, net
+from tests.tensorflow.with_ranks.restart import restart_horovod
 
 
 @pytest.mark.parametrize("eagerly", [False, True])

@@ -15,19 +15,8 @@ if os.environ.get("TF_USE_LEGACY_KERAS") == "1":
 import keras
 
 import hvd_dls.keras as hvd
-from hvd_dls.tensorflow import DLSCompressor
-from tests.keras.with_ranks.training import SPARSE, assert_same_on_all_ranks, flat
-
-COMPRESSIONS = {
-    "none": lambda: hvd.Compression.none,
-    "fp16": lambda: hvd.Compression.fp16,
-    "dls": lambda: DLSCompressor(density=0.1, **SPARSE),
-}
-
-
-@pytest.fixture(params=list(COMPRESSIONS))
-def compression(request):
-    return COMPRESSIONS[request.param]()
+from tests.keras.with_ranks.keras3 import dense_and_dls
+from tests.keras.with_ranks.training import assert_same_on_all_ranks, flat
 
 
 def automatic_net(words=False):
@@ -45,6 +34,7 @@ def train(model, optimizer, words=False):
     assert_same_on_all_ranks(flat(model))
 
 
+@dense_and_dls
 def test_an_extra_model_on_one_rank(compression):
     if hvd.rank() == 1:
         keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(3)])
@@ -55,6 +45,7 @@ def test_an_extra_model_on_one_rank(compression):
     train(model, hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=compression))
 
 
+@dense_and_dls
 def test_an_extra_model_on_one_rank_before_embeddings(compression):
     if hvd.rank() == 1:
         automatic_net(words=True)
@@ -64,6 +55,7 @@ def test_an_extra_model_on_one_rank_before_embeddings(compression):
     train(model, optimizer, words=True)
 
 
+@dense_and_dls
 def test_an_extra_optimizer_on_one_rank(compression):
     """Made, or even used by this rank alone in a process set of its own."""
     alone = hvd.add_process_set([1])
@@ -79,6 +71,7 @@ def test_an_extra_optimizer_on_one_rank(compression):
     hvd.remove_process_set(alone)
 
 
+@dense_and_dls
 def test_two_optimizers_in_one_function_do_not_mix(compression):
     """With one name, Horovod could give one model the gradients of the other."""
     variables = [[keras.Variable(np.zeros((30, 40)))] for _ in range(2)]

@@ -1,5 +1,6 @@
 """What every rank of a job needs."""
 
+import gc
 import os
 
 import horovod.tensorflow as hvd
@@ -7,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_dls.tensorflow import DLSCompressor
-from tests.tensorflow.with_ranks.training import SPARSE
+from tests.tensorflow.with_ranks.training import SPARSE, forget_traced
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,6 +19,7 @@ def horovod(request):
     tf.config.set_logical_device_configuration(cpu, two)
     os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
     hvd.init()
+    gc.freeze()  # collections need not look through all that was imported: tracing makes many
     yield
     if not request.session.testsfailed:  # the first rank to end would end Horovod for all
         hvd.allreduce(tf.zeros(1), name="tests.ended")
@@ -28,6 +30,16 @@ def horovod(request):
 def fresh():
     """Same seed on every rank and test."""
     tf.random.set_seed(1)
+    yield
+    forget_traced()
+
+
+@pytest.fixture(autouse=True)
+def all_ranks_get_here(request):
+    """No rank is in the next test while others are in this one."""
+    yield
+    if not request.session.testsfailed:
+        hvd.allreduce(tf.zeros(1), name="test.ended")
 
 
 @pytest.fixture

@@ -26,7 +26,11 @@ def compressor(variables=None, **options):
     return DLSCompressor(variables, **{"density": 0.05, **SPARSE, **options})
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [("tf.function", "float16"), ("eager", "bfloat16"), ("tf.function", "float32"),
+     ("eager", "float32"), ("eager", "float64")],
+)  # fmt: skip
 def test_gradient_types(mode, dtype):
     variables = [tf.Variable(tf.ones(s, dtype)) for s in [(48, 64), (64,), (64, 5)]]
     compression = compressor()
@@ -42,9 +46,10 @@ def test_gradient_types(mode, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "groups"),
-    [("float16", 2), ("bfloat16", "lists"), ("float32", 2), ("float32", "lists")],
-)
+    ("mode", "dtype", "groups"),
+    [("eager", "float16", 2), ("tf.function", "bfloat16", "lists"), ("tf.function", "float32", 2),
+     ("eager", "float32", "lists")],
+)  # fmt: skip
 def test_groups_give_the_same_as_no_groups(mode, groups, dtype):
     trained = []
     for grouped in (False, True):
@@ -146,7 +151,11 @@ def test_indexed_slices_keep_horovods_path(mode, sparse_as_dense):
     assert_same_on_all_ranks(flat([embedding, out]))
 
 
-@pytest.mark.parametrize("shared", ["class", "instance", "two instances"])
+@pytest.mark.parametrize(
+    ("mode", "shared"),
+    [("eager", "class"), ("tf.function", "class"), ("eager", "instance"),
+     ("tf.function", "two instances")],
+)  # fmt: skip
 def test_two_models_of_different_shapes(mode, shared, bare_class):
     models = [Net(), [tf.Variable(tf.ones([48, 64])), tf.Variable(tf.ones([64, 9]))]]
     first = bare_class if shared == "class" else compressor()

@@ -18,13 +18,14 @@ from tests.tensorflow.with_ranks.training import (
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("mode", "options"),
     [
-        {},
-        {"strategy": "layerwise"},
-        {"prior": "weight_norm"},
-        {"prior": "uniform", "tail": "laplace"},
-        {"pair_steps": 2, "adjust_every": 3},
+        ("eager", {}),
+        ("tf.function", {}),
+        ("tf.function", {"strategy": "layerwise"}),
+        ("eager", {"prior": "weight_norm"}),
+        ("tf.function", {"prior": "uniform", "tail": "laplace"}),
+        ("eager", {"pair_steps": 2, "adjust_every": 3}),
     ],
     ids=str,
 )
@@ -72,7 +73,10 @@ def test_ratios_move_without_a_retrace_and_a_retrace_keeps_residuals(mode):
     assert_same_on_all_ranks(flat(model))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [("eager", "float32"), ("tf.function", "float32"), ("tf.function", "float64")],
+)
 def test_nothing_is_lost(mode, dtype):
     """What all ranks received plus what each keeps is what all gradients came to, exactly."""
     shapes = [(30, 40), (3, 3, 4, 8), (7, 11)]
@@ -115,13 +119,14 @@ def test_nothing_is_lost_where_sums_are_subnormal(mode):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "horovod_options"),
+    ("mode", "dtype", "horovod_options"),
     [
-        ("float32", {"op": hvd.Average}),
-        ("float32", {"op": hvd.Sum}),
-        ("float64", {"gradient_predivide_factor": 1.5}),
+        ("eager", "float32", {"op": hvd.Average}),
+        ("tf.function", "float32", {"op": hvd.Average}),
+        ("eager", "float32", {"op": hvd.Sum}),
+        ("tf.function", "float64", {"gradient_predivide_factor": 1.5}),
     ],
-    ids=["average", "sum", "predivide"],
+    ids=["eager-average", "tf.function-average", "eager-sum", "tf.function-predivide"],
 )
 def test_at_density_one_training_equals_dense_training(mode, dtype, horovod_options):
     trained = []

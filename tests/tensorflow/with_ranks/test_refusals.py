@@ -18,14 +18,8 @@ from tests.tensorflow.with_ranks.training import (
 )
 
 
-@pytest.fixture(autouse=True)
-def all_ranks_get_here():
-    yield
-    hvd.allreduce(tf.zeros(1), name="test.ended")
-
-
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_raises_the_same_error_on_every_rank(mode, poison):
+def test_a_gradient_that_is_not_finite_raises_the_same_error_on_every_rank(poison):
     variables = [tf.Variable(tf.zeros([20, 30]), name=str(i)) for i in range(3)]
     compression = DLSCompressor(variables, density=0.05, **SPARSE)
 
@@ -129,6 +123,7 @@ def test_variables_as_arguments_of_ones_own_function(bare_class):
         step(*models[1])
 
 
+@pytest.mark.parametrize("mode", ["tf.function"])
 def test_ranks_with_other_options_are_named(mode):
     density = 0.05 if hvd.rank() == 0 else 0.06
     compression = DLSCompressor(density=density, **SPARSE)
@@ -136,6 +131,7 @@ def test_ranks_with_other_options_are_named(mode):
         Trainer(Net(), compression, mode).train(range(1))
 
 
+@pytest.mark.parametrize("mode", ["tf.function"])
 def test_ranks_with_other_variables_are_named(mode):
     variables = [tf.Variable(tf.zeros([30, 40]), name="left" if hvd.rank() == 0 else "right")]
     with pytest.raises(Exception, match=r"rank 1 has layer 0: 'right' .*, rank 0: 'left' "):

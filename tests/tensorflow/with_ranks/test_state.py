@@ -22,7 +22,9 @@ def saved(value):
     return pickle.loads(pickle.dumps(value))
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "given"), [("eager", False), ("tf.function", False), ("tf.function", True)]
+)
 def test_a_restart_goes_on_bit_for_bit(mode, given):
     def start(seed):
         model = Net(seed=seed)

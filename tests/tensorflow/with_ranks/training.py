@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
@@ -76,21 +78,37 @@ class Trainer:
 
 
 def reduced(variables, gradients, compression, mode="tf.function", **options):
-    """What Horovod's tape makes of these gradients: of a loss that has them."""
+    """What Horovod's tape makes of these gradients: of a loss that has them.
 
-    def gradient():
+    Traced once for the same variables, compression and options, as a training step is.
+    """
+
+    def gradient(wanted):
         with tf.GradientTape() as tape:
             loss = tf.add_n(
                 [
                     tf.reduce_sum(v * tf.cast(g, v.dtype))
-                    for v, g in zip(variables, gradients, strict=True)
+                    for v, g in zip(variables, wanted, strict=True)
                     if g is not None
                 ]
             )
         tape = hvd.DistributedGradientTape(tape, compression=compression, **options)
         return tape.gradient(loss, variables)
 
-    return (tf.function(gradient) if mode == "tf.function" else gradient)()
+    if mode != "tf.function":
+        return gradient(gradients)
+    key = (*map(id, variables), id(compression), *options.items())
+    if key not in _traced:
+        _traced[key] = tf.function(gradient)  # holds what the key names, so no id comes again
+    return _traced[key]([None if g is None else tf.constant(g) for g in gradients])
+
+
+_traced: dict[tuple, Callable] = {}
+
+
+def forget_traced():
+    """What ``reduced`` has traced: each test traces its own."""
+    _traced.clear()
 
 
 def flat(model) -> np.ndarray:

@@ -1,0 +1,83 @@
+"""The wrapped optimizer: how it is saved and loaded, and what it refuses."""
+
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+if os.environ.get("TF_USE_LEGACY_KERAS") == "1":
+    pytest.skip("tf_keras has its own job", allow_module_level=True)
+
+import keras
+
+import hvd_dls.keras as hvd
+from hvd_dls import DLSError
+from hvd_dls.tensorflow import DLSCompressor
+from tests.keras.with_ranks.keras3 import compiled, compressor, sgd
+from tests.keras.with_ranks.training import assert_same_on_all_ranks, data, flat, net
+
+
+@pytest.mark.parametrize("theirs", ["momentum", "beta_1"])
+def test_momentum_in_both_is_refused(theirs):
+    kind = keras.optimizers.SGD if theirs == "momentum" else keras.optimizers.Adam
+    ours = DLSCompressor(momentum=0.9)
+    with pytest.raises(DLSError, match=f"make it with {theirs}=0"):
+        hvd.DistributedOptimizer(kind(0.1, **{theirs: 0.9}), compression=ours)
+    hvd.DistributedOptimizer(kind(0.1, **{theirs: 0.0}), compression=ours)
+
+
+def test_saved_and_loaded_without_horovod_and_trained_on(tmp_path):
+    model = compiled(compressor())
+    model.fit(*data(32), 16, epochs=2, verbose=0)
+    file = str(tmp_path / "model.keras")
+    model.save(file)
+    plain = keras.saving.load_model(file)
+    assert type(plain.optimizer) is keras.optimizers.SGD
+    assert "hvd" not in str(plain.get_compile_config())
+    for saved, own in zip(plain.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(saved.numpy(), own.numpy())
+    again = hvd.load_model(file, compression=compressor())
+    assert int(again.optimizer.iterations) == 4
+    np.testing.assert_array_equal(
+        again.optimizer.variables[2].numpy(), model.optimizer.variables[2].numpy()
+    )
+    again.fit(*data(32), 16, verbose=0)
+    assert int(again.optimizer.iterations) == 6
+    assert_same_on_all_ranks(flat(again))
+
+
+def test_jit_compile_is_off_and_asking_for_it_is_refused(monkeypatch):
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [gpu])
+    plain = net(keras)
+    plain.compile(sgd(), "mse")
+    assert plain.jit_compile  # what Keras does where there is a GPU
+    model = compiled(compressor())
+    assert not model.jit_compile
+    with pytest.raises(DLSError, match="XLA"):
+        model.compile(model.optimizer, "mse", jit_compile=True)
+
+
+def test_refusals():
+    optimizer = hvd.DistributedOptimizer(sgd())
+    with pytest.raises(DLSError, match="already"):
+        hvd.DistributedOptimizer(optimizer)
+    with pytest.raises(DLSError, match="goes inside"):
+        keras.optimizers.LossScaleOptimizer(optimizer)
+    with pytest.raises(DLSError, match="no Keras 3 optimizer"):
+        hvd.DistributedOptimizer("sgd")
+    with pytest.raises(DLSError, match="op="):
+        hvd.DistributedOptimizer(sgd(), op=2)
+    with pytest.raises(DLSError, match="only with op"):
+        hvd.DistributedOptimizer(sgd(), op=hvd.Sum, gradient_predivide_factor=2)
+
+
+@pytest.mark.parametrize("module", ["horovod.tensorflow", "horovod.keras"])
+@pytest.mark.parametrize("compression", [DLSCompressor, DLSCompressor()])
+def test_horovods_own_wrapper_refuses_to_train_without_averaging(module, compression):
+    import importlib
+
+    horovod = importlib.import_module(module)
+    with pytest.raises(DLSError, match=r"hvd_dls\.keras\.DistributedOptimizer"):
+        horovod.DistributedOptimizer(sgd(), compression=compression)
