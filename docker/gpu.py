@@ -103,8 +103,7 @@ def test_parts(target: Path, device: str, limit: Mapping[str, float]) -> list[Pa
     ranks = [*pytest, "-x", f"--timeout={limit['ranks'] - 10:.0f}", RANK_TESTS, "-k", chosen]
     environment = job_environment(limit["ranks"])
     return [
-        # Only tests run beside the build: it takes the cores, which would disturb timings.
-        Part("tests", alone, limit["tests"], alongside=True),
+        Part("tests", alone, limit["tests"], ["build"]),
         Part("ranks", on_ranks(target, *ranks), limit["ranks"], ["build"], environment),
     ]
 

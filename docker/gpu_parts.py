@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import subprocess
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,6 @@ class Part:
         limit: seconds after which all its processes are killed.
         needs: names of parts without whose success this one makes no sense.
         environment: variables besides this process's own.
-        alongside: whether it runs beside the part before it.
     """
 
     name: str
@@ -39,7 +37,6 @@ class Part:
     limit: float
     needs: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    alongside: bool = False
 
 
 @dataclass
@@ -57,14 +54,6 @@ class Result:
         return asdict(self)
 
 
-def batches(parts: Sequence[Part]) -> list[list[Part]]:
-    """The parts in their order, those that run together in one list."""
-    found: list[list[Part]] = []
-    for part in parts:
-        found[-1].append(part) if part.alongside and found else found.append([part])
-    return found
-
-
 def run_all(
     parts: Sequence[Part],
     out: Path,
@@ -76,11 +65,9 @@ def run_all(
     """Run every part within `total` seconds; each result is reported as soon as it is there."""
     end = clock() + total
     results: dict[str, Result] = {}
-    selected = {part.name for part in parts}
-    reporting = threading.Lock()
-
-    def run_one(part: Part) -> None:
-        lacking = [name for name in part.needs if name in selected and not passed(name)]
+    for part in parts:
+        # A part that was not chosen has been run before.
+        lacking = [n for n in part.needs if n in results and results[n].outcome != PASSED]
         limit = min(part.limit, end - clock())
         if lacking or limit < LEAST:
             why = f"needs {', '.join(lacking)}" if lacking else "no time left"
@@ -88,19 +75,8 @@ def run_all(
         else:
             result = run(part, out / f"{part.name}.log", cwd, limit)
         results[part.name] = result
-        with reporting:
-            report(result)
-
-    def passed(name: str) -> bool:
-        return name in results and results[name].outcome == PASSED
-
-    for batch in batches(parts):
-        threads = [threading.Thread(target=run_one, args=(part,)) for part in batch]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return [results[part.name] for part in parts]
+        report(result)
+    return list(results.values())
 
 
 def run(part: Part, log: Path, cwd: Path, limit: float) -> Result:

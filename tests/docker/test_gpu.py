@@ -88,14 +88,6 @@ def test_the_total_limit_shrinks_what_remains(tmp_path):
     assert results[-1].tail == "no time left"
 
 
-def test_parts_alongside_run_together(tmp_path):
-    wait = "import pathlib, time\nwhile not pathlib.Path('{}').exists(): time.sleep(0.05)"
-    meet = "import pathlib; pathlib.Path('{}').touch()\n" + wait
-    first, second = meet.format("a", "b"), meet.format("b", "a")
-    results = run(tmp_path, part("first", first), part("second", second, alongside=True))
-    assert [result.outcome for result in results.values()] == ["passed", "passed"]
-
-
 # ---- what is said
 
 
