@@ -29,9 +29,17 @@ def hand_over_rest(optimizer: Any, record: dict[Any, Any], without: Collection[i
         record: its handles in that step, by parameter; those that are begun are added.
         without: ids of parameters that are never handed over.
     """
-    if optimizer._groups is not None:  # Horovod begins groups only when they are complete
-        return
     begun = {id(p) for p, (handle, _) in record.items() if handle is not None}
+    for group in optimizer._group_counts:
+        if not begun.isdisjoint(map(id, group)):
+            continue  # some had no gradient, so Horovod was beginning all of them one by one
+        if id(group) not in begun:
+            for parameter in group:
+                if parameter.grad is None:  # as Horovod has it for one that it begins alone
+                    parameter.grad = torch.zeros_like(parameter)
+            with contextlib.suppress(*_FAILED):
+                record[group] = optimizer._grouped_allreduce_grad_async(group)
+        begun.update(map(id, group))
     for _, parameter in names_and_parameters(optimizer):  # in the same order on all ranks
         if id(parameter) not in begun and id(parameter) not in without:
             # It fails if an interrupt came between the reduction's begin and Horovod's record of
