@@ -48,15 +48,20 @@ def hand_over_rest(optimizer: Any, record: dict[Any, Any], without: Collection[i
                 record[parameter] = optimizer._allreduce_grad_async(parameter)
 
 
-def wait_for(record: dict[Any, Any]) -> None:
-    """Waits for the reductions of a step, and drops what they bring.
+def reductions_in(record: dict[Any, Any]) -> list[int]:
+    """Handles of the reductions in Horovod's record of a step."""
+    return [handle for handle, _ in record.values() if isinstance(handle, int)]
+
+
+def wait_for(handles: Collection[int]) -> list[int]:
+    """Waits for reductions, and drops what they bring.
 
     Those that some rank does not join are left to Horovod after a while.
 
-    Args:
-        record: Horovod's handles in that step, by parameter.
+    Returns:
+        Handles of these.
     """
-    pending = [handle for handle, _ in record.values() if isinstance(handle, int)]
+    pending = list(handles)
     end = time.monotonic() + _PATIENCE
     while pending := [handle for handle in pending if not _finished(handle)]:
         if time.monotonic() > end:
@@ -66,8 +71,9 @@ def wait_for(record: dict[Any, Any]) -> None:
                 len(pending),
                 _PATIENCE,
             )
-            return
+            return pending
         time.sleep(_POLL)
+    return pending
 
 
 def _finished(handle: int) -> bool:
