@@ -279,14 +279,14 @@ class Binding(BaseBinding):
 
     def _end_in_horovod(self, record: Any, missed: Collection[str]) -> None:
         """Begins what is missing of a step's reductions, and waits for all of them."""
-        of, without = self._optimizer, {id(self.parameters.get(name)) for name in missed}
+        of, sparse = self._optimizer, {id(self.parameters.get(name)) for name in missed}
 
         def leave() -> None:
             optimizer = of()
             if optimizer is not None and record is not None:
                 self._leaving = True
                 try:
-                    bookkeeping.hand_over_rest(optimizer, record, without)
+                    bookkeeping.hand_over_rest(optimizer, record, sparse)
                 finally:
                     self._leaving = False
                 self._unfinished = bookkeeping.wait_for(bookkeeping.reductions_in(record))

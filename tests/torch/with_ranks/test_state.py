@@ -134,6 +134,40 @@ def test_a_state_is_loaded_while_one_rank_alone_is_in_a_step(in_step, options, c
     goes_on_as_if_nothing_had_been(model, compression, optimizer, **options)
 
 
+@pytest.mark.parametrize("first", ["not begun", "some sent"])
+@pytest.mark.parametrize("others", ["some sent", "all sent"])
+def test_a_state_is_loaded_where_gradients_of_embeddings_are_sparse(first, others):
+    """Horovod gathers these rows, and each rank joins, with none, before the next step's."""
+    trained = []
+    for loads in (False, True):
+        torch.manual_seed(1)
+        layers = nn.Embedding(50, 16, sparse=True), nn.Flatten(), nn.Linear(48, 40)
+        model = nn.Sequential(*layers, nn.Linear(40, 5))
+        compression = DLSCompressor(density=0.05, **SPARSE)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = wrap(model, compression, sgd)
+        for step in range(6):
+            begun = first if hvd.rank() == 0 else others
+            if loads and step == 3:
+                state = saved(compression.state_dict())
+                if begun != "not begun":
+                    out = model(words(99)) if begun == "all sent" else model[-1](torch.ones(2, 40))
+                    out.sum().backward()
+                compression.load_state_dict(state)
+                compression.abandon_step()
+            optimizer.zero_grad()
+            model(words(step)).square().sum().backward()
+            optimizer.step()
+        trained.append(flat(model))
+        assert_same_on_all_ranks(trained[-1])
+    assert torch.equal(*trained)
+
+
+def words(step):
+    generator = torch.Generator().manual_seed(10 * step + hvd.rank())
+    return torch.randint(0, 50, (4, 3), generator=generator)
+
+
 @IN_STEP
 @OPTIONS
 def test_a_state_is_loaded_after_one_rank_alone_gave_a_step_up(in_step, options, monkeypatch):
