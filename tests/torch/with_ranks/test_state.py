@@ -102,13 +102,19 @@ def begin_a_step(model, complete=True):
     out.sum().backward()
 
 
+def assert_equal(weights, expected):
+    """To the bit on two ranks; of more, Horovod adds up what goes dense in one order or another."""
+    rounding = 0 if hvd.size() == 2 else 1e-6
+    torch.testing.assert_close(weights, expected, rtol=0, atol=rounding)
+
+
 def goes_on_as_if_nothing_had_been(model, compression, optimizer, **options):
     """With the fourth step, as one that trained undisturbed."""
     train(model, optimizer, range(3, 6))
     assert compression.last_step().step == 6
     other, _, undisturbed = start(**options)
     train(other, undisturbed, range(3, 6))
-    assert torch.equal(flat(model), flat(other))
+    assert_equal(flat(model), flat(other))
     assert_same_on_all_ranks(flat(model))
 
 
@@ -160,7 +166,7 @@ def test_a_state_is_loaded_where_gradients_of_embeddings_are_sparse(first, other
             optimizer.step()
         trained.append(flat(model))
         assert_same_on_all_ranks(trained[-1])
-    assert torch.equal(*trained)
+    assert_equal(*trained)
 
 
 def words(step):
@@ -207,7 +213,7 @@ def test_a_state_that_is_refused_leaves_the_step_of_one_rank_as_it_is(in_step, d
     train(model, optimizer, range(4, 6))
     other, _, undisturbed = start()
     train(other, undisturbed, range(3, 6))
-    assert torch.equal(flat(model), flat(other))
+    assert_equal(flat(model), flat(other))
 
 
 def test_a_state_of_an_earlier_step_is_loaded_while_one_rank_alone_is_in_a_step():
