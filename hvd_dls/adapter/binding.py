@@ -121,7 +121,7 @@ class BaseBinding(ABC):
             checksum=agreement.checksum(facts),
             error=f"{type(error).__name__}: {error}" if error else "",
             label=(self._label or f"dls.{world.set_id}.{next(_labels)}") if first else "",
-            ratios=session.agreed().tolist() if first and session else None,
+            numbers=session.agreed().tolist() if first and session else None,
         )
         claims = [own] if world.size == 1 else self._compare(_AGREE, own, facts, world)
         if error is not None:
@@ -130,7 +130,7 @@ class BaseBinding(ABC):
         assert session is not None
         exchanges_by_hosts = session.grouped and session.routing.buckets
         self.host_sets = host_sets(groups, hosts, world) if exchanges_by_hosts else None
-        session.agree(np.array(claims[0].ratios, np.int64))
+        session.agree(np.array(claims[0].numbers, np.int64))
         self._label = claims[0].label
         self._world, self._epoch, self.session = world, epoch(), session
         if old is None:
@@ -175,6 +175,18 @@ class BaseBinding(ABC):
             session.marks_skipped = True
             session.scale_to(float(self.loss_scale()))
 
+    def _catch_up(self, session: Session, rounds: np.ndarray) -> None:
+        """Takes part in what other ranks have begun and given up, and this one has not begun.
+
+        Here this is only counted: it is all there is to do where no operation outlives the call
+        that begins it.
+
+        Args:
+            session: of the model.
+            rounds: see ``Session.sit_out``.
+        """
+        session.sit_out(rounds)
+
     # State --------------------------------------------------------------------------------------
 
     @property
@@ -191,30 +203,52 @@ class BaseBinding(ABC):
         if self.session is not None:
             self.session.check_state(state)
 
-    def vote_on_state(self, state: Mapping[str, Any] | None, error: Exception | None) -> None:
+    def vote_on_state(
+        self, state: Mapping[str, Any] | None, error: Exception | None
+    ) -> np.ndarray | None:
         """Compares with all other ranks what each is about to load, if they have agreed before.
 
         Args:
             state: for this model; None if there is none.
             error: why this rank cannot load, or None.
 
+        Returns:
+            For ``load_state_dict``: how often the ranks have taken part, the largest of all (see
+            ``Session.rounds``); None if there was nobody to ask, or nothing will be loaded.
+
         Raises:
             StateMismatchError: the states are of different steps, or another rank cannot load its
                 own; on every rank alike.
         """
-        if not self.agreed or self._world is None or self._world.size == 1:
-            return
+        world, session = self._world, self.session
+        if not self.agreed or session is None or world is None or world.size == 1:
+            return None
         facts: agreement.Facts = [("saved state", _summary_of(state) if state else "none")]
-        own = Claim(agreement.checksum(facts), f"{error}" if error else "")
-        claims = self._compare(_LOAD, own, facts, self._world)
-        if error is None:
-            agreement.check_errors(claims)
+        own = Claim(
+            agreement.checksum(facts),
+            f"{error}" if error else "",
+            numbers=session.rounds.tolist(),
+        )
+        claims = self._compare(_LOAD, own, facts, world)
+        if error is not None:
+            return None
+        agreement.check_errors(claims)
+        rounds: np.ndarray = np.array([c.numbers or [] for c in claims], np.int64).max(axis=0)
+        return rounds
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state that fits; a step in progress is given up."""
+    def load_state_dict(self, state: Mapping[str, Any], rounds: np.ndarray | None = None) -> None:
+        """Goes on from a state that fits; a step in progress is given up.
+
+        Args:
+            state: for this model.
+            rounds: what ``vote_on_state`` returned.
+        """
         self.abandon()
-        if self.session is not None:
-            self.session.load_state_dict(state)
+        if self.session is None:
+            return
+        if rounds is not None:
+            self._catch_up(self.session, rounds)
+        self.session.load_state_dict(state)
 
 
 @functools.cache

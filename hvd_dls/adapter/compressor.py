@@ -100,7 +100,8 @@ class BaseCompressor:
         """Goes on from a saved state; before the first step or later, on every rank.
 
         Each model takes the state that was saved of the same layers.  If it has trained already,
-        the ranks compare what they load, so that all of them go on, or none.
+        the ranks compare what they load, so that all of them go on, or none.  A step in progress is
+        given up; not all ranks need be in one.
 
         Raises:
             StateMismatchError: it belongs to other layers, other options, another rank or another
@@ -125,13 +126,14 @@ class BaseCompressor:
                 chosen.append(saved)
         except DLSError as met:
             error = met
+        rounds = []
         for position, binding in enumerate(living):
             mine = chosen[position] if position < len(chosen) else None
-            binding.vote_on_state(mine, error)
+            rounds.append(binding.vote_on_state(mine, error))
         if error is not None:
             raise error
-        for binding, saved in zip(living, chosen, strict=True):
-            binding.load_state_dict(saved)
+        for binding, saved, of_all in zip(living, chosen, rounds, strict=True):
+            binding.load_state_dict(saved, of_all)
         self._loaded[:] = waiting  # models without a session look here
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from hvd_dls.adapter import BaseBinding, World
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.selection.backend import Array, Backend, Future
 from hvd_dls.core.session.baselines import BASELINES
+from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.torch import bookkeeping, joined
@@ -58,6 +59,7 @@ class Binding(BaseBinding):
         self._came_in: dict[str, torch.Tensor] = {}  # gradients of the step in progress
         self._leaving = False  # whether reductions of a step that is given up are being begun
         self._left: Callable[[], None] | None = None  # what is still to be done for such a step
+        self._unfinished: list[int] = []  # handles of its reductions that others did not join
 
     @property
     def alive(self) -> bool:
@@ -271,23 +273,40 @@ class Binding(BaseBinding):
 
     def _leave_horovod(self, missed: Collection[str] = ()) -> None:
         """Brings Horovod's part of a step to its end, and has Horovod's optimizer forget it."""
-        of, record = self._optimizer, self._handles
-        without = {id(self.parameters.get(name)) for name in missed}
+        record = self._handles
         self._forget_in_horovod()
+        self._end_in_horovod(record, missed)
+
+    def _end_in_horovod(self, record: Any, missed: Collection[str]) -> None:
+        """Begins what is missing of a step's reductions, and waits for all of them."""
+        of, sparse = self._optimizer, {id(self.parameters.get(name)) for name in missed}
 
         def leave() -> None:
             optimizer = of()
             if optimizer is not None and record is not None:
                 self._leaving = True
                 try:
-                    bookkeeping.hand_over_rest(optimizer, record, without)
+                    bookkeeping.hand_over_rest(optimizer, record, sparse)
                 finally:
                     self._leaving = False
-                bookkeeping.wait_for(record)
+                self._unfinished = bookkeeping.wait_for(bookkeeping.reductions_in(record))
             self._left = None
 
         self._left = leave
         leave()
+
+    def _catch_up(self, session: Session, rounds: np.ndarray) -> None:
+        assert self._delivery is not None
+        if self._left is not None:  # interrupted, the last time
+            self._left()
+        steps = int(rounds[-1] - session.rounds[-1])
+        with self._lock, Uninterrupted():  # what counts as sent is sent
+            for farewell in session.sit_out(rounds):
+                self._delivery.abandon(farewell)
+        for _ in range(steps):
+            self._end_in_horovod({}, session.missed)
+        # Other ranks join by now what they had not when this one gave a step up.
+        self._unfinished = bookkeeping.wait_for(self._unfinished)
 
     def _forget_in_horovod(self) -> None:
         optimizer = self._optimizer()

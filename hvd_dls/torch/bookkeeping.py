@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import Collection
@@ -19,36 +20,71 @@ _PATIENCE = 60.0  # seconds to wait for what other ranks have to join
 _FAILED = (HorovodInternalError, ValueError, RuntimeError)
 
 
-def hand_over_rest(optimizer: Any, record: dict[Any, Any], without: Collection[int]) -> None:
+def hand_over_rest(optimizer: Any, record: dict[Any, Any], sparse: Collection[int]) -> None:
     """Begins the reductions of a step that are missing, whatever they are to bring.
 
     Other ranks may wait for them; and the next step uses their names again.
 
     Args:
         optimizer: Horovod's.
-        record: its handles in that step, by parameter; those that are begun are added.
-        without: ids of parameters that are never handed over.
+        record: its handles in that step, by parameter or group; those that are begun are added.
+        sparse: ids of parameters that Horovod never hands over, as their gradients are sparse.
     """
-    if optimizer._groups is not None:  # Horovod begins groups only when they are complete
-        return
     begun = {id(p) for p, (handle, _) in record.items() if handle is not None}
-    for _, parameter in names_and_parameters(optimizer):  # in the same order on all ranks
-        if id(parameter) not in begun and id(parameter) not in without:
-            # It fails if an interrupt came between the reduction's begin and Horovod's record of
-            # it, and for all of them if Horovod was shut down.
+    for group in optimizer._group_counts:
+        if not begun.isdisjoint(map(id, group)):
+            continue  # some had no gradient, so Horovod was beginning all of them one by one
+        if id(group) not in begun:
+            for parameter in group:
+                if parameter.grad is None:  # as Horovod has it for one that it begins alone
+                    parameter.grad = torch.zeros_like(parameter)
             with contextlib.suppress(*_FAILED):
-                record[parameter] = optimizer._allreduce_grad_async(parameter)
+                record[group] = optimizer._grouped_allreduce_grad_async(group)
+        begun.update(map(id, group))
+    for name, parameter in names_and_parameters(optimizer):  # in the same order on all ranks
+        if id(parameter) in begun:
+            continue
+        # It fails if an interrupt came between the reduction's begin and Horovod's record of it,
+        # and for all of them if Horovod was shut down.
+        with contextlib.suppress(*_FAILED):
+            record[parameter] = (
+                _reduce_no_rows(optimizer, name, parameter)
+                if id(parameter) in sparse
+                else optimizer._allreduce_grad_async(parameter)
+            )
 
 
-def wait_for(record: dict[Any, Any]) -> None:
-    """Waits for the reductions of a step, and drops what they bring.
+def _reduce_no_rows(optimizer: Any, name: str, parameter: torch.Tensor) -> tuple[Any, None]:
+    """Begins what Horovod does for an embedding's gradient, of no rows."""
+    rows = parameter.new_empty(0, *parameter.shape[1:])
+    indices = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
+    gradient = torch.sparse_coo_tensor(indices, rows, parameter.shape)
+    handle = hvd.sparse_allreduce_async(
+        gradient, name=name, op=optimizer.op, process_set=optimizer.process_set
+    )
+    return handle, None
+
+
+def reductions_in(record: dict[Any, Any]) -> list[int]:
+    """Handles of the reductions in Horovod's record of a step."""
+    handles: list[Any] = []
+    for handle, _ in record.values():
+        if callable(handle):  # of a sparse gradient: it waits for two operations
+            handles += inspect.getclosurevars(handle).nonlocals.values()
+        else:
+            handles.append(handle)
+    return [handle for handle in handles if isinstance(handle, int)]
+
+
+def wait_for(handles: Collection[int]) -> list[int]:
+    """Waits for reductions, and drops what they bring.
 
     Those that some rank does not join are left to Horovod after a while.
 
-    Args:
-        record: Horovod's handles in that step, by parameter.
+    Returns:
+        Handles of these.
     """
-    pending = [handle for handle, _ in record.values() if isinstance(handle, int)]
+    pending = list(handles)
     end = time.monotonic() + _PATIENCE
     while pending := [handle for handle in pending if not _finished(handle)]:
         if time.monotonic() > end:
@@ -58,8 +94,9 @@ def wait_for(record: dict[Any, Any]) -> None:
                 len(pending),
                 _PATIENCE,
             )
-            return
+            return pending
         time.sleep(_POLL)
+    return pending
 
 
 def _finished(handle: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
 from hvd_dls.torch import horovod_frames
 from hvd_dls.torch.binding import Binding
-from hvd_dls.torch.bookkeeping import forget_step, names_and_parameters, wait_for
+from hvd_dls.torch.bookkeeping import forget_step, names_and_parameters, reductions_in, wait_for
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
 from hvd_dls.torch.parameters import NamedParameter, Parameters, checked
 from hvd_dls.torch.refusals import refuse_optimizer
@@ -123,7 +123,7 @@ class DLSCompressor(BaseCompressor):
         for optimizer in list(self._by_optimizer):  # also where no gradient has come that far
             record = optimizer._handles
             forget_step(optimizer)
-            wait_for(record)
+            wait_for(reductions_in(record))
 
     # Finding the parameters ---------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -206,6 +207,25 @@ class Rank:
     def abandon(self) -> dict[int, Farewell]:
         """Gives the step up, and tells the others; returns what it tells them."""
         farewell = self.session.abandon()
+        self._tell(farewell)
+        self._outstanding.clear()
+        self._adding.clear()
+        self._across.clear()
+        return farewell
+
+    def load(self, state: Mapping[str, Any], rounds: np.ndarray) -> None:
+        """Goes on from a state, as all ranks do.
+
+        Args:
+            state: of this rank.
+            rounds: the largest of all ranks' ``Session.rounds``.
+        """
+        self.abandon()
+        for farewell in self.session.sit_out(rounds):
+            self._tell(farewell)
+        self.session.load_state_dict(state)
+
+    def _tell(self, farewell: Mapping[int, Farewell]) -> None:
         network, rank = self.network, self.session.rank
         for bucket, last in farewell.items():
             if last.contribution is not None:
@@ -214,10 +234,6 @@ class Rank:
                 network.send(rank, bucket, last.payload)
             if last.header is not None:
                 network.hand_on(rank, bucket, last.header)
-        self._outstanding.clear()
-        self._adding.clear()
-        self._across.clear()
-        return farewell
 
 
 def outputs(session: Session, names: Collection[str]) -> Gradients:

@@ -294,8 +294,9 @@ class World:
         return Saved(states, copies(self.books), self.steps)
 
     def load(self, saved: Saved) -> None:
-        for session, state in zip(self.sessions, saved.states, strict=True):
-            session.load_state_dict(pickle.loads(state))
+        rounds = np.max([session.rounds for session in self.sessions], axis=0)
+        for rank, state in zip(self.ranks, saved.states, strict=True):
+            rank.load(pickle.loads(state), rounds)
         self.books, self.steps = copies(saved.books), saved.steps
 
     def restart(self, saved: Saved) -> None:

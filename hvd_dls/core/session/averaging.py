@@ -71,7 +71,7 @@ class Averaging(Gathering):
             if name in step.arrived and name not in step.stayed_away:
                 there[len(of.layers) + position] = 1
                 not_finite[position] = name in step.not_finite
-        step.closed.add(bucket)
+        self._close(bucket)
         return own
 
     def added_up(self, bucket: int, total: np.ndarray) -> None:

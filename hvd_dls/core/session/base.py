@@ -44,6 +44,8 @@ class SessionBase:
         self._recorder = Recorder(self.plan, config, self.memory)
         self._clock = SessionClock(self.memory.controller, not self.groups.trivial)
         self._step = Step(self.routing)
+        # How often each bucket was exchanged, or is being; and, last, how many steps have begun.
+        self._rounds = np.zeros(len(self.routing.buckets) + 1, np.int64)
         self._refused = False
         self._writing: str | None = None  # what is being changed, and is spoiled if that fails
         self.skipped = 0
@@ -127,6 +129,12 @@ class SessionBase:
     def _begin(self) -> None:
         self._check_sound()
         self._refused, self.untouched = False, frozenset()
+
+    def _close(self, bucket: int) -> None:
+        """No more layers come in of a bucket, and this rank takes part in its exchange."""
+        if bucket not in self._step.closed:
+            self._step.closed.add(bucket)
+            self._rounds[bucket] += 1
 
     def _forget_step(self) -> None:
         self._step = Step(self.routing)

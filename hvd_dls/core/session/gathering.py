@@ -157,6 +157,7 @@ class Gathering(SessionBase):
         If Ctrl-C comes before, the layer has not come in, and can come once more.
         """
         with Uninterrupted():
+            self._rounds[-1] += not self.in_step
             self._step.arrive(name, left_out)
             if self.memory.controller.dense:
                 return None
@@ -200,7 +201,7 @@ class Gathering(SessionBase):
         packed = pack(of, k_of_layers, found, watched, self._clock.now)
         step.kept[bucket] = packed.kept
         step.sent[bucket] = len(packed.payload)
-        step.closed.add(bucket)
+        self._close(bucket)
         return packed.payload
 
     def receive(self, bucket: int, gathered: np.ndarray) -> None:
@@ -269,13 +270,20 @@ class Gathering(SessionBase):
         Whoever hears of it gives the step up, too.  So each rank has sent one payload of every
         bucket in the end, and those of the next attempt meet each other.
         """
-        step, routing, own_k = self._step, self.routing, self.memory.baseline is not None
+        step, routing = self._step, self.routing
+        if not step.arrived or self.memory.controller.dense:
+            return {}
         open_ones = [n for n in range(len(routing.buckets)) if self._owes(n)]
         waits = [n in step.begun or not routing.members[n] <= self.missed for n in open_ones]
         if not (step.given_up or any(waits)):
             return {}  # nobody waits for these
+        return self._farewell_of(open_ones)
+
+    def _farewell_of(self, buckets: Collection[int]) -> dict[int, Farewell]:
+        """What this rank has not sent of these buckets, if it is to send nothing else of them."""
+        step, routing, own_k = self._step, self.routing, self.memory.baseline is not None
         farewell, now, grouped = dict[int, Farewell](), self._clock.now, not self.groups.trivial
-        for n in open_ones:
+        for n in buckets:
             bucket, k = routing.buckets[n], 0 * self._k_of(n) if own_k else self._k_of(n)
             unsent = routing.sends[n] and n not in step.sent
             farewell[n] = Farewell(

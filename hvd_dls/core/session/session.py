@@ -63,7 +63,7 @@ class Session(Settling):
             What is to be sent, by bucket, of those that were not sent: it tells the other ranks,
             who may be waiting for it.
         """
-        step, farewell = self._step, dict[int, Farewell]()
+        step, farewell = self._step, self._farewell()
         if not step.arrived:
             return farewell
         if self._writing is not None:
@@ -71,11 +71,39 @@ class Session(Settling):
         elif step.settled and not self.dense_step:
             self._bring_to_end(step)
         else:
-            if not self.memory.controller.dense:
-                farewell = self._farewell()
+            for bucket in farewell:
+                self._close(bucket)
             self._clock.abandon()
             self._forget_step()
         return farewell
+
+    @property
+    def rounds(self) -> np.ndarray:
+        """(buckets + 1,) how often this rank has taken part: in each bucket's exchange, in steps.
+
+        As it is once the step in progress, if there is one, is given up.
+        """
+        rounds = self._rounds.copy()
+        rounds[[bucket for bucket in self._farewell() if bucket not in self._step.closed]] += 1
+        return rounds
+
+    def sit_out(self, rounds: np.ndarray) -> list[dict[int, Farewell]]:
+        """Takes part, with nothing, in what other ranks have begun and given up, and this one not.
+
+        Otherwise that would meet what this rank sends in its next step.
+
+        Args:
+            rounds: of all ranks, the largest: see ``rounds``; no step is in progress.
+
+        Returns:
+            What is to be sent, by bucket: one after the other.
+        """
+        farewells = []
+        while (behind := np.flatnonzero(self._rounds[:-1] < rounds[:-1])).size:
+            farewells.append(self._farewell_of(behind.tolist()))
+            self._rounds[behind] += 1
+        self._rounds[-1] = rounds[-1]
+        return farewells
 
     def scale_to(self, loss_scale: float) -> None:
         """Tells what the loss, and so each gradient to come, is multiplied by.

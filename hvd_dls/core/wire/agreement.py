@@ -37,13 +37,14 @@ class Claim(NamedTuple):
         checksum: of what must be the same on all ranks.
         error: why this rank cannot go on; empty if it can.
         label: of the operations to come, if this is the set's first rank.
-        ratios: ``Session.agreed()``, if this is the set's first rank.
+        numbers: ``Session.agreed()``, if this is the set's first rank; where ranks vote on a state,
+            each one's ``Session.rounds``.
     """
 
     checksum: str
     error: str = ""
     label: str = ""
-    ratios: list[int] | None = None
+    numbers: list[int] | None = None
 
 
 def facts_of(version: str, config: DLSConfig, layers: Sequence[LayerSpec]) -> Facts:

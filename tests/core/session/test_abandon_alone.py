@@ -167,6 +167,56 @@ def test_buckets_that_were_not_there_in_the_last_step_are_told_of_with_the_other
     check_alike(ranks, others)
 
 
+def load(ranks):
+    """All ranks go on from what they remember."""
+    rounds = np.max([rank.session.rounds for rank in ranks], axis=0)
+    for rank in ranks:
+        rank.load(copy.deepcopy(rank.session.state_dict()), rounds)
+
+
+@each_option
+@pytest.mark.parametrize(("at", "gone"), [((6, 0, 0), []), ((0, 1, 0), []), ((1, 0, 6), [0, 2])])
+def test_ranks_load_a_state_wherever_each_of_them_is_in_a_step(options, at, gone):
+    """What some have sent of it meets nothing of the next step, which has the same number."""
+    rng = np.random.default_rng(0)
+    ranks = connect(trained(rng, 3, 3, **options))
+    others = copy.deepcopy(ranks)
+    for attempt in range(2):
+        for number, rank in enumerate(ranks):
+            gradients = draw_gradients(rng, rank.session)
+            for name in NAMES[: at[number - attempt]]:
+                rank.compress(name, gradients[name])
+            if number in gone:
+                rank.abandon()
+        load(ranks)
+        assert ranks[0].network.quiet
+    check_alike(ranks, others)
+
+
+def test_a_bucket_that_no_rank_has_begun_is_not_sent_when_a_state_is_loaded():
+    """Of layers that were not there in the last step, a rank with all others sends nothing."""
+    rng = np.random.default_rng(0)
+    ranks = connect(trained(rng, 3, 3, bucket_bytes=1))
+    some = ["fc.bias", "fc.weight"]  # one bucket of four
+    for loads in (False, True):
+        gradients = [draw_gradients(rng, rank.session) for rank in ranks]
+        for rank, of_rank in zip(ranks[: 1 if loads else 3], gradients, strict=False):
+            for name in some:
+                rank.compress(name, of_rank[name])
+        if loads:
+            load(ranks)
+            continue
+        for rank in ranks:
+            rank.receive()
+        for rank in ranks:
+            out = outputs(rank.session, some)
+            for name in some:
+                rank.finish(name, out[name], ranks)
+    assert ranks[0].network.quiet
+    assert [rank.session.rounds.tolist() for rank in ranks] == [[5, 3, 3, 3, 5]] * 3
+    check_alike(ranks, copy.deepcopy(ranks))
+
+
 @pytest.mark.parametrize("options", [{"strategy": "norm"}, {"bucket_bytes": 1}, {}], ids=str)
 def test_ranks_in_other_steps_are_told_so_also_where_their_payloads_have_other_lengths(options):
     rng = np.random.default_rng(0)

@@ -233,13 +233,14 @@ class Life(RuleBasedStateMachine):
         self.saved = self.world.save()
 
     @precondition(lambda self: len(self.saved.states) == len(self.world.ranks))
-    @rule(seed=seeds, in_step=st.booleans())
-    def load_checkpoint(self, seed, in_step):
-        """Between steps or in the middle of one."""
+    @rule(seed=seeds, at=points, gone=st.sets(st.integers(0, 3)))
+    def load_checkpoint(self, seed, at, gone):
+        """Each rank is between steps, or at a point of its own in one, or gave one up by itself."""
         world = self.world
-        if in_step:
-            for number, part in enumerate(self.parts(np.random.default_rng(seed))):
-                world.gather(number, part, 2)
+        for number, part in enumerate(self.parts(np.random.default_rng(seed))):
+            if at[number]:
+                world.gather(number, part, at[number])
+            if number in gone:
                 world.ranks[number].abandon()
         before, states = world.frozen(), [s.state_dict() for s in world.sessions]
         if len(states) > 1:

@@ -163,7 +163,7 @@ def test_claims_come_back_as_they_were():
     claims = [Claim("abc", "", "label", [1, 2, 2**62]), Claim("abd", "no: é")]
     back = [Claim(*each) for each in sent(*claims)]
     assert back == claims
-    assert back[1].ratios is None
+    assert back[1].numbers is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from hvd_dls import DLSError
-from hvd_dls.errors import StateMismatchError
 from hvd_dls.torch import DLSCompressor
 from tests.torch.with_ranks.training import (
     SPARSE,
@@ -224,43 +223,6 @@ def test_hvd_init_again_keeps_what_waits():
         trained.append(flat(model))
     assert torch.equal(*trained)
     assert_same_on_all_ranks(trained[1])
-
-
-# States -----------------------------------------------------------------------------------------
-
-
-def test_a_restart_goes_on_bit_for_bit():
-    def fresh():
-        torch.manual_seed(1)
-        model = net_without_vectors()
-        compression = DLSCompressor(density=0.05, momentum=0.9, **HIERARCHICAL)
-        return model, compression, wrap(model, compression, plain_sgd(model))
-
-    model, compression, optimizer = fresh()
-    train(model, optimizer, range(4))
-    saved = {n: v.clone() for n, v in model.state_dict().items()}, compression.state_dict()
-    saved[1]["models"][0]["residuals"] = {
-        n: r.clone() for n, r in residuals_of(compression).items()
-    }
-    velocities = saved[1]["models"][0]["velocities"]
-    saved[1]["models"][0]["velocities"] = {n: v.clone() for n, v in velocities.items()}
-    train(model, optimizer, range(4, 8))
-    again, other, optimizer = fresh()
-    again.load_state_dict(saved[0])
-    other.load_state_dict(saved[1])
-    train(again, optimizer, range(4, 8))
-    assert torch.equal(flat(again), flat(model))
-
-
-def test_a_state_of_ranks_that_sent_for_themselves_is_refused():
-    model = net_without_vectors()
-    compression = DLSCompressor(density=0.05, **SPARSE)
-    train(model, wrap(model, compression), range(2))
-    state = compression.state_dict()
-    other = DLSCompressor(density=0.05, **HIERARCHICAL)
-    other.load_state_dict(state)
-    with pytest.raises(StateMismatchError, match="hierarchical"):
-        train(model, wrap(model, other), [2])
 
 
 def test_one_rank_that_is_hierarchical_alone_is_refused_on_all():

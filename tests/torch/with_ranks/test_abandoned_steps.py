@@ -298,6 +298,30 @@ def test_a_step_that_one_rank_gives_up_when_the_others_have_all_they_need_is_fou
     assert_same_on_all_ranks(flat(model))
 
 
+def test_a_rank_that_gives_a_step_up_alone_begins_horovod_s_groups_that_are_missing():
+    """Or those of its next step, which have the same names, would meet those of the others."""
+    trained = []
+    for disturbed in (False, True):
+        torch.manual_seed(1)
+        model = net_without_vectors()
+        compression = DLSCompressor(density=0.05, bucket_bytes=1, **SPARSE)
+        weights = list(model.parameters())
+        optimizer = wrap(model, compression, groups=[weights[:2], weights[2:]])
+        train(model, optimizer, range(2))
+        if disturbed and odd():
+            with stopped_in_backward(model):  # behind the last group
+                train(model, optimizer, [7])
+            compression.abandon_step()
+        elif disturbed:
+            with pytest.raises(DLSError, match=r"gave step 3 up"):
+                train(model, optimizer, [7])
+        train(model, optimizer, range(2, 4))
+        assert compression.last_step().step == 4
+        trained.append(flat(model))
+        assert_same_on_all_ranks(trained[-1])
+    assert torch.equal(*trained)
+
+
 @pytest.fixture
 def tmp_flags():
     """A folder that all ranks see, and in which they tell each other how far they are."""
