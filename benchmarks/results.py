@@ -24,7 +24,8 @@ PAGE = ROOT / "docs" / "results.md"
 INTRODUCTION = """# Results
 
 Made by `python -m benchmarks.results`, which runs each command below. Every ratio compares figures
-of one run, taken in turn on the same data; spreads stand beside them.
+of one run, taken in turn on the same data; spreads stand beside them. What was measured on a GPU
+is in [gpu-results.md](gpu-results.md).
 """
 
 

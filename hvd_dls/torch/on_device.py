@@ -27,6 +27,7 @@ from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BI
 from hvd_dls.core.selection.backend import Future
 from hvd_dls.core.selection.passes import Found, found_on_device
 from hvd_dls.core.selection.passes_numpy import sample_stride
+from hvd_dls.core.session import log
 from hvd_dls.errors import DLSError
 from hvd_dls.torch.futures import DeviceFuture
 
@@ -54,7 +55,7 @@ class Device:
         if kernels and not have_triton():
             raise DLSError("kernels=True needs Triton >= 3.4: pip install 'triton>=3.4'")
         self._selector: Selector | None = None
-        if device.type == "cuda" and have_triton() if kernels is None else kernels:
+        if device.type == "cuda" and kernels_run(device) if kernels is None else kernels:
             from hvd_dls.torch.kernels.selector import Selector  # seconds to import
 
             self._selector = Selector()
@@ -216,6 +217,31 @@ def have_triton() -> bool:
         return False
     major, minor = metadata.version("triton").split(".")[:2]
     return (int(major), int(minor)) >= (3, 4)
+
+
+@cache
+def kernels_run(device: torch.device) -> bool:
+    """Whether the kernels do what they should on a device; tried once, which compiles them.
+
+    Triton may be there and not run: it needs a C compiler, and a card that it knows.
+    """
+    if not have_triton():
+        return False
+    gradient = torch.arange(1.0, 4097.0, device=device)
+    residual, out = torch.zeros_like(gradient), torch.empty_like(gradient)
+    try:
+        backend = Device(device, kernels=True)
+        found = backend.find(residual, gradient, 16, 4000.0).result()
+        assert found is not None
+        sent = found.indices, found.values
+        backend.settle(residual, gradient, found.indices, None, [sent, sent], 0.5, out)
+        right = bool((out[-16:] == gradient[-16:]).all()) and not out[:-16].any()
+    except Exception as error:  # whatever a compiler or driver may raise
+        log.no_kernels(f"{type(error).__name__}: {error}")
+        return False
+    if not right:
+        log.no_kernels("their results are wrong")
+    return right
 
 
 def _short_float32(residual: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What a session tells through Python's ``logging``: one logger, rank 0 only, never often."""
+"""What is told through Python's ``logging``: one logger, never often, and by rank 0 if all know it."""
 
 from __future__ import annotations
 
@@ -80,3 +80,8 @@ def share_given_back(names: Collection[str]) -> None:
 def _listed(names: Collection[str]) -> str:
     first = ", ".join(map(repr, list(names)[:_NAMED]))
     return first + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def no_kernels(why: str) -> None:
+    """Says that layers on a GPU take slower operations, since the kernels do not run there."""
+    _log.warning("the GPU kernels do not run here, torch's operations take their place: %s", why)

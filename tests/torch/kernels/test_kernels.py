@@ -17,7 +17,7 @@ pytest.importorskip("horovod.torch")
 pytest.importorskip("triton")
 
 from hvd_dls.core.selection import passes  # noqa: E402
-from hvd_dls.torch.on_device import Device, have_triton  # noqa: E402
+from hvd_dls.torch.on_device import Device, have_triton, kernels_run  # noqa: E402
 from tests.core.selection.test_passes import DTYPES, cases, entries, store  # noqa: E402
 from tests.core.strategies import KINDS  # noqa: E402
 from tests.torch.devices import array_of, tensor  # noqa: E402
@@ -172,6 +172,22 @@ def test_values_that_are_no_thresholds():
         there = tensor(gradient, DEVICE)
         found = backend().find(there, there, 5, last).result()
         assert found.threshold == 190
+
+
+def test_kernels_that_do_not_run_are_not_taken(monkeypatch, caplog):
+    assert kernels_run(torch.device(DEVICE))
+
+    def broken(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr("hvd_dls.torch.kernels.settling.book", broken)
+    kernels_run.cache_clear()
+    try:
+        assert not kernels_run(torch.device(DEVICE))
+    finally:
+        kernels_run.cache_clear()
+    assert "the GPU kernels do not run here" in caplog.text
+    assert "Failed to find C compiler" in caplog.text
 
 
 # Settle -----------------------------------------------------------------------------------------
