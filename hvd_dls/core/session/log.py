@@ -1,4 +1,4 @@
-"""What is told through Python's ``logging``: one logger, never often, and by rank 0 if all know it."""
+"""What is told through Python's ``logging``: by one logger, never often, mostly by rank 0."""
 
 from __future__ import annotations
 
