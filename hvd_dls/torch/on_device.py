@@ -11,7 +11,6 @@ there.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from functools import cache, partial
@@ -213,9 +212,10 @@ class Device:
 @cache
 def have_triton() -> bool:
     """Whether Triton is there, and new enough to count with a mask (``tl.histogram``)."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        major, minor = metadata.version("triton").split(".")[:2]
+    except metadata.PackageNotFoundError:  # a mere folder of that name can be imported, too
         return False
-    major, minor = metadata.version("triton").split(".")[:2]
     return (int(major), int(minor)) >= (3, 4)
 
 

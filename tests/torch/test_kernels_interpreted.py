@@ -1,6 +1,5 @@
 """Runs the tests of the fused kernels on the CPU: in a process in which Triton interprets them."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,9 +14,11 @@ pytestmark = needs("torch", "horovod", "triton")
 
 def too_old():
     """Triton's interpreter does not go with NumPy >= 2.4 before Triton 3.7."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
         return True
-    return tuple(map(int, metadata.version("triton").split(".")[:2])) < (3, 7)
+    return tuple(map(int, version.split(".")[:2])) < (3, 7)
 
 
 @pytest.mark.skipif(too_old(), reason="Triton's interpreter is too old for NumPy >= 2.4")
