@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import hvd_dls
-from hvd_dls.adapter.hosts import HostSets, groups_of, host_sets, row_of
+from hvd_dls.adapter.hosts import HostSets, groups_of, host_sets, known_sets, row_of
 from hvd_dls.adapter.states import take_state_of
 from hvd_dls.adapter.world import World, epoch
 from hvd_dls.config import DLSConfig
@@ -98,6 +98,7 @@ class BaseBinding(ABC):
         """
         old, error, session, loaded = self.session, None, None, None
         groups, hosts = Groups.of_one(world.size, world.rank), list[list[int]]()
+        sets: dict[tuple[int, ...], int] = {}
         # All ranks gather this, whatever their options are: these are compared afterwards.
         rows = row_of(world)
         if world.size > 1:
@@ -105,6 +106,7 @@ class BaseBinding(ABC):
         try:
             if self._config.hierarchical:
                 groups, hosts = groups_of(rows, world)
+                sets = known_sets()
             session = self._new_session(world, groups)
             if old is None:
                 loaded = take_state_of(self.parameters_of_state, self.states)
@@ -129,7 +131,7 @@ class BaseBinding(ABC):
         agreement.check_errors(claims)
         assert session is not None
         exchanges_by_hosts = session.grouped and session.routing.buckets
-        self.host_sets = host_sets(groups, hosts, world) if exchanges_by_hosts else None
+        self.host_sets = host_sets(groups, hosts, world, sets) if exchanges_by_hosts else None
         session.agree(np.array(claims[0].numbers, np.int64))
         self._label = claims[0].label
         self._world, self._epoch, self.session = world, epoch(), session

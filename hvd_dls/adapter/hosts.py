@@ -69,25 +69,34 @@ class HostSets(NamedTuple):
     across: Any
 
 
-def host_sets(groups: Groups, hosts: list[list[int]], world: World) -> HostSets:
+def known_sets() -> dict[tuple[int, ...], int]:
+    """The ids of the process sets that Horovod has, by their ranks.
+
+    To be read while all ranks are sure to be there: when another has ended, Horovod knows none.
+    """
+    basics: Any = process_sets._basics
+    sets: dict[int, list[int]] = basics._get_process_set_ids_and_ranks()
+    return {tuple(ranks): number for number, ranks in sets.items()}
+
+
+def host_sets(
+    groups: Groups, hosts: list[list[int]], world: World, known: dict[tuple[int, ...], int]
+) -> HostSets:
     """The process sets of this rank, made on all ranks if they are not there.
 
     Args:
         groups: the ranks of each host.
         hosts: the same as ``hvd.rank()`` numbers them.
         world: the ranks.
+        known: see ``known_sets``; those that are made are added.
 
     Raises:
         DLSError: Horovod may not make process sets now; on every rank alike.
     """
-    basics: Any = process_sets._basics
-    known = {
-        tuple(ranks): number for number, ranks in basics._get_process_set_ids_and_ranks().items()
-    }
     across = [[ranks[share] for ranks in hosts] for share in range(groups.shares)]
     wanted = [ranks for ranks in (*hosts, *across) if len(ranks) > 1]
     missing = [ranks for ranks in wanted if tuple(ranks) not in known]
-    if missing and world.size != basics.size():
+    if missing and world.set_id != 0:
         raise _refusal(wanted, "the ranks of a process set cannot add others")
     for ranks in missing:
         try:

@@ -25,8 +25,10 @@ def test_a_host_of_one_rank_and_one_of_two():
 
 PROGRAM = """
 import sys
+import time
 import horovod.torch as hvd
 import torch
+from hvd_dls.adapter import binding
 from hvd_dls.errors import DLSError
 from hvd_dls.torch import DLSCompressor
 from tests.torch.with_ranks.training import (
@@ -37,6 +39,13 @@ if "given" in sys.argv:
     hvd.init(process_sets=[hvd.ProcessSet(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])])
 else:
     hvd.init()
+if "late" in sys.argv and hvd.rank() == 0:  # until the others have been refused and are gone
+
+    def late(*arguments):
+        time.sleep(3)
+        return host_sets(*arguments)
+
+    host_sets, binding.host_sets = binding.host_sets, late
 torch.manual_seed(1)
 model = net()
 compression = DLSCompressor(density=0.05, hierarchical=True, **SPARSE)
@@ -70,7 +79,7 @@ STATIC = {"HOROVOD_DYNAMIC_PROCESS_SETS": "0"}
 
 
 def test_without_process_sets_every_rank_says_what_to_call(program):
-    output = horovodrun(4, [program], env=STATIC, per_host=(2, 2))
+    output = horovodrun(4, [program, "late"], env=STATIC, per_host=(2, 2))
     sets = ", ".join(f"hvd.ProcessSet({ranks})" for ranks in ([0, 1], [2, 3], [0, 2], [1, 3]))
     call = f"hvd.init(process_sets=[{sets}])"
     for rank in range(4):
