@@ -1,0 +1,1 @@
+"""The command ``hvd-dls``: what can be asked outside of a training."""
