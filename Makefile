@@ -53,8 +53,9 @@ lint: $(DONE)/packages
 	@$(IN_VENV) -m ruff format --check .
 	@$(IN_VENV) -m mypy
 
+# Not --quiet: what mkdocs does not say, it does not count as a warning.
 docs: $(DOCS)/.done
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs --quiet build --strict
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 	@echo "build/site/index.html is made; to search in it: python3 -m http.server --directory build/site"
 
 matrix: $(DONE)/packages

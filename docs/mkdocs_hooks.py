@@ -23,8 +23,8 @@ OUTSIDE = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
 }
-# Sections of the README that are pages, too: their headings.
-SECTIONS = {"limits.md": ("What is supported", "Limits")}
+# Sections of the README that are pages, too: the title, the headings.
+SECTIONS = {"limits.md": ("Supported, and not", ("What is supported", "Limits"))}
 
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
@@ -36,9 +36,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, source in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
     readme = (ROOT / "README.md").read_text()
-    for page, headings in SECTIONS.items():
+    for page, (title, headings) in SECTIONS.items():
         text = "\n".join(_section(readme, heading) for heading in headings)
-        files.append(File.generated(config, page, content=f"# {headings[-1]}\n\n{text}"))
+        files.append(File.generated(config, page, content=f"# {title}\n\n{text}"))
     return files
 
 

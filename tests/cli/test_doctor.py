@@ -1,6 +1,7 @@
 """``hvd-dls doctor``: says what is there, what is not, and what to type, whatever is broken."""
 
 import copy
+import itertools
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ import psutil
 import pytest
 
 from hvd_dls.cli.doctor.findings import findings, ready
+from hvd_dls.cli.doctor.steps import PROBES
+from hvd_dls.cli.doctor.text import as_text
 from tests.cli.environments import environment, hvd_dls
 from tests.jobs import ROOT
 
@@ -122,6 +125,34 @@ def test_with_numpy_alone(tmp_path):
     assert report["steps"]["loops"]["compiled"] is False
     assert "neither torch nor TensorFlow is installed" in told(report)
     assert "numba is not installed\npython -m pip install numba" in told(report, "warning")
+
+
+@pytest.mark.parametrize(
+    ("numba", "status", "level", "todo"),
+    [
+        # hvd_dls does without it then.
+        ("raise ImportError('needs NumPy 1.26 or less')", "broken", "warning", "--upgrade numba"),
+        # A training would crash, too.
+        ("import os; os.abort()", "crashed", "error", "python -m pip uninstall numba"),
+    ],
+    ids=["error", "abort"],
+)
+def test_a_numba_that_is_broken(tmp_path, numba, status, level, todo):
+    path = environment(tmp_path / "numba", {"numba": numba}, borrowed=["numpy"])
+    report, code = doctor(path)
+    assert code == 1
+    assert report["steps"]["numba"]["status"] == status
+    assert "numba" in told(report, level)
+    assert todo in told(report, level)
+    assert hvd_dls("doctor", path=path).returncode == 1  # as text, too
+
+
+def test_a_numpy_that_crashes(tmp_path):
+    path = environment(tmp_path / "numpy", {"numpy": "import os; os.abort()"})
+    done = hvd_dls("doctor", path=path)
+    assert done.returncode == 1, done.stderr
+    assert "error: numpy crashes: the process ended with SIGABRT: Fatal Python error" in done.stdout
+    assert "python -m pip install --force-reinstall --no-deps numpy" in done.stdout
 
 
 HOROVOD = "__version__ = '0.28.1'"
@@ -265,6 +296,43 @@ def test_pairs_that_do_not_work(here):
     report = copy.deepcopy(here)
     report["machine"]["shared_memory"] = 64 << 20
     assert "docker run --shm-size 1g" in said(report)
+    report["machine"]["interfaces"] = [
+        {"name": "eth0", "up": True, "loopback": False, "ipv4": True}
+    ]
+    for loopback in (False, True):
+        report["machine"]["name_is_loopback"] = loopback
+        assert ("process sets (hierarchical=True) over Gloo" in said(report)) == loopback
+
+
+FAILURES = {
+    "missing": {"error": "No module named 'x'", "needs": "x"},
+    "broken": {"error": "OSError: a library is gone"},
+    "crashed": {"error": "the process ended with SIGSEGV"},
+    "hung": {"error": "nothing after 1 s"},
+}
+
+
+@needs_horovod
+def test_whatever_fails_there_is_a_report_and_a_reason(here):
+    """Each step in each way, and those after it in its process not tried; two probes at a time."""
+    cases = [
+        (probe, number, how)
+        for probe in PROBES
+        for number in range(len(PROBES[probe]))
+        for how in FAILURES
+    ]
+    for one, other in itertools.product(cases, cases):
+        steps = dict(here["steps"])
+        for probe, number, how in (one, other):
+            names = [name for name, _ in PROBES[probe]][number:]
+            steps |= {name: {"status": "not tried"} for name in names}
+            steps[names[0]] = {"status": how, **FAILURES[how]}
+        facts = {**here, "steps": steps}
+        found, works = findings(facts), ready(facts)
+        assert as_text(facts, found, works)
+        if not any(works.values()):
+            assert found[0].level == "error", (one, other)
+            assert found[0].todo
 
 
 def test_arguments_that_make_no_sense_are_refused(tmp_path):

@@ -78,6 +78,7 @@ def findings(facts: Facts, wanted: str | None = None) -> list[Finding]:
         *_versions(facts),
         *_gpu(facts),
         *_machine(facts),
+        *_network(facts),
     )
     found = dict.fromkeys(rules)  # each once
     return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
@@ -92,7 +93,8 @@ def _wrong(facts: Facts, step: str) -> str:
     said = facts["steps"][step]
     how = {"missing": "is not installed", "broken": "fails", "crashed": "crashes"}
     words = {**how, "hung": "hangs", "not tried": "was not tried"}[said["status"]]
-    return f"{step} {words}" + (f": {said['error']}" if said["status"] != "missing" else "")
+    error = "" if said["status"] == "missing" else said.get("error", "")
+    return f"{step} {words}" + (f": {error}" if error else "")
 
 
 def _pip(*packages: str) -> str:
@@ -108,6 +110,10 @@ def _numpy_and_loops(facts: Facts) -> Iterator[Finding]:
         missing = facts["steps"]["numpy"]["status"] == "missing"
         todo = _pip(f'"numpy>={OLDEST["numpy"]}"') if missing else _reinstall("numpy")
         yield Finding("error", _wrong(facts, "numpy"), (todo,))
+        return
+    if facts["steps"]["numba"]["status"] in ("crashed", "hung"):
+        without = "or, slower: python -m pip uninstall numba"
+        yield Finding("error", _wrong(facts, "numba"), (_pip("--upgrade", "numba"), without))
         return
     if not _works(facts, "loops"):
         yield Finding("error", f"selection of entries: {_wrong(facts, 'loops')}", (_REPORT,))
@@ -291,6 +297,16 @@ def _machine(facts: Facts) -> Iterator[Finding]:
     if machine.get("cores_quota", 1) < 1:
         what = f"this container may use {machine['cores_quota']} of a core"
         yield Finding("note", what, ("docker run --cpus ...",))
+
+
+def _network(facts: Facts) -> Iterator[Finding]:
+    others = [each for each in facts["machine"]["interfaces"] if not each["loopback"]]
+    if facts["machine"]["name_is_loopback"] and any(each["ipv4"] for each in others):
+        what = (
+            "/etc/hosts gives this host's name a loopback address: on several hosts, process sets "
+            "(hierarchical=True) over Gloo take that, whatever --network-interfaces says"
+        )
+        yield Finding("note", what, ("give the name its real address in /etc/hosts",))
 
 
 def _version(text: str | None) -> tuple[int, ...]:

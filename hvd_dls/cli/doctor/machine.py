@@ -29,6 +29,7 @@ def machine(host_name: bool) -> Facts:
         **_cores(),
         **_memory(),
         "interfaces": _interfaces(),
+        "name_is_loopback": _name_is_loopback(),
         "gpus": _gpus(),
     }
 
@@ -104,6 +105,13 @@ def _has_ipv4(interface: str) -> bool:
         except OSError:
             return False
     return True
+
+
+def _name_is_loopback() -> bool:
+    """Whether /etc/hosts gives this host's name an address that others do not reach."""
+    lines = (line.partition("#")[0].split() for line in _read("/etc/hosts").splitlines())
+    name = socket.gethostname()
+    return any(words[0].startswith("127.") and name in words[1:] for words in lines if words)
 
 
 def _gpus() -> list[str]:
