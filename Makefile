@@ -13,6 +13,7 @@ GPU_PYTHON ?= 3.12
 GPU_ARGS ?=
 
 BIN := $(VENV)/bin
+DOCS := build/docs-venv
 DONE := $(VENV)/.done
 IN_VENV := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -21,7 +22,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint matrix venv wheel gpu-bundle gpu clean
+.PHONY: help demo test lint docs matrix venv wheel gpu-bundle gpu clean
 
 # An environment is void if its Python is gone or another one, or if it was moved or copied here:
 # its scripts still name the old place.
@@ -33,6 +34,7 @@ help:
 	@echo "             (FRAMEWORK=torch or tensorflow, DEMO_ARGS=...)"
 	@echo "make test    run all tests (TEST_ARGS=...)"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the documentation as a site, links checked: build/site"
 	@echo "make matrix  the Docker test matrix, with docker, podman or buildah (ENTRIES=...)"
 	@echo "make venv    only set up $(VENV)"
 	@echo "make wheel   build and install Horovod's wheel, again after installing Open MPI"
@@ -50,6 +52,11 @@ lint: $(DONE)/packages
 	@$(IN_VENV) -m ruff check .
 	@$(IN_VENV) -m ruff format --check .
 	@$(IN_VENV) -m mypy
+
+# Not --quiet: what mkdocs does not say, it does not count as a warning.
+docs: $(DOCS)/.done
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+	@echo "build/site/index.html is made; to search in it: python3 -m http.server --directory build/site"
 
 matrix: $(DONE)/packages
 	@$(IN_VENV) docker/matrix.py $(ENTRIES)
@@ -102,6 +109,14 @@ $(DONE)/packages: docker/constraints.txt $(DONE)/venv
 	  esac; done
 	@$(PIP) install --quiet -c $< torch
 	@mv $@.unfinished $@
+
+# An environment of its own: what makes the site is no part of what trains and tests. The pins are
+# complete here, too.
+$(DOCS)/.done: docs/requirements.txt
+	@echo "Installing what makes the documentation into $(DOCS): about 35 MB"
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $<
+	@touch $@
 
 $(DONE)/horovod: docker/horovod_wheel.py docker/horovod_edits.py $(DONE)/packages
 	@$(BIN)/python $< --install >/dev/null

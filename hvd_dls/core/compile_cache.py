@@ -18,6 +18,7 @@ import logging
 import pickle
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llvmlite
@@ -39,6 +40,11 @@ def keep_on_disk(dispatcher: Any) -> None:
         dispatcher._cache = _LoopCache(dispatcher.py_func, _disk)
     else:
         _give_up(f"numba {numba.__version__} has no place for a cache")
+
+
+def kept_in() -> Path | None:
+    """The directory that has compiled loops of this package's sources; None if none has."""
+    return None if _disk is None else _disk.place()
 
 
 class _LoopCache(NullCache):

@@ -97,6 +97,13 @@ class DiskCache:
                 continue
         return False
 
+    def place(self) -> Path | None:
+        """The directory that has entries of this state of the sources; None if none has."""
+        for root, private in self._roots():
+            if (root / self._folder).is_dir() and (not private or _is_ours(root)):
+                return root / self._folder
+        return None
+
     def _roots(self) -> Iterator[tuple[Path, bool]]:
         """Directories to try, in order, and whether each must belong to this user."""
         if self._chosen:

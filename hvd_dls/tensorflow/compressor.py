@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -57,14 +57,20 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
     Raises:
         DLSError: an option that does not exist or a value that is not accepted.
 
-    Example:
+    Examples:
         >>> tape = hvd.DistributedGradientTape(tape, compression=DLSCompressor(density=0.001))
     """
 
     _bindings: list[Binding]
 
-    def __init__(self, variables: Iterable[Any] | None = None, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        variables: Iterable[Any] | None = None,
+        *,
+        loss_scale: Callable[[], float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(loss_scale=loss_scale, **options)
         self._given = None if variables is None else Binding(variables, self.config)
         self._call: AllreduceCall | None = None  # Horovod's call that is being traced
         self._exchange: Exchange | None = None  # of that call

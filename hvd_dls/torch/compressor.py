@@ -42,7 +42,7 @@ class DLSCompressor(BaseCompressor):
     Raises:
         DLSError: an option that does not exist or a value that is not accepted.
 
-    Example:
+    Examples:
         >>> optimizer = hvd.DistributedOptimizer(
         ...     optimizer, named_parameters=model.named_parameters(),
         ...     compression=DLSCompressor(density=0.001))
