@@ -1,0 +1,25 @@
+"""``tf.summary``'s writers, as logs take them."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+
+class SummaryScalars:
+    """A writer of ``tf.summary`` with the method that torch's and tensorboardX's have.
+
+    Args:
+        writer: as ``tf.summary.create_file_writer`` makes it.
+    """
+
+    def __init__(self, writer: tf.summary.SummaryWriter) -> None:
+        self._writer = writer
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Writes one number; the default writer of the thread that calls stays as it is."""
+        with self._writer.as_default(step):
+            tf.summary.scalar(tag, value)
+
+    def flush(self) -> None:
+        """Has what was written reach the file."""
+        self._writer.flush()
