@@ -10,7 +10,9 @@ import hvd_dls
 
 # Each is a module here with ``add_arguments(parser)`` and ``run(arguments) -> exit status``. All of
 # them are imported for ``--help``, so their heads import neither frameworks nor Horovod.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "report": "Makes one page of HTML from logs: thresholds, densities, bytes and times.",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

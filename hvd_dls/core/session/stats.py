@@ -97,7 +97,7 @@ class Stats:
     def __str__(self) -> str:
         periods = (self.last, self.window, self.all)
         title = (
-            f"DLS, rank {self.rank} of {self.world_size}, step {self.step}: "
+            f"step {self.step}, rank {self.rank} of {self.world_size}: "
             f"{len(self.layers)} layers of {int(self.sizes.sum()):,} entries, "
             f"spread {self.spread:.3g}, {self.skipped} step(s) skipped"
         )
