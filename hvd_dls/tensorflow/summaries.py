@@ -1,8 +1,16 @@
-"""``tf.summary``'s writers, as logs take them."""
+"""``tf.summary``'s writers, as logs take them.
+
+What is written is what ``tf.summary.scalar`` writes, which only works where TensorBoard is
+installed, too.
+"""
 
 from __future__ import annotations
 
 import tensorflow as tf
+
+_SCALAR = tf.compat.v1.SummaryMetadata()
+_SCALAR.plugin_data.plugin_name = "scalars"
+_SCALAR.data_class = 1  # DATA_CLASS_SCALAR of TensorFlow's summary.proto
 
 
 class SummaryScalars:
@@ -18,7 +26,7 @@ class SummaryScalars:
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Writes one number; the default writer of the thread that calls stays as it is."""
         with self._writer.as_default(step):
-            tf.summary.scalar(tag, value)
+            tf.summary.write(tag, tf.constant(value, tf.float32), metadata=_SCALAR)
 
     def flush(self) -> None:
         """Has what was written reach the file."""

@@ -90,7 +90,9 @@ def scale_of(
 
 def number_text(value: float) -> str:
     """A number in few characters."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.4g}"
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    if value == 0 or 1e-3 <= abs(value) < 1000:
+        return f"{value:.4g}"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

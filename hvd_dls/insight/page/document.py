@@ -120,15 +120,15 @@ def _keys(shown: Sequence[Shown]) -> str:
 # Sections ---------------------------------------------------------------------------------------
 
 _SUMMARY = (
-    "Bytes are what this rank hands to Horovod in a step; the ratio over a ring is that of what it "
-    "sends if Horovod's collectives are rings. Times are medians over the log."
+    "Bytes are what this rank hands to Horovod in a step, beside dense training and as a ratio; over "
+    "a ring: the ratio of what it sends if collectives are rings. Times are medians over the log."
 )
 
 
 def _summary(shown: Sequence[Shown], runs: Sequence[Run]) -> str:
     head = ["run", "rank", "steps", "skipped", "layers", "entries", "density", "spread"]
-    head += ["handed over", "dense training", "ratio", "ratio over a ring"]
-    head += ["compression, ms a step", "whole step, ms"]
+    head += ["handed over", "dense training", "ratio", "over a ring"]
+    head += ["compression, ms", "step, ms"]
     rows = []
     for each in shown:
         log = each.log
@@ -240,7 +240,7 @@ def _bytes(shown: Sequence[Shown]) -> str:
 
 
 _TIME = (
-    "What compression takes of a step on this rank; bars leave out the log's first line, in which "
+    "What compression takes of a step on this rank, without the log's first line, in which "
     "loops are compiled. <i>Wait</i> is for other ranks; <i>other</i> is Python around the parts, "
     "handing over to Horovod among it."
 )
@@ -249,7 +249,7 @@ _TIME = (
 def _times(shown: Sequence[Shown]) -> str:
     bars, rows = [], []
     for each in shown:
-        after = slice(1, None) if len(each.log.steps) > 1 else slice(None)
+        after = _after_first(each.log)
         steps = each.log.column("steps")[after].sum()
         parts = {p: 1e3 * np.nansum(each.log.seconds(p)[after]) / steps for p in PARTS}
         total = 1e3 * np.nansum(each.log.seconds("total")[after]) / steps
@@ -265,7 +265,16 @@ def _times(shown: Sequence[Shown]) -> str:
         for part in (*PARTS, "other")
         if part in used
     )
-    lines = [each.line(each.ms("total")) for each in shown]
+    lines = [
+        Line(
+            each.name,
+            each.log.steps[_after_first(each.log)],
+            each.ms("total")[_after_first(each.log)],
+            each.style,
+            each.classes,
+        )
+        for each in shown
+    ]
     pictures = [
         ("milliseconds a step, by part", bar_chart(bars, "ms a step")),
         ("milliseconds over steps", line_chart(lines, "compression, ms a step")),
@@ -276,6 +285,10 @@ def _times(shown: Sequence[Shown]) -> str:
         f'<style>{colours}</style><ul class="keys">{items}</ul>{_panels(pictures)}'
         f"<details><summary>The same as a table</summary>{_table(head, rows)}</details>"
     )
+
+
+def _after_first(log: ModelLog) -> slice:
+    return slice(1, None) if len(log.steps) > 1 else slice(None)
 
 
 # Words ------------------------------------------------------------------------------------------
