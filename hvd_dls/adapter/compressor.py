@@ -82,7 +82,7 @@ class BaseCompressor:
             DLSError: window is something else.
         """
         sessions = [binding.session for binding in self._bindings if binding.session]
-        trained = [session for session in sessions if session.last_step]
+        trained = [session for session in sessions if session.tally.steps]
         if not trained:
             return None
         session = max(trained, key=lambda session: session.last_step.time)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from hvd_dls.core.session.base import SessionBase
 from hvd_dls.insight.lines import Told, model_line, scalars_of, step_line
 
 RANK = "{rank}"
+_TRIES, _PAUSE = 20, 0.1  # to lock a file; seconds between two
 
 
 class Sink(Protocol):
@@ -39,7 +41,7 @@ class JsonLines:
     """
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self._path, self._opened = path, ""
         self._file: int | None = None
 
     def model(self, number: int, session: SessionBase) -> bool:
@@ -48,10 +50,13 @@ class JsonLines:
         Raises:
             OSError: the file cannot be opened, or another process writes to it.
         """
+        path = self._path.replace(RANK, str(session.rank))
+        if path != self._opened or (session.rank and RANK not in self._path):
+            self.close()  # this rank has another number now
         if session.rank and RANK not in self._path:
             return False
         if self._file is None:
-            self._file = _opened(Path(self._path.replace(RANK, str(session.rank))))
+            self._file, self._opened = _opened(Path(path)), path
         self._write(model_line(number, session))
         return True
 
@@ -75,17 +80,27 @@ class JsonLines:
 def _opened(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _locked(file):
         os.close(file)
-        raise OSError(f"another process writes to {path}: give each a file of its own") from None
-    except OSError:
-        pass  # some file systems have no locks
+        raise OSError(f"another process writes to {path}: give each a file of its own")
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")
     return file
+
+
+def _locked(file: int) -> bool:
+    """Whether nobody else has it; who had it before may be about to close it."""
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+        except OSError:
+            return True  # some file systems have no locks
+        else:
+            return True
+    return False
 
 
 class Scalars:

@@ -61,10 +61,18 @@ class Tally:
         self._time = record.time
 
     def inherit(self, other: Tally) -> None:
-        """Goes on from the sums of the same model's steps among other ranks."""
+        """Goes on from the sums of the same model's steps among other ranks.
+
+        If other layers are compressed there, it begins anew.
+        """
         if self._names == other._names:
             self._sums, self._time, self._began = other._sums, other._time, other._began
             self._before = other._before.copy()
+
+    @property
+    def steps(self) -> int:
+        """That were added up."""
+        return int(self._sums[0])
 
     @property
     def sums(self) -> tuple[np.ndarray, float]:

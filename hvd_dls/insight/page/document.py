@@ -42,11 +42,13 @@ class Shown:
 
     def a_step(self, name: str) -> np.ndarray:
         """(T,) of a field that is added up, the mean over each line's steps."""
-        return self.log.column(name) / self.log.column("steps")
+        each: np.ndarray = self.log.column(name) / self.log.column("steps")
+        return each
 
     def ms(self, part: str) -> np.ndarray:
         """(T,) milliseconds a step of a part or of all."""
-        return 1e3 * self.log.seconds(part) / self.log.column("steps")
+        each: np.ndarray = 1e3 * self.log.seconds(part) / self.log.column("steps")
+        return each
 
 
 def page_of(runs: Sequence[Run], title: str = "hvd_dls report") -> str:
@@ -120,8 +122,8 @@ def _keys(shown: Sequence[Shown]) -> str:
 # Sections ---------------------------------------------------------------------------------------
 
 _SUMMARY = (
-    "Bytes are what this rank hands to Horovod in a step, beside dense training and as a ratio; over "
-    "a ring: the ratio of what it sends if collectives are rings. Times are medians over the log."
+    "Bytes are what this rank hands to Horovod in a step, beside dense training and as a ratio. "
+    "Over a ring: the ratio of what it sends if collectives are rings. Times are medians."
 )
 
 

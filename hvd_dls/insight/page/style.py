@@ -17,8 +17,8 @@ h1{font-size:24px;margin:0}h2{font-size:18px;margin:36px 0 2px}
 p{margin:2px 0 12px;max-width:75ch;color:var(--dim)}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;white-space:nowrap}
-th,td{padding:5px 14px 5px 0;text-align:right;border-bottom:1px solid var(--rule)}
-th{font-weight:600;color:var(--dim);font-size:13px;vertical-align:bottom}
+th,td{padding:5px 10px 5px 0;text-align:right;border-bottom:1px solid var(--rule)}
+th{font-weight:600;color:var(--dim);font-size:12.5px;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left}
 .panels{display:grid;gap:18px;grid-template-columns:repeat(auto-fill,minmax(min(440px,100%),1fr))}
 figure{margin:0;padding:12px 14px;background:var(--card);border:1px solid var(--rule);

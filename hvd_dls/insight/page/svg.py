@@ -247,8 +247,8 @@ def bar_chart(bars: Sequence[Bar], what: str) -> str:
                 f"<title>{escape(bar.name)}: {part} {length:.3g} ms</title></rect>"
             )
             start += length
-        at = x.at(start) + 5
-        drawn.append(f'<text x="{at:.1f}" y="{y + row / 2}" dy=".32em">{start:.3g}</text>')
+        behind = x.at(start) + 5
+        drawn.append(f'<text x="{behind:.1f}" y="{y + row / 2}" dy=".32em">{start:.3g}</text>')
     middle = (left + WIDTH - RIGHT) / 2
     drawn.append(f'<text class="middle" x="{middle}" y="{bottom + 33}">{escape(what)}</text>')
     return (

@@ -210,6 +210,28 @@ def test_only_rank_0_writes_unless_each_has_a_file_of_its_own(tmp_path):
     assert read_run(tmp_path / "new" / "of-2.jsonl").models[0].rank == 2
 
 
+def test_the_file_goes_with_rank_0(tmp_path):
+    """As in elastic training, where ranks get other numbers."""
+    path = tmp_path / "run.jsonl"
+    before, after = make_sessions(2, density=0.02), make_sessions(2, density=0.02)
+    logs = [make_log(path, 1, []) for _ in before]
+    for session, log in zip(before, logs, strict=True):
+        session.observers = [log]
+    run(before, np.random.default_rng(0), 2)
+    for number, session in enumerate(after):
+        session.inherit(before[1 - number])
+        session.observers = [logs[1 - number]]
+    for session in after:
+        session.agree(after[0].agreed())
+    run(after, np.random.default_rng(0), 2)
+    for log in reversed(logs):
+        log.flush()
+    for log in logs:
+        log.close()
+    (model,) = read_run(path).models
+    assert model.steps.tolist() == [1, 2, 3, 4]
+
+
 def test_a_second_log_to_the_same_file_is_told_and_leaves_the_first_alone(tmp_path, caplog):
     path = tmp_path / "run.jsonl"
     sessions, log = logged(path)
