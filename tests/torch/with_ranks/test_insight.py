@@ -1,5 +1,6 @@
 """What can be seen of a training: statistics, and logs of it."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -169,3 +170,13 @@ def test_a_window_that_is_none_is_refused(window):
     train(model, wrap(model, compression), range(1))
     with pytest.raises(DLSError, match="window="):
         compression.stats(window)
+
+
+def test_a_compressor_with_a_log_is_not_copied():
+    compression = DLSCompressor(density=0.05)
+    log = compression.log_to("never opened.jsonl")
+    with pytest.raises(DLSError, match="a log"):
+        copy.deepcopy(compression)
+    log.close()
+    assert copy.deepcopy(compression).config == compression.config
+    assert not Path("never opened.jsonl").exists()
