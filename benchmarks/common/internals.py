@@ -5,6 +5,7 @@ It is imported here only, so that a change in the core needs to be followed in t
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 from benchmarks.common.shapes import Shapes
@@ -15,9 +16,12 @@ from hvd_dls.core.balancing.sketch import WINDOW, Sketch
 from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.selection import threads
 from hvd_dls.core.selection.passes import Found, find, settle, sum_up
+from hvd_dls.core.session import averaging, ending, gathering, settling, stopwatch
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.session.session import Session
+from hvd_dls.core.session.stopwatch import Stopwatch
+from hvd_dls.core.session.tally import Tally
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.buckets import make_buckets
 from hvd_dls.core.wire.layout import Bucket, payload_bytes
@@ -37,6 +41,9 @@ __all__ = [
     "Session",
     "Sketch",
     "StepSize",
+    "Stopwatch",
+    "Tally",
+    "clocked_modules",
     "elias_fano",
     "find",
     "layer_spec",
@@ -79,3 +86,8 @@ def step_size(shapes: Shapes, config: DLSConfig, ranks: int) -> StepSize:
     shares = (round(entries * bucket.size / plan.sizes.sum()) for bucket in buckets)
     payloads = sum(payload_bytes(b, share) for b, share in zip(buckets, shares, strict=True))
     return StepSize(entries, payloads, plan.dense_bytes)
+
+
+def clocked_modules() -> list[ModuleType]:
+    """Returns the modules that look at the clock, each by its own ``perf_counter``."""
+    return [averaging, ending, gathering, settling, stopwatch]

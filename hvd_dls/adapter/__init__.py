@@ -5,6 +5,7 @@ Imports ``core`` and Horovod's process sets, no framework.
 
 from hvd_dls.adapter.binding import BaseBinding
 from hvd_dls.adapter.compressor import BaseCompressor, InstanceOrDefault
+from hvd_dls.adapter.watching import on_the_watch
 from hvd_dls.adapter.world import World, epoch
 
-__all__ = ["BaseBinding", "BaseCompressor", "InstanceOrDefault", "World", "epoch"]
+__all__ = ["BaseBinding", "BaseCompressor", "InstanceOrDefault", "World", "epoch", "on_the_watch"]

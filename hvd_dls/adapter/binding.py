@@ -20,6 +20,7 @@ from hvd_dls.core import disk_cache
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection import threads
 from hvd_dls.core.selection.backend import Backend
+from hvd_dls.core.session.base import SessionBase
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.session import Session
 from hvd_dls.core.wire import agreement
@@ -47,6 +48,7 @@ class BaseBinding(ABC):
         loss_scale: tells what the loss is multiplied by, if it is.
         host_sets: where the ranks of each host average their gradients first.
         states: saved ones that wait for models; the session takes its own out of them.
+        observers: of the session's steps.
     """
 
     def __init__(self, layers: Sequence[LayerSpec], config: DLSConfig) -> None:
@@ -55,6 +57,7 @@ class BaseBinding(ABC):
         self._layers = list(layers)
         self._config = config
         self.states: list[Mapping[str, Any]] = []
+        self.observers: list[Callable[[SessionBase], None]] = []
         self._world: World | None = None
         self._epoch: Any = None
         self._label = ""
@@ -134,6 +137,7 @@ class BaseBinding(ABC):
         self.host_sets = host_sets(groups, hosts, world, sets) if exchanges_by_hosts else None
         session.agree(np.array(claims[0].numbers, np.int64))
         self._label = claims[0].label
+        session.observers = self.observers
         self._world, self._epoch, self.session = world, epoch(), session
         if old is None:
             session.announce()

@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 from hvd_dls.adapter.binding import BaseBinding
 from hvd_dls.adapter.states import STATE_VERSION, models_in, take_state_of
 from hvd_dls.config import DLSConfig
+from hvd_dls.core.session.stats import Stats
 from hvd_dls.core.session.telemetry import StepRecord
 from hvd_dls.errors import DLSError, StateMismatchError
+from hvd_dls.insight import Log, make_log
 
 
 class InstanceOrDefault:
@@ -57,6 +59,7 @@ class BaseCompressor:
         self._loss_scale = loss_scale
         self._bindings: list[Any] = []
         self._loaded: list[Mapping[str, Any]] = []  # states of models to come
+        self._logs: list[Any] = []  # that observe each model's steps
 
     @InstanceOrDefault
     def last_step(self) -> StepRecord | None:
@@ -64,6 +67,56 @@ class BaseCompressor:
         sessions = [binding.session for binding in self._bindings if binding.session]
         records = [session.last_step for session in sessions if session.last_step]
         return max(records, key=lambda record: record.time, default=None)
+
+    @InstanceOrDefault
+    def stats(self, window: int = 100) -> Stats | None:
+        """What compression did on this rank: in the last step, in a window, and in all steps.
+
+        Args:
+            window: number of last steps, 1 to 1000.
+
+        Returns:
+            Of the model that trained last; None before a step has ended.  ``print`` shows a table.
+
+        Raises:
+            DLSError: window is something else.
+        """
+        sessions = [binding.session for binding in self._bindings if binding.session]
+        trained = [session for session in sessions if session.tally.steps]
+        if not trained:
+            return None
+        session = max(trained, key=lambda session: session.last_step.time)
+        stats: Stats = session.tally.stats(session.last_step, session.skipped, window)
+        return stats
+
+    @InstanceOrDefault
+    def log_to(self, target: Any, every: int = 10) -> Log:
+        """Logs the first step of each model that is to come, and every few steps after it.
+
+        A rank's own affair: no rank waits for another, and what fails is told once by the logger
+        ``hvd_dls``, and ends the log, not the training.  Writing happens in a thread.
+
+        Args:
+            target: the path of a file of JSON lines, which is appended to: on rank 0 alone, or on
+                every rank if ``{rank}`` is in it; or a writer of TensorBoard's, with ``add_scalar``
+                (torch's, tensorboardX's), in TensorFlow one of ``tf.summary``; or a function that
+                takes a line as a dictionary.  Writers and functions are called in the thread.
+            every: number of steps that a line tells of: of the last one's ratios and thresholds,
+                and of bytes and seconds of all together.
+
+        Returns:
+            The log, to ``close()``; it closes by itself at the interpreter's end.
+
+        Raises:
+            DLSError: target or every is something else.
+        """
+        log = make_log(self._as_scalars(target), every, self._logs)
+        self._logs.append(log)
+        return log
+
+    def _as_scalars(self, target: Any) -> Any:
+        """A framework's own kind of writer as one with ``add_scalar``; all else as it is."""
+        return target
 
     @InstanceOrDefault
     def skipped_steps(self) -> int:
@@ -151,6 +204,8 @@ class BaseCompressor:
             return "loss_scale"
         if self._bindings:
             return "models that it has trained"
+        if self._logs:
+            return "a log"
         return "a loaded state" if self._loaded else ""
 
     @classmethod
@@ -163,6 +218,7 @@ class BaseCompressor:
         """Takes a new model on, and drops those that are gone."""
         binding.loss_scale = self._loss_scale
         binding.states = self._loaded
+        binding.observers = self._logs
         self._bindings = [*(old for old in self._bindings if old.alive), binding]
 
     def _living(self) -> list[Any]:

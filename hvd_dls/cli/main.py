@@ -12,6 +12,7 @@ import hvd_dls
 # them are imported for ``--help``, so their heads import neither frameworks nor Horovod.
 COMMANDS: dict[str, str] = {
     "doctor": "what is installed, what does not work, and what to type",
+    "report": "one page of HTML from logs: thresholds, densities, bytes and times",
 }
 
 

@@ -13,10 +13,12 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_dls.keras.broadcasting import broadcast_variables
+from hvd_dls.keras.insight import InsightCallback
 from hvd_dls.tensorflow.handles import handle_of, identity
 
 __all__ = [
     "BroadcastGlobalVariablesCallback",
+    "InsightCallback",
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",

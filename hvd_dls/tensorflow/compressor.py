@@ -23,6 +23,7 @@ from hvd_dls.tensorflow.horovod_frames import (
     wrapping_keras3_optimizer,
 )
 from hvd_dls.tensorflow.reduction import Context, compress_gradient, send_uncompressed
+from hvd_dls.tensorflow.summaries import SummaryScalars
 
 _log = logging.getLogger("hvd_dls")
 _do_not_convert = tf.autograph.experimental.do_not_convert
@@ -127,6 +128,9 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
     def __hash__(self) -> int:  # Horovod keeps one function for each compressor
         _refuse_keras3()
         return super().__hash__()
+
+    def _as_scalars(self, target: Any) -> Any:
+        return SummaryScalars(target) if isinstance(target, tf.summary.SummaryWriter) else target
 
     # Finding the variables ----------------------------------------------------------------------
 

@@ -236,6 +236,7 @@ class Exchange:
             session, deferred = self.session, self.binding.deferred
             with self.binding.lock, deferred.errors_kept():
                 if not session.dense_step:
+                    session.watch.arrived()
                     for bucket, array in zip(buckets, arrays, strict=True):
                         if bucket is not None:
                             session.receive(bucket, array)

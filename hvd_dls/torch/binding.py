@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_dls.adapter import BaseBinding, World
+from hvd_dls.adapter import BaseBinding, World, on_the_watch
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.selection.backend import Array, Backend, Future
 from hvd_dls.core.session.baselines import BASELINES
@@ -73,6 +73,7 @@ class Binding(BaseBinding):
 
     # The way of a gradient ----------------------------------------------------------------------
 
+    @on_the_watch
     def compress(
         self, optimizer: Any, name: str, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, InFlight | Dense]:
@@ -137,6 +138,7 @@ class Binding(BaseBinding):
             return whole, sent._replace(binding=self, name=name)
         return self._placeholder(name, gradient)
 
+    @on_the_watch
     def decompress(self, reduced_one: torch.Tensor | None, sent: InFlight) -> torch.Tensor:
         """All ranks' entries in the gradient's own memory, scaled as Horovod scaled the 1.0."""
         assert self.session is not None
@@ -149,6 +151,7 @@ class Binding(BaseBinding):
             sent.gradient.copy_(sent.flat.view(sent.gradient.shape))
         return sent.gradient
 
+    @on_the_watch
     def decompress_dense(self, reduced: torch.Tensor | None, sent: Dense) -> torch.Tensor:
         """A gradient that Horovod has reduced whole; zero or Inf, if the step is skipped."""
         assert self.session is not None
@@ -163,6 +166,7 @@ class Binding(BaseBinding):
         gradient = whole.to(sent.dtype)
         return gradient if counts else gradient.fill_(torch.inf if session.marks_skipped else 0.0)
 
+    @on_the_watch
     def wait(self) -> None:
         """Waits for what is on its way, if all is: sleeping, where Horovod's own wait would spin.
 

@@ -69,11 +69,14 @@ class Delivery:
                 self._wait_for_thread()
             return
         self._send(session.unfinished())
-        while not self.exchange.idle:
-            if self.exchange.take(self._last, session.receive):
-                pause = Pause()
-            else:
-                pause.sleep()
+        if self.exchange.idle:
+            return
+        with session.watch.waiting():
+            while not self.exchange.idle:
+                if self.exchange.take(self._last, session.receive):
+                    pause = Pause()
+                else:
+                    pause.sleep()
 
     def abandon(self, farewell: Mapping[int, Farewell]) -> None:
         """Forgets what is on its way: see ``Exchange.abandon``."""
@@ -116,9 +119,11 @@ class Delivery:
                 self._thread.start()
 
     def _wait_for_thread(self) -> None:
-        while self._error is None and not self.exchange.idle:
-            self._keep_moving()
-            self._moved.wait(_PATIENCE)
+        if self._error is None and not self.exchange.idle:
+            with self._session.watch.waiting():
+                while self._error is None and not self.exchange.idle:
+                    self._keep_moving()
+                    self._moved.wait(_PATIENCE)
         if self._error is not None:
             error, self._error = self._error, None
             raise error

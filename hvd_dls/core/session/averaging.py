@@ -8,6 +8,8 @@ a header alone, in which step it is.  Without groups nothing of this happens.
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import numpy as np
 
 from hvd_dls.core.selection.passes_numpy import widened
@@ -54,7 +56,7 @@ class Averaging(Gathering):
             average (see ``Groups.weight``); for each layer, then for each watched one, whether it
             takes part; for each watched one whether it is not finite; and this rank's clock.
         """
-        step, of = self._step, self.routing.buckets[bucket]
+        step, of, begun = self._step, self.routing.buckets[bucket], perf_counter()
         own = self.no_contribution(bucket)
         weight = own.dtype.type(self.groups.weight)
         there, not_finite, clock = self._counts(bucket, own)
@@ -72,6 +74,9 @@ class Averaging(Gathering):
                 there[len(of.layers) + position] = 1
                 not_finite[position] = name in step.not_finite
         self._close(bucket)
+        if len(self.groups.mates) > 1:
+            step.host_bytes += own.nbytes
+        self.watch.seconds["average"] += perf_counter() - begun
         return own
 
     def added_up(self, bucket: int, total: np.ndarray) -> None:
@@ -139,7 +144,10 @@ class Averaging(Gathering):
         """
         capacity = int(self._k_of(bucket).sum())
         self._step.handed_on.add(bucket)
-        return pack_header(self.routing.buckets[bucket], capacity, self._clock.now)
+        header = pack_header(self.routing.buckets[bucket], capacity, self._clock.now)
+        self._step.host_bytes += header.nbytes
+        self.watch.sent()
+        return header
 
     def hand_on(self, bucket: int, gathered: np.ndarray) -> np.ndarray:
         """What this rank hands on of a bucket that it ``sends``: what came in, as it came.
@@ -149,4 +157,6 @@ class Averaging(Gathering):
             gathered: uint8, all payloads in rank order.
         """
         self._step.handed_on.add(bucket)
+        if len(self.groups.mates) > 1:
+            self._step.host_bytes += gathered.nbytes
         return gathered

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.session.recorder import Recorder
 from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.session.step import Step
+from hvd_dls.core.session.stopwatch import Stopwatch
+from hvd_dls.core.session.tally import Tally
 from hvd_dls.core.session.telemetry import StepRecord
 from hvd_dls.errors import DLSError
 
@@ -41,7 +43,10 @@ class SessionBase:
         self._layers = {layer.name: layer for layer in self.plan.sparse}
         self._row = {layer.name: row for row, layer in enumerate(self.plan.sparse)}
         self._backends = self.memory.backends
-        self._recorder = Recorder(self.plan, config, self.memory)
+        self.watch = Stopwatch()
+        self._recorder = Recorder(self.plan, config, self.memory, self.watch)
+        self.tally = Tally(self.plan, self.groups)
+        self.observers: Sequence[Callable[[SessionBase], None]] = ()
         self._clock = SessionClock(self.memory.controller, not self.groups.trivial)
         self._step = Step(self.routing)
         # How often each bucket was exchanged, or is being; and, last, how many steps have begun.
@@ -139,6 +144,7 @@ class SessionBase:
     def _forget_step(self) -> None:
         self._step = Step(self.routing)
         self.memory.correction.forget()
+        self.watch.reset()
 
     def _check_sound(self) -> None:
         """Refuses to go on from what an error has left half written."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import numpy as np
 
 from hvd_dls.core.balancing.plan import measured_k
@@ -9,20 +11,23 @@ from hvd_dls.core.session import log
 from hvd_dls.core.session.memory import Memory
 from hvd_dls.core.session.recorder import Recorder
 from hvd_dls.core.session.step import Step
+from hvd_dls.core.session.stopwatch import Stopwatch
 from hvd_dls.core.session.telemetry import StepRecord
 
 
-def end_step(memory: Memory, recorder: Recorder, step: Step) -> StepRecord:
+def end_step(memory: Memory, recorder: Recorder, step: Step, watch: Stopwatch) -> StepRecord:
     """Ends a step that counts, once all its layers are settled.
 
     Args:
         memory: of the rank.
         recorder: of the model.
         step: that ends.
+        watch: of it.
 
     Returns:
         What happened in it.
     """
+    begun = perf_counter()
     found = {name: f for name, f in step.found.items() if f is not None}
     memory.correction.commit({name: f.indices for name, f in found.items()})
     memory.forget_leftovers(step.arrived - step.stayed_away)
@@ -42,6 +47,7 @@ def end_step(memory: Memory, recorder: Recorder, step: Step) -> StepRecord:
     if memory.baseline is not None:
         k = np.array([len(found[x.name].indices) if x.name in found else 0 for x in memory.layers])
     _advance(memory, step)
+    watch.seconds["balance"] += perf_counter() - begun
     return recorder.record(step, k)
 
 

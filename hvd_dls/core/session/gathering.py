@@ -6,6 +6,7 @@ Nothing that outlives the step changes here.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +87,7 @@ class Gathering(SessionBase):
         return self._arrive(name)
 
     def _select(self, name: str, gradient: Array) -> None:
+        begun = perf_counter()
         correction, baseline = self.memory.correction, self.memory.baseline
         if correction.active:
             gradient = correction.apply(name, gradient, self.loss_scale)
@@ -95,6 +97,7 @@ class Gathering(SessionBase):
         elif not baseline.needs_all:
             k = baseline.k_of(name, self.residuals[name], gradient, self.loss_scale)
             self._find(name, k)
+        self.watch.seconds["find"] += perf_counter() - begun
 
     def correct(self, name: str, gradient: Array) -> Array:
         """What to send of a layer that goes dense, if ``corrects``.
@@ -181,7 +184,7 @@ class Gathering(SessionBase):
 
         Waits for devices that are still working on it.
         """
-        step, of = self._step, self.routing.buckets[bucket]
+        step, of, begun = self._step, self.routing.buckets[bucket], perf_counter()
         for name in step.working_on(bucket):
             self._heard_of(name, step.futures[name].result())
             del step.futures[name]  # not before: waiting may be interrupted
@@ -190,6 +193,7 @@ class Gathering(SessionBase):
             together = self.memory.baseline.k_together(self.residuals, there)
             for name, k in together.items():
                 self._find(name, k)
+        found_at = perf_counter()
         found = [step.found.get(x.name, ABSENT) for x in of.layers]
         if self.memory.baseline is None:
             k_of_layers = self._k_of(bucket)
@@ -202,6 +206,9 @@ class Gathering(SessionBase):
         step.kept[bucket] = packed.kept
         step.sent[bucket] = len(packed.payload)
         self._close(bucket)
+        self.watch.seconds["find"] += found_at - begun
+        self.watch.seconds["pack"] += perf_counter() - found_at
+        self.watch.sent()
         return packed.payload
 
     def receive(self, bucket: int, gathered: np.ndarray) -> None:
@@ -217,6 +224,7 @@ class Gathering(SessionBase):
             RanksDisagreeError: some rank has abandoned this step, or is in another one: ``abandon``
                 it here, too.
         """
+        begun = perf_counter()
         try:
             payloads, told = self._taken_apart(bucket, gathered)
         except PayloadError:
@@ -227,6 +235,7 @@ class Gathering(SessionBase):
             senders = self.routing.senders[bucket]
             self._check_clock(told | dict(zip(senders, payloads.told(), strict=True)))
         self._step.received[bucket] = payloads
+        self.watch.seconds["unpack"] += perf_counter() - begun
 
     def _taken_apart(self, bucket: int, gathered: np.ndarray) -> tuple[Payloads, dict[int, Told]]:
         """A bucket's payloads, and what ranks of the group tell that sent a header alone."""

@@ -47,6 +47,10 @@ class Session(Settling):
             the last one.
         missed: layers that did not come in at all in the last step.
         last_step: what happened in the last step that was not skipped.
+        tally: what happened in all of them.
+        watch: where the time of the step in progress goes.
+        observers: called when a step has ended that was not skipped, on the training's own thread:
+            they must be quick and raise nothing.
 
     Raises:
         DLSError: see ``make_plan`` and ``make_buckets``.
@@ -139,6 +143,7 @@ class Session(Settling):
         self.memory.inherit(other.memory, factor)
         self.skipped, self.last_step = other.skipped, other.last_step
         self.marks_skipped, self.missed = other.marks_skipped, other.missed
+        self.tally.inherit(other.tally)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's training state: plain values and arrays (the large ones are not copied).

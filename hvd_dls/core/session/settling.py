@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from time import perf_counter
 
 import numpy as np
 
@@ -84,10 +85,11 @@ class Settling(Averaging):
     def _settle(self, name: str, out: Array, scale: float) -> None:
         """Books what was sent of a layer and what came in; of one that is left out, the latter."""
         step, (bucket, position) = self._step, self.routing.position(name)
-        backend = self._backends[name]
+        backend, begun = self._backends[name], perf_counter()
         received = step.received[bucket].received(position)
         if name not in step.found:  # left out, or another rank's to send
             backend.sum_up(received, scale, out, self._layers[name].work_dtype)
+            self.watch.seconds["settle"] += perf_counter() - begun
             return
         found = step.found[name]
         assert found is not None  # or the step would have been refused
@@ -98,6 +100,7 @@ class Settling(Averaging):
         if self.memory.baseline is not None:
             self.memory.baseline.take_note(name, residual, found.values)
         self._writing = None
+        self.watch.seconds["settle"] += perf_counter() - begun
 
     def _bring_to_end(self, step: Step) -> None:
         if step.refused is not None:
@@ -151,9 +154,12 @@ class Settling(Averaging):
         self.missed = everyone - step.arrived
         self._step = Step(self.routing)
         self._writing = "velocities and ratios"
-        self.last_step = end_step(self.memory, self._recorder, step)
+        self.last_step = end_step(self.memory, self._recorder, step, self.watch)
         self._writing = None
         self._clock.start_step()
+        self.tally.add(self.last_step, self.skipped)
+        for observe in self.observers:
+            observe(self)
 
     def _end_refused(self, step: Step) -> None:
         assert step.refused is not None

@@ -43,6 +43,7 @@ class Step:
             up.
         watched_in_group: what to tell of layers that go dense, for the whole group, by bucket.
         sent: length of each payload that went out, by bucket.
+        host_bytes: that went to other ranks of the group.
         handed_on: buckets whose payloads, or a header, went to the other ranks of the group.
         received: all ranks' payloads, by bucket.
         settled: layers whose residual and gradient are done.
@@ -70,6 +71,7 @@ class Step:
         self.abandoned: dict[int, Abandoned] = {}
         self.watched_in_group: dict[int, dict[str, Status]] = {}
         self.sent: dict[int, int] = {}
+        self.host_bytes = 0
         self.handed_on: set[int] = set()
         self.received: dict[int, Payloads] = {}
         self.settled: set[str] = set()

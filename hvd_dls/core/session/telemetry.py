@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hvd_dls.core.session.stopwatch import Seconds
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -37,6 +39,13 @@ class StepRecord:
         sparse_bytes: payload bytes this rank handed to allgather.
         dense_bytes: gradient bytes this rank handed to allreduce.
         quality: beside exact global top-k, in steps that measured it (``measure_every``).
+        host_bytes: that this rank handed to Horovod for its own host (``hierarchical``).
+        payloads: that this rank handed to allgather.
+        repeated: those of them that were as long as in the step before.  Only for these can
+            Horovod's response cache save a negotiation; whether it did, Horovod 0.28.1 tells
+            nobody.
+        loss_scale: what the loss was multiplied by, and with it the thresholds.
+        seconds: where the time of the step went.
     """
 
     step: int
@@ -48,6 +57,11 @@ class StepRecord:
     sparse_bytes: int
     dense_bytes: int
     quality: Quality | None = None
+    host_bytes: int = 0
+    payloads: int = 0
+    repeated: int = 0
+    loss_scale: float = 1.0
+    seconds: Seconds = field(default_factory=Seconds, compare=False)
 
     def threshold_spread(self, least_k: int = 10) -> float:
         """Largest over smallest threshold among layers with k >= least_k; 1 is ideal.

@@ -11,7 +11,8 @@ if os.environ.get("TF_USE_LEGACY_KERAS") == "1":
 import keras
 
 import hvd_dls.keras as hvd
-from tests.keras.with_ranks.keras3 import compiled
+from hvd_dls.insight.reading import read_run
+from tests.keras.with_ranks.keras3 import compiled, compressor
 from tests.keras.with_ranks.training import assert_same_on_all_ranks, data, flat
 
 
@@ -67,3 +68,20 @@ def test_momentum_is_corrected_when_the_learning_rate_changes():
     w = 1 + v
     v = 0.5 * (0.2 / 0.1) * v - 0.2 * 2 * w
     np.testing.assert_allclose(flat(model), [w + v], rtol=1e-5)
+
+
+def test_compression_is_seen_beside_keras_own_metrics_and_logged(tmp_path):
+    compression = compressor()
+    model = compiled(compression)
+    path = tmp_path / "{rank}.jsonl"
+    callback = hvd.callbacks.InsightCallback(compression, path, every=2)
+    history = model.fit(*data(32), 8, epochs=2, verbose=0, callbacks=[callback]).history
+    stats = compression.stats(window=4)
+    assert len(history["dls_density"]) == 2
+    assert history["dls_density"][-1] == pytest.approx(stats.window.density)
+    sent = stats.window.sparse_bytes + stats.window.dense_bytes
+    assert history["dls_megabytes"][-1] == pytest.approx(sent / 4 / 1e6)
+    assert history["dls_dense_megabytes"][-1] > history["dls_megabytes"][-1]
+    assert all(ms > 0 for ms in history["dls_ms"])
+    (log,) = read_run(tmp_path / f"{hvd.rank()}.jsonl").models
+    assert log.steps.tolist() == [1, 2, 4, 6, 8]
