@@ -32,6 +32,6 @@ def test_what_hangs_fails_the_test_and_shows_the_output():
     code = "import time; print('waiting', flush=True); time.sleep(9999)"
     with ElasticJob(["-c", code], {host(0): 1}) as job:
         job.wait_until(lambda: "waiting" in job.output(), "a line")
-        with pytest.raises(pytest.fail.Exception, match="(?s)what never comes.*waiting"):
+        with pytest.raises(pytest.fail.Exception, match=r"(?s)what never comes.*waiting"):
             job.wait_until(lambda: False, "what never comes", time_limit=1)
         assert not job.runs()
