@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ ORDERS = "HVD_DLS_TEST_ORDERS"  # a folder with a file for each worker that has 
 def say(what: str, **values: Any) -> None:
     """Tells the test what happens: see ``ElasticJob.events``."""
     who = {"what": what, "pid": os.getpid(), "host": os.environ["HOROVOD_HOSTNAME"]}
-    print(MARK, json.dumps(who | values), flush=True)
+    print(MARK, json.dumps(who | {"time": round(time.time(), 2)} | values), flush=True)
 
 
 def order() -> str:
