@@ -7,6 +7,7 @@ host, and for this machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 
 from tests.elastic.worker import MARK, ORDERS
@@ -97,6 +99,15 @@ class ElasticJob(Job):
         for name in names:
             del self.hosts[name]
         self._write_hosts()
+
+    def workers(self, name: str) -> list[int]:
+        """Processes that run the job's program on a host now, in the order of their start."""
+        found = []
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("HOROVOD_HOSTNAME") == name:
+                    found.append((process.create_time(), process.pid))
+        return [pid for _, pid in sorted(found)]
 
     def kill(self, pid: int) -> None:
         """Ends a worker with SIGKILL, wherever it is; its host is never used again."""
