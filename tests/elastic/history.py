@@ -62,7 +62,7 @@ class History:
             for world in sorted(worlds, key=float)
         ]
 
-    def check(self) -> list[int]:
+    def check(self, density: float | None = None) -> list[int]:
         """Checks all there is to check.
 
         In each step all ranks have the same weights and ratios; each step is the next one, in one
@@ -70,6 +70,9 @@ class History:
         lost that ought not to: what the weights are, less what waits in residuals, moves with the
         gradients alone; also when the number of ranks changes, but for what lost workers owed.
         The loss falls.
+
+        Args:
+            density: what is sent in each step of several ranks, if that stays the same.
 
         Returns:
             Number of ranks in each world.
@@ -82,6 +85,9 @@ class History:
                 for key in ALIKE:
                     assert len({e.get(key) for e in events}) == 1, (key, events)
                 assert events[0].get("step_of_compressor", step) == step, events
+                if density is not None and events[0]["size"] > 1:
+                    sent, entries = events[0]["sent"], events[0]["entries"]
+                    assert abs(sent - density * entries) <= 0.1 * density * entries, events
                 if step > 1:
                     before = [told[e["pid"]].get(step - 1) for e in events]
                     assert before[0] is not None, f"step {step} without {step - 1}: {events}"
