@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+import psutil
+
 from tests.elastic.job import ElasticJob, Event
 
 ALIKE = ("weights", "ratios", "step_of_compressor", "sent")  # on all ranks, to the bit
@@ -21,17 +23,16 @@ class History:
 
     def __init__(self, job: ElasticJob) -> None:
         self._job = job
-        self._seen = 0
 
     def wait_for_steps(self, size: int, steps: int = 5) -> None:
-        """Waits for so many more steps of so many ranks."""
+        """Waits for so many steps of so many ranks from now on."""
+        before = len(self._job.events("step"))
 
         def there() -> bool:
-            events = [e for e in self._job.events("step")[self._seen :] if e["size"] == size]
+            events = [e for e in self._job.events("step")[before:] if e["size"] == size]
             return len(events) >= size * steps
 
         self._job.wait_until(there, f"{steps} steps of {size} ranks")
-        self._seen = len(self._job.events("step"))
 
     def wait_for_worker(self, host: str) -> None:
         """Waits until a worker on a host has reported a step."""
@@ -40,6 +41,15 @@ class History:
             return any(event["host"] == host for event in self._job.events("step"))
 
         self._job.wait_until(there, f"a step of the worker on {host}")
+
+    def wait_for_death(self, host: str) -> None:
+        """Waits until the worker on a host has started, and is gone."""
+
+        def gone() -> bool:
+            started = any(event["host"] == host for event in self._job.events("start"))
+            return started and not psutil.pid_exists(self.pid_on(host))
+
+        self._job.wait_until(gone, f"the death of the worker on {host}")
 
     def pid_on(self, host: str) -> int:
         """The worker that was started last on a host."""

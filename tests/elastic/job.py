@@ -76,7 +76,7 @@ class ElasticJob(Job):
             command,
             {
                 "HOROVOD_DYNAMIC_PROCESS_SETS": "0",  # they do not go with elastic training
-                "HOROVOD_GLOO_TIMEOUT_SECONDS": "60",  # for workers that die while they connect
+                "HOROVOD_GLOO_TIMEOUT_SECONDS": "30",  # now and then Gloo misses a death
                 ORDERS: str(self._orders),
                 **(env or {}),
             },
@@ -113,11 +113,16 @@ class ElasticJob(Job):
         """Ends a worker with SIGKILL, wherever it is; its host is never used again."""
         os.kill(pid, signal.SIGKILL)
 
-    def order(self, pid: int, what: str) -> None:
-        """Gives a worker an order, for ``order`` and ``die_if`` in tests/elastic/worker.py."""
-        whole = self._orders / f"{pid}.new"
+    def order(self, who: int | str, what: str) -> None:
+        """Gives an order, for ``order`` and ``die_if`` in tests/elastic/worker.py.
+
+        Args:
+            who: a worker's process; or a host, whose workers have yet to start.
+            what: the order.
+        """
+        whole = self._orders / f"{who}.new"
         whole.write_text(what)
-        whole.rename(self._orders / str(pid))
+        whole.rename(self._orders / str(who))
 
     def _write_hosts(self) -> None:
         whole = self._file.with_suffix(".new")  # the script must not see half of it

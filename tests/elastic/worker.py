@@ -20,11 +20,12 @@ def say(what: str, **values: Any) -> None:
 
 
 def order() -> str:
-    """What ``ElasticJob.order`` has given this process; empty if nothing."""
-    try:
-        return (Path(os.environ[ORDERS]) / str(os.getpid())).read_text()
-    except FileNotFoundError:
-        return ""
+    """What ``ElasticJob.order`` has given this process, or its host; empty if nothing."""
+    for name in (str(os.getpid()), os.environ["HOROVOD_HOSTNAME"]):
+        file = Path(os.environ[ORDERS]) / name
+        if file.exists():
+            return file.read_text()
+    return ""
 
 
 def die_if(ordered: str) -> None:
