@@ -13,6 +13,8 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from horovod.torch.elastic.state import OptimizerStateHandler
 
+from hvd_dls import RanksDisagreeError
+from hvd_dls.adapter.binding import _new_label
 from hvd_dls.adapter.elastic import Commit
 from hvd_dls.torch import DLSCompressor
 from tests.torch.with_ranks.training import (
@@ -205,6 +207,36 @@ def test_commits_of_different_steps_are_told(caplog):
     )
     train(model, optimizer, [4])
     assert compression.last_step().step == 5
+
+
+def test_a_loaded_state_outlives_an_agreement_that_failed():
+    """As one does in which a worker dies."""
+    model, compression, optimizer, _ = start()
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(compression.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    train(model, optimizer, [3])
+    expected = flat(model)
+
+    model, compression, optimizer, _ = start()
+    model.load_state_dict(weights)
+    if hvd.rank() == 0:
+        compression.load_state_dict(saved)
+    with pytest.raises(RanksDisagreeError, match="saved state"):
+        train(model, optimizer, [3])
+    compression.abandon_step()
+    if hvd.rank() != 0:
+        compression.load_state_dict(saved)
+    train(model, optimizer, [3])
+    assert torch.equal(flat(model), expected)
+
+
+def test_no_rank_would_call_a_new_model_as_another_one():
+    """Any of them may be the first some day, and so the one that gives names."""
+    model, compression, optimizer, _ = start()
+    train(model, optimizer, [0])
+    [of_model] = compression._bindings
+    assert _new_label(of_model._world) != of_model._label
 
 
 def test_another_optimizer_takes_the_place_of_one():
