@@ -89,6 +89,8 @@ class History:
         """
         told: dict[int, dict[int, Event]] = defaultdict(dict)  # the last of each step, by worker
         worlds = [world for world in self.worlds() if world]
+        # Said where a failure came between the commits of two ranks, which is seldom.
+        mixed = "residuals of this rank are of step(s)" in self._job.output()
         for world in worlds:
             for step, events in world.items():
                 assert len({e["rank"] for e in events}) == len(events), events
@@ -101,7 +103,8 @@ class History:
                 if step > 1:
                     before = [told[e["pid"]].get(step - 1) for e in events]
                     assert before[0] is not None, f"step {step} without {step - 1}: {events}"
-                    self._check_mass([e for e in before if e is not None], events)
+                    if not (mixed and step == min(world)):
+                        self._check_mass([e for e in before if e is not None], events)
                 for event in events:
                     told[event["pid"]][step] = event
         losses = [
