@@ -50,6 +50,7 @@ class Job:
         command: arguments of the Python interpreter.
         env: environment variables besides this process's own.
         per_host: ranks on each of up to two hosts that this machine pretends to be.
+        options: further ones of horovodrun.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Job:
         command: list[str],
         env: dict[str, str] | None = None,
         per_host: Sequence[int] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         launcher = Path(sys.executable).with_name("horovodrun")
         self._ranks = ranks
@@ -67,6 +69,7 @@ class Job:
             [
                 *(str(launcher), "-np", str(ranks), f"--{controller()}"),
                 *(() if per_host is None else pretended(per_host)),
+                *options,
                 *(sys.executable, *command),
             ],
             cwd=ROOT,
