@@ -94,7 +94,7 @@ def save(
     except CheckpointError as error:
         generations.discard(path, number)
         raise CheckpointError(
-            f"no checkpoint was written to {path}: {error}; those that were there still are"
+            f"the checkpoint was not written: {error}; those that were there still are"
         ) from error
     generations.remove(path, kept)
     return folder

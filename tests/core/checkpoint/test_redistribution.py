@@ -186,7 +186,7 @@ def test_sessions_go_on_with_all_that_waited(before, now, averages):
             np.testing.assert_allclose(
                 found.get(name, 0), expected.get(name, 0), rtol=1e-6, atol=1e-4
             )
-    assert np.any(list(expected.values())[0])
+    assert np.any(next(iter(expected.values())))
     for session in new:
         assert session.agreed().tolist() == new[0].agreed().tolist()
         assert session.agreed()[0] == 4
