@@ -13,10 +13,12 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_dls.keras.broadcasting import broadcast_variables
+from hvd_dls.keras.checkpoints import CheckpointCallback
 from hvd_dls.tensorflow.handles import handle_of, identity
 
 __all__ = [
     "BroadcastGlobalVariablesCallback",
+    "CheckpointCallback",
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 
 from hvd_dls.adapter import World
@@ -34,7 +35,9 @@ def apply_options(compressor: DLSCompressor, optimizer: Any) -> None:
     ]
     if not named:
         return
-    session = binding.session or binding.agree(World(rank=0, size=1, local_size=1, set_id=0))
+    averages = optimizer.op == hvd.Average
+    alone = World(rank=0, size=1, local_size=1, set_id=0, averages=averages)
+    session = binding.session or binding.agree(alone)
     session.abandon()  # what an exception may have left of the step before
     flats = {}
     for name, parameter in named:
