@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hvd_dls.adapter.hosts import groups_of, row_of
-from hvd_dls.adapter.saving import resolved
+from hvd_dls.adapter.saving import check_compression, resolved
 from hvd_dls.adapter.states import STATE_VERSION
 from hvd_dls.adapter.together import Together
+from hvd_dls.adapter.world import World
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.checkpoint import generations
 from hvd_dls.core.checkpoint.parts import Part, part_name
@@ -63,12 +64,14 @@ def find(
     """
     path, named = generations.split(Path(path))
 
-    def look() -> tuple[int, dict[str, Any]] | None:
+    def look() -> dict[str, Any]:
         if missing not in (REFUSE, ZEROS):
             raise DLSError(f"missing={missing!r}: accepted are {REFUSE!r} and {ZEROS!r}")
-        resolved(compression)
-        if together.rank != 0:
-            return None
+        told: dict[str, Any] = {"compresses": resolved(compression) is not None}
+        told["host"] = row_of(together.world).tolist()
+        return told | {"found": newest() if together.rank == 0 else None}
+
+    def newest() -> tuple[int, dict[str, Any]] | None:
         number = max(generations.complete(path), default=None) if named is None else named
         if number is None:
             return None
@@ -77,17 +80,19 @@ def find(
             raise CheckpointError(f"{generations.folder_of(path, number)} is no finished one")
         return number, manifest
 
-    found = together.do("find", look)[0]
-    if found is None:
+    everyone = together.do("find", look)
+    check_compression([told["compresses"] for told in everyone])
+    if everyone[0]["found"] is None:
         return None
-    number, manifest = found
+    number, manifest = everyone[0]["found"]
     folder = generations.folder_of(path, number)
     compressor = resolved(compression)
     states: list[dict[str, Any]] = []
-    sizes = _group_sizes(together, compressor.config if compressor else None)
 
     def read() -> bool:
         if compressor is not None:
+            rows = np.array([told["host"] for told in everyone], np.uint8)
+            sizes = _group_sizes(rows, together.world, compressor.config)
             reader = _Reader(folder, manifest, together, compressor.config, sizes, missing)
             states.extend(reader.models())
         own = generations.manifest_of(folder)
@@ -104,12 +109,11 @@ def find(
     return Found(folder, {"version": STATE_VERSION, "models": states})
 
 
-def _group_sizes(together: Together, config: DLSConfig | None) -> list[int]:
+def _group_sizes(rows: np.ndarray, world: World, config: DLSConfig) -> list[int]:
     """Ranks that send as one."""
-    if config is None or not config.hierarchical or together.size == 1:
-        return [1] * together.size
-    rows = together.gather("hosts", row_of(together.world))
-    return list(groups_of(rows, together.world)[0].sizes)
+    if not config.hierarchical or world.size == 1:
+        return [1] * world.size
+    return list(groups_of(rows, world)[0].sizes)
 
 
 class _Reader:

@@ -55,7 +55,7 @@ def save(
         compressor = resolved(compression)
         if compressor is not None:
             models.extend(m for m in compressor.state_dict()["models"] if m)
-        told: dict[str, Any] = {"steps": _steps(models)}
+        told: dict[str, Any] = {"compresses": compressor is not None, "steps": _steps(models)}
         if rank == 0:
             path.mkdir(parents=True, exist_ok=True)
             told |= {"number": 1 + max(generations.numbers(path), default=-1)}
@@ -63,6 +63,7 @@ def save(
         return told
 
     begun = together.do("begin", begin)
+    check_compression([told["compresses"] for told in begun])
     _check_steps([told["steps"] for told in begun])
     number, facts = begun[0]["number"], {"id": begun[0]["id"], "version": hvd_dls.__version__}
     folder = generations.folder_of(path, number)
@@ -91,7 +92,7 @@ def save(
     try:
         written = together.do("write", write)
         kept = together.do("commit", lambda: commit(written[0]))[0]
-    except CheckpointError as error:
+    except DLSError as error:
         generations.discard(path, number)
         raise CheckpointError(
             f"the checkpoint was not written: {error}; those that were there still are"
@@ -114,6 +115,19 @@ def resolved(compression: Any) -> BaseCompressor | None:
         f"compression={compression!r}: accepted are a DLSCompressor, class or instance, and None "
         "where nothing is compressed"
     )
+
+
+def check_compression(ranks: list[bool]) -> None:
+    """Whether all ranks have passed a compressor, or none.
+
+    Raises:
+        DLSError: some have, and others not.
+    """
+    if len(set(ranks)) > 1:
+        raise DLSError(
+            f"compression=None on rank {ranks.index(False)}, but not on rank {ranks.index(True)}: "
+            "pass the same on all ranks"
+        )
 
 
 def _check(path: Path, keep: Any) -> None:

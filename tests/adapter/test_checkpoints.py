@@ -207,6 +207,18 @@ def test_ranks_in_different_steps_are_refused(tmp_path, sessions):
     assert_all_raise(outcomes, "step [3] on rank 0", "[4] on rank 1", kind=DLSError)
 
 
+def test_a_rank_that_passes_no_compressor_is_refused_by_all(tmp_path, sessions):
+    def mixed(together):
+        compressor = compressor_of(sessions[0]) if together.rank == 0 else None
+        return save(tmp_path, together, compressor, lambda folder: None, 2)
+
+    assert_all_raise(on_ranks(2, mixed), "compression=None on rank 1", kind=DLSError)
+    save_all(tmp_path, sessions)
+    choices = [None, BaseCompressor(**OPTIONS)]
+    outcomes = on_ranks(2, lambda together: find(tmp_path, together, choices[together.rank]))
+    assert_all_raise(outcomes, "compression=None on rank 0", kind=DLSError)
+
+
 # What cannot be read ------------------------------------------------------------------------------
 
 
