@@ -82,17 +82,24 @@ class Part:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file = np.load(path, allow_pickle=False)
-            self.header: dict[str, Any] = json.loads(self._file["header"].tobytes())
-            version = self.header["format"]
+            self._raw = path.open("rb")
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
-        except (*_DAMAGE, LookupError, AttributeError) as error:
+        except OSError as error:
             raise damaged(path, error) from error
-        if version != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {version}; this version of hvd_dls reads {FORMAT}"
-            )
+        try:
+            self._file = np.load(self._raw, allow_pickle=False)
+            self.header: dict[str, Any] = json.loads(self._file["header"].tobytes())
+            if (version := self.header["format"]) != FORMAT:
+                raise CheckpointError(
+                    f"{path} has format {version}; this version of hvd_dls reads {FORMAT}"
+                )
+        except CheckpointError:
+            self._raw.close()
+            raise
+        except (*_DAMAGE, LookupError, AttributeError, TypeError) as error:
+            self._raw.close()
+            raise damaged(path, error) from error
 
     def models(self) -> list[dict[str, Any]]:
         """Each model's state; arrays are read when they are asked for."""
@@ -114,6 +121,7 @@ class Part:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        self._raw.close()
 
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError)
