@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from hvd_dls.torch import DLSCompressor
+from hvd_dls.torch import DLSCompressor, load_checkpoint, save_checkpoint
 
 
 def arguments():
@@ -38,6 +38,7 @@ def arguments():
     parser.add_argument("--no-cuda", action="store_true", help="train on the CPU")
     parser.add_argument("--log-interval", type=int, default=10, help="steps between log lines")
     parser.add_argument("--records", help="file for rank 0's record of each step (JSON lines)")
+    parser.add_argument("--checkpoints", help="folder to save to after each epoch, and go on from")
     return parser.parse_args()
 
 
@@ -131,10 +132,15 @@ def main():
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
 
-    step, steps = 0, args.epochs * len(loader)
-    first = hvd.rank() == 0
+    first_epoch, first = 0, hvd.rank() == 0
+    ours = compression if isinstance(compression, DLSCompressor) else None
+    if args.checkpoints and (state := load_checkpoint(args.checkpoints, ours)):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_epoch = state["epoch"] + 1
+    step, steps = first_epoch * len(loader), args.epochs * len(loader)
     with open(args.records if first and args.records else os.devnull, "w") as records:
-        for epoch in range(args.epochs):
+        for epoch in range(first_epoch, args.epochs):
             sampler.set_epoch(epoch)
             for images, labels in loader:
                 optimizer.zero_grad()
@@ -150,6 +156,9 @@ def main():
                     print(
                         f"step {step}/{steps} epoch {epoch + 1} loss {loss.item():.4f}", flush=True
                     )
+            if args.checkpoints:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                save_checkpoint(args.checkpoints, {**state, "epoch": epoch}, ours)
     score = accuracy(model, test_data, device)
     if first:
         print(f"test accuracy {score:.4f}", flush=True)

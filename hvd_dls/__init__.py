@@ -6,6 +6,7 @@ passed to an unmodified Horovod as ``compression=DLSCompressor``.
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.errors import (
+    CheckpointError,
     DLSError,
     NonFiniteGradientError,
     PayloadError,
@@ -16,6 +17,7 @@ from hvd_dls.errors import (
 __version__ = "0.2.0"
 
 __all__ = [
+    "CheckpointError",
     "DLSConfig",
     "DLSError",
     "NonFiniteGradientError",

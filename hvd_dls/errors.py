@@ -25,6 +25,13 @@ class StateMismatchError(DLSError):
     """A saved state belongs to other layers, another configuration or rank, or is damaged."""
 
 
+class CheckpointError(DLSError):
+    """A checkpoint could not be written or read; on every rank alike.
+
+    The message names the rank or file, and what went wrong there.
+    """
+
+
 class NonFiniteGradientError(ArithmeticError):
     """A gradient held NaN or Inf on some rank.  Every rank raises this same error.
 

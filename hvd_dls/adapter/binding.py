@@ -155,6 +155,7 @@ class BaseBinding(ABC):
         session = Session(
             self._layers, self._config, world.size, world.rank, norms, self._backends(), groups
         )
+        session.memory.averages = world.averages
         if self.session is not None:
             # What waits in a residual reaches the weights divided by the number of senders; sums
             # over ranks, multiplied by that of ranks.

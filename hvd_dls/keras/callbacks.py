@@ -13,11 +13,13 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_dls.keras.broadcasting import broadcast_variables
+from hvd_dls.keras.checkpoints import CheckpointCallback
 from hvd_dls.keras.insight import InsightCallback
 from hvd_dls.tensorflow.handles import handle_of, identity
 
 __all__ = [
     "BroadcastGlobalVariablesCallback",
+    "CheckpointCallback",
     "InsightCallback",
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",

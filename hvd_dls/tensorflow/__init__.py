@@ -1,5 +1,6 @@
 """DLS for horovod.tensorflow: ``compression=DLSCompressor``."""
 
+from hvd_dls.tensorflow.checkpoints import load_checkpoint, save_checkpoint
 from hvd_dls.tensorflow.compressor import DLSCompressor
 
-__all__ = ["DLSCompressor"]
+__all__ = ["DLSCompressor", "load_checkpoint", "save_checkpoint"]

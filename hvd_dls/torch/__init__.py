@@ -1,9 +1,10 @@
 """DLS for horovod.torch: ``compression=DLSCompressor``."""
 
 from hvd_dls.torch import elastic, hooks
+from hvd_dls.torch.checkpoints import load_checkpoint, save_checkpoint
 from hvd_dls.torch.compressor import DLSCompressor
 
-__all__ = ["DLSCompressor"]
+__all__ = ["DLSCompressor", "load_checkpoint", "save_checkpoint"]
 
 hooks.install()
 elastic.install()

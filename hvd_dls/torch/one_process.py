@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 
 from hvd_dls.adapter import World
@@ -34,19 +35,22 @@ def apply_options(compressor: DLSCompressor, optimizer: Any) -> None:
     ]
     if not named:
         return
+    averages = optimizer.op == hvd.Average
+    alone = World(rank=0, size=1, local_size=1, set_id=0, averages=averages)
     session = binding.session if binding.agreed else None
-    session = session or binding.agree(World(rank=0, size=1, local_size=1, set_id=0))
+    session = session or binding.agree(alone)
     session.abandon()  # what an exception may have left of the step before
+    corrects = session.corrects  # what waits is gone when the step ends
     flats = {}
     for name, parameter in named:
         assert parameter.grad is not None
         flat = binding.flat(name, parameter.grad)
         session.note(name, finite=True)  # its sum is looked at
         whole = binding.array(name, flat)
-        flats[name] = torch.as_tensor(session.correct(name, whole)) if session.corrects else flat
+        flats[name] = torch.as_tensor(session.correct(name, whole)) if corrects else flat
     counts = [session.accept(name, binding.array(name, flat)) for name, flat in flats.items()]
     for name, parameter in named:
         if not all(counts):
             parameter.grad = None
-        elif session.corrects and parameter.grad is not None:
+        elif corrects and parameter.grad is not None:
             parameter.grad.copy_(flats[name].view(parameter.grad.shape))

@@ -12,12 +12,14 @@ import numpy as np
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.controller import Controller
 from hvd_dls.core.balancing.plan import Plan, initial_k
+from hvd_dls.core.checkpoint.redistribution import MOVED
 from hvd_dls.core.selection.backend import HOST, Array, Backend
 from hvd_dls.core.selection.correction import Correction
 from hvd_dls.core.session.baselines import BASELINES, BaselineStrategy
+from hvd_dls.core.session.fitting import fitted
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.routing import Routing
-from hvd_dls.core.session.state import STATE_VERSION, check_state
+from hvd_dls.core.session.state import STATE_VERSION, check_state, damage_named
 from hvd_dls.errors import DLSError
 
 
@@ -43,6 +45,7 @@ class Memory:
         thresholds: of the last step, by name; 0 before.
         loss_scale: what residuals and velocities are multiplied by.
         backends: of all layers, by name.
+        averages: whether Horovod divides sums over ranks by their number.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class Memory:
         backends: Mapping[str, Backend] | None,
     ) -> None:
         self.plan, self.config, self.groups = plan, config, groups
+        self.averages = True
+        self._rows = routing.rows
         self.layers = plan.sparse
         self.backends = dict.fromkeys((x.name for x in plan.layers), HOST) | dict(backends or {})
         self.controller = Controller(plan, config, initial_k(plan, config, norms), routing.rows)
@@ -171,6 +176,11 @@ class Memory:
                 another number of ranks, or is damaged; the message names the first difference.
         """
         own = [layer.stable_name for layer in self.layers if layer.name in self.residuals]
+        if isinstance(state, Mapping) and MOVED in state:
+            with damage_named():
+                anew = Controller(self.plan, self.config, self.controller.wanted, self._rows)
+                anew.start_at(int(state["step"]))
+                state = fitted(state, self.state(), own, anew.state(), self.averages)
         state = check_state(state, self.state(), self.plan.sizes, own)
         self.controller.check(np.asarray(state["ratios"], np.int64))
         return state

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,15 @@ def check_state(
     Raises:
         StateMismatchError: naming the first difference, or what is wrong.
     """
-    try:
+    with damage_named():
         return _checked(state, own, sizes, residuals)
+
+
+@contextmanager
+def damage_named() -> Iterator[None]:
+    """Has whatever goes wrong with a state that is damaged end in a StateMismatchError."""
+    try:
+        yield
     except StateMismatchError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -71,10 +79,7 @@ def _checked(
         raise StateMismatchError(f"the saved state lacks {', '.join(sorted(missing))}")
     if old:
         state = _upgraded(state, own)
-    for option, value in own["config"].items():
-        saved = state["config"].get(option)
-        if saved != value and option not in FREE_OPTIONS:
-            raise StateMismatchError(f"saved with {option}={saved!r}, but it is {value!r} now")
+    check_options(state["config"], own["config"])
     if state["world_size"] != own["world_size"]:
         raise StateMismatchError(
             f"saved by one of {state['world_size']} ranks, but there are {own['world_size']} now"
@@ -93,6 +98,19 @@ def _checked(
     _check_arrays(state, own, residuals)
     _check_numbers(state, own, sizes)
     return state
+
+
+def check_options(saved: Mapping[str, Any], own: Mapping[str, Any], free: str = "") -> None:
+    """Compares options, but those that may differ, and ``free``.
+
+    Raises:
+        StateMismatchError: naming the first that differs.
+    """
+    for option, value in own.items():
+        if saved.get(option) != value and option not in (*FREE_OPTIONS, free):
+            raise StateMismatchError(
+                f"saved with {option}={saved.get(option)!r}, but it is {value!r} now"
+            )
 
 
 def _upgraded(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

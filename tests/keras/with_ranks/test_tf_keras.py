@@ -1,6 +1,7 @@
 """tf_keras (Keras 2) with Horovod's own optimizer: jobs started with TF_USE_LEGACY_KERAS=1."""
 
 import os
+import tempfile
 
 import horovod.tensorflow as horovod
 import horovod.tensorflow.keras as hvd
@@ -130,3 +131,33 @@ def test_train_on_batch_and_two_models_of_the_same_shapes():
     first.train_on_batch(*data(16, 0))
     with pytest.raises(tf.errors.InvalidArgumentError, match="an instance of its own"):
         second.train_on_batch(*data(16, 0))
+
+
+def test_a_training_goes_on_from_a_checkpoint_bit_for_bit():
+    folder = horovod.broadcast_object(
+        tempfile.mkdtemp() if hvd.rank() == 0 else None, name="folder"
+    )
+    images, labels = data()
+
+    def train(compression, seed, last, *used, first=0, model=None):
+        model = model or compiled(compression, seed=seed)
+        used = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), *used]
+        model.fit(
+            images, labels, 8, epochs=last, initial_epoch=first, shuffle=False, verbose=0,
+            callbacks=used,
+        )  # fmt: skip
+        return model
+
+    def compressor():
+        return DLSCompressor(density=0.05, warmup_steps=6, **SPARSE)
+
+    expected = train(compressor(), 1, 4)
+    compression = compressor()
+    train(compression, 1, 2, callbacks.CheckpointCallback(folder, compression))
+    compression = compressor()
+    model = compiled(compression, seed=2)
+    first = callbacks.CheckpointCallback(folder, compression).restore(model)
+    assert first == 2
+    train(compression, 2, 4, first=first, model=model)
+    assert np.array_equal(flat(model), flat(expected))
+    assert compression.last_step().step == 16
