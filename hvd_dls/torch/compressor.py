@@ -12,7 +12,7 @@ import horovod.torch as hvd
 import torch
 
 from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
-from hvd_dls.torch import horovod_frames
+from hvd_dls.torch import horovod_frames, watching
 from hvd_dls.torch.binding import Binding
 from hvd_dls.torch.bookkeeping import forget_step, names_and_parameters, reductions_in, wait_for
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
@@ -81,6 +81,8 @@ class DLSCompressor(BaseCompressor):
         if calling is not None:
             with self._lock:
                 binding = self.binding_of(calling.optimizer)
+                if watching.current is not None and calling.parameter is not None:
+                    watching.current.reduced_singly(calling.optimizer, calling.parameter)
                 name = (
                     binding.parameters.name_of_gradient(tensor)
                     if calling.parameter is None

@@ -15,6 +15,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hvd_dls.core.session.log import told_again
+from hvd_dls.torch import watching
 from hvd_dls.torch.compressor import DLSCompressor
 from hvd_dls.torch.horovod_frames import within_step_of
 from hvd_dls.torch.one_process import apply_options
@@ -31,7 +32,7 @@ def install() -> None:
 
 
 def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    compressor = _compressor_of(optimizer)
+    compressor = compressor_of(optimizer)
     if compressor is None:
         return
     if within_step_of(optimizer):
@@ -40,7 +41,8 @@ def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         _before_step(compressor, optimizer)
 
 
-def _compressor_of(optimizer: torch.optim.Optimizer) -> DLSCompressor | None:
+def compressor_of(optimizer: torch.optim.Optimizer) -> DLSCompressor | None:
+    """What compresses the gradients of Horovod's optimizer; None if something else does."""
     compression = getattr(optimizer, "_compression", None)
     if isinstance(compression, type) and issubclass(compression, DLSCompressor):
         compression = compression._default()
@@ -76,6 +78,8 @@ def _before_update(compressor: DLSCompressor, optimizer: Any) -> None:
                 steps,
             )
         return
+    if watching.current is not None:
+        watching.current.before_update(optimizer)
     if binding.refused:
         for parameter in optimizer._requires_update:
             parameter.grad = None  # without gradients a step changes nothing, state included
