@@ -80,9 +80,9 @@ class DLSCompressor(BaseCompressor):
         calling = horovod_frames.caller()
         if calling is not None:
             with self._lock:
+                if watching.current is not None:
+                    watching.current.handed_over(calling.optimizer, calling.parameter)
                 binding = self.binding_of(calling.optimizer)
-                if watching.current is not None and calling.parameter is not None:
-                    watching.current.reduced_singly(calling.optimizer, calling.parameter)
                 name = (
                     binding.parameters.name_of_gradient(tensor)
                     if calling.parameter is None

@@ -98,25 +98,27 @@ class Joining:
         """Tells the others that this rank makes a step, if it is one with data.
 
         Raises:
-            DLSError: the optimizer is not the one that is joined.
             RanksDisagreeError: see ``before_update``.
+        """
+        if self._without_data:
+            return
+        self._check()
+        self._tell(Intent.STEP)
+        if self._asking and torch._C._current_graph_task_id() == -1:  # not in backward
+            self._answer([parameter.grad for parameter in self._parameters])
+
+    def handed_over(self, optimizer: Any, parameter: torch.Tensor | None) -> None:
+        """Refuses other optimizers, and notes what Horovod reduces alone that is of a group.
+
+        Raises:
+            DLSError: the optimizer is not the one that is joined.
         """
         if optimizer is not self._optimizer:
             raise DLSError(
                 "an optimizer steps within join(...) of another one: ranks without data would not "
                 "take part. One optimizer can be joined, and others step outside of join()"
             )
-        if self._without_data:
-            return
-        self._check()
-        self._tell(Intent.STEP)
-        self._singly.clear()
-        if self._asking and torch._C._current_graph_task_id() == -1:  # not in backward
-            self._answer([parameter.grad for parameter in self._parameters])
-
-    def reduced_singly(self, optimizer: Any, parameter: torch.Tensor) -> None:
-        """Notes that Horovod reduces a parameter of a group by itself."""
-        if optimizer._groups is not None:
+        if optimizer._groups is not None and parameter is not None:
             self._singly.add(id(parameter))
 
     def before_update(self, optimizer: Any) -> None:
@@ -134,6 +136,7 @@ class Joining:
             sparse = [p.grad is not None and p.grad.is_sparse for p in self._parameters]
             singly = [id(p) in self._singly for p in self._parameters]
             _habits[optimizer] = Habits(np.array(sparse, bool), np.array(singly, bool))
+        self._singly.clear()
 
     def _tell(self, intent: Intent) -> None:
         assert self._rounds is not None

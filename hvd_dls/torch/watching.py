@@ -13,8 +13,8 @@ class Watcher(Protocol):
     def step_begins(self, optimizer: Any) -> None:
         """A step's first gradient has come in."""
 
-    def reduced_singly(self, optimizer: Any, parameter: torch.Tensor) -> None:
-        """Horovod reduces a parameter of a group by itself."""
+    def handed_over(self, optimizer: Any, parameter: torch.Tensor | None) -> None:
+        """Horovod hands a gradient over: a parameter's, or of a group (None)."""
 
     def before_update(self, optimizer: Any) -> None:
         """All gradients are reduced, and the weights are about to change."""

@@ -189,7 +189,7 @@ def test_what_was_accumulated_goes_with_the_first_step_without_data():
 
 def test_everything_behind_backward_in_a_function():
     """By-hand synchronize, clipping, GradScaler, a scheduler; an overflow in the tail, too."""
-    model, _, _ = start(net_without_vectors())
+    model = net_without_vectors()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
     scaler.scale(torch.zeros(()))
     compression = DLSCompressor(density=0.1, loss_scale=scaler.get_scale, **SPARSE)
@@ -331,8 +331,7 @@ def test_process_sets():
     """Each set has its own loop, and the ranks of one finish long before those of the other."""
     halves = [hvd.add_process_set([0, 1]), hvd.add_process_set([2, 3])]
     mine = hvd.rank() // 2
-    model, _, _ = start()
-    compression = DLSCompressor(density=0.05, **SPARSE)
+    model, compression = net(), DLSCompressor(density=0.05, **SPARSE)
     optimizer = wrap(model, compression, process_set=halves[mine])
     count = [1, 3, 9, 0][hvd.rank()]
     with join(optimizer) as joined:
