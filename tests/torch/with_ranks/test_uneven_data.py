@@ -265,7 +265,7 @@ def test_an_exception_on_one_rank_ends_the_loops_of_all(where):
                 if stops and step == 1 and where == "after the step":
                     raise StoppedError
 
-    with pytest.raises(raised, match="" if stops else "rank"):
+    with pytest.raises(raised, match="^$" if stops else "rank"):
         loop()
     for hook in hooks:
         hook.remove()
