@@ -19,7 +19,7 @@ from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
-from hvd_dls.torch import bookkeeping, joined
+from hvd_dls.torch import bookkeeping, joined, watching
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
 from hvd_dls.torch.delivery import Delivery
 from hvd_dls.torch.exchange import Exchange, gather
@@ -194,8 +194,7 @@ class Binding(BaseBinding):
         """The session, in a step that this gradient belongs to."""
         if self._itemsize[name] != gradient.element_size():
             self._change_types()
-        if not self.agreed:
-            self._start(optimizer)
+        self.start(optimizer)
         session = self.session
         assert session is not None
         # Horovod's optimizer has another record of handles once it has forgotten a step.
@@ -203,6 +202,8 @@ class Binding(BaseBinding):
         if session.in_step and (other or self._is_new(name, gradient, optimizer)):
             self.abandon()
         if not session.in_step:
+            if watching.current is not None:
+                watching.current.step_begins(optimizer)
             self._optimizer, self._handles = weakref.ref(optimizer), optimizer._handles
             self._came_in = {}
             self._follow_loss_scale(session)
@@ -224,8 +225,10 @@ class Binding(BaseBinding):
             )
         return True
 
-    def _start(self, optimizer: Any) -> None:
-        """Agrees with the other ranks: at the first gradient, when all have come this far."""
+    def start(self, optimizer: Any) -> None:
+        """Agrees with the other ranks, unless they have: when all have come this far."""
+        if self.agreed:
+            return
         self._process_set = optimizer.process_set
         world = World(
             rank=self._process_set.rank(),

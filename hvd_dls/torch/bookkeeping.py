@@ -6,7 +6,8 @@ import contextlib
 import inspect
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Set
+from functools import partial
 from typing import Any
 
 import horovod.torch as hvd
@@ -30,39 +31,59 @@ def hand_over_rest(optimizer: Any, record: dict[Any, Any], sparse: Collection[in
         record: its handles in that step, by parameter or group; those that are begun are added.
         sparse: ids of parameters that Horovod never hands over, as their gradients are sparse.
     """
+    for key, begin in rest_of(optimizer, record):
+        # It fails if an interrupt came between the reduction's begin and Horovod's record of it,
+        # and for all of them if Horovod was shut down.
+        with contextlib.suppress(*_FAILED):
+            record[key] = (
+                _reduce_no_rows(optimizer, optimizer._parameter_names[key], key)
+                if id(key) in sparse
+                else begin()
+            )
+
+
+def rest_of(
+    optimizer: Any, record: dict[Any, Any], singly: Set[int] = frozenset()
+) -> Iterator[tuple[Any, Callable[[], tuple[Any, Any]]]]:
+    """The reductions of a step that Horovod has not begun.
+
+    Args:
+        optimizer: Horovod's.
+        record: its handles in that step, by parameter or group.
+        singly: ids of parameters whose groups are not reduced as one.
+
+    Yields:
+        Parameter or group, and what begins its reduction; the same order on all ranks.
+    """
     begun = {id(p) for p, (handle, _) in record.items() if handle is not None}
     for group in optimizer._group_counts:
-        if not begun.isdisjoint(map(id, group)):
+        if not begun.isdisjoint(map(id, group)) or not singly.isdisjoint(map(id, group)):
             continue  # some had no gradient, so Horovod was beginning all of them one by one
         if id(group) not in begun:
             for parameter in group:
                 if parameter.grad is None:  # as Horovod has it for one that it begins alone
                     parameter.grad = torch.zeros_like(parameter)
-            with contextlib.suppress(*_FAILED):
-                record[group] = optimizer._grouped_allreduce_grad_async(group)
+            yield group, partial(optimizer._grouped_allreduce_grad_async, group)
         begun.update(map(id, group))
-    for name, parameter in names_and_parameters(optimizer):  # in the same order on all ranks
-        if id(parameter) in begun:
-            continue
-        # It fails if an interrupt came between the reduction's begin and Horovod's record of it,
-        # and for all of them if Horovod was shut down.
-        with contextlib.suppress(*_FAILED):
-            record[parameter] = (
-                _reduce_no_rows(optimizer, name, parameter)
-                if id(parameter) in sparse
-                else optimizer._allreduce_grad_async(parameter)
-            )
+    for _, parameter in names_and_parameters(optimizer):
+        if id(parameter) not in begun:
+            yield parameter, partial(optimizer._allreduce_grad_async, parameter)
 
 
 def _reduce_no_rows(optimizer: Any, name: str, parameter: torch.Tensor) -> tuple[Any, None]:
     """Begins what Horovod does for an embedding's gradient, of no rows."""
-    rows = parameter.new_empty(0, *parameter.shape[1:])
-    indices = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
-    gradient = torch.sparse_coo_tensor(indices, rows, parameter.shape)
+    gradient = no_rows(parameter)
     handle = hvd.sparse_allreduce_async(
         gradient, name=name, op=optimizer.op, process_set=optimizer.process_set
     )
     return handle, None
+
+
+def no_rows(parameter: torch.Tensor) -> torch.Tensor:
+    """A sparse gradient of no rows, as of an embedding of which none was used."""
+    rows = parameter.new_empty(0, *parameter.shape[1:])
+    indices = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
+    return torch.sparse_coo_tensor(indices, rows, parameter.shape)
 
 
 def reductions_in(record: dict[Any, Any]) -> list[int]:

@@ -12,7 +12,7 @@ import horovod.torch as hvd
 import torch
 
 from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
-from hvd_dls.torch import horovod_frames
+from hvd_dls.torch import horovod_frames, watching
 from hvd_dls.torch.binding import Binding
 from hvd_dls.torch.bookkeeping import forget_step, names_and_parameters, reductions_in, wait_for
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
@@ -80,6 +80,8 @@ class DLSCompressor(BaseCompressor):
         calling = horovod_frames.caller()
         if calling is not None:
             with self._lock:
+                if watching.current is not None:
+                    watching.current.handed_over(calling.optimizer, calling.parameter)
                 binding = self.binding_of(calling.optimizer)
                 name = (
                     binding.parameters.name_of_gradient(tensor)

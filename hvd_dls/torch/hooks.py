@@ -15,6 +15,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hvd_dls.core.session.log import told_again
+from hvd_dls.torch import watching
 from hvd_dls.torch.compressor import DLSCompressor, compressor_of
 from hvd_dls.torch.horovod_frames import within_step_of
 from hvd_dls.torch.one_process import apply_options
@@ -69,6 +70,8 @@ def _before_update(compressor: DLSCompressor, optimizer: Any) -> None:
                 steps,
             )
         return
+    if watching.current is not None:
+        watching.current.before_update(optimizer)
     if binding.refused:
         for parameter in optimizer._requires_update:
             parameter.grad = None  # without gradients a step changes nothing, state included

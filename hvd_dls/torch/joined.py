@@ -16,7 +16,8 @@ from hvd_dls.torch.contexts import InFlight
 
 _WHAT_TO_DO = (
     "DLSCompressor gathers its payloads, and Horovod does not support allgather while ranks have "
-    "joined. Give every rank the same number of batches instead."
+    "joined. Train in `with hvd_dls.torch.join(optimizer):` instead, without hvd.join(). Or give "
+    "every rank the same number of batches."
 )
 _SHUT_DOWN = "Horovod has been shut down"  # what is seen of a process that ended or died
 

@@ -1,6 +1,7 @@
 """Elastic jobs with torch: workers come, leave and die, and all ranks go on alike."""
 
 import json
+import os
 import random
 import time
 from typing import Any
@@ -51,14 +52,19 @@ def test_one_worker_becomes_many_and_two_die_at_once():
         assert history.check() == [1, 4, 1, 2, 1]
 
 
-def test_ten_workers_die_and_ten_come():
+# To see ten of them, for three minutes: HVD_DLS_TEST_DEATHS=10 pytest tests/elastic
+DEATHS = int(os.environ.get("HVD_DLS_TEST_DEATHS", "4"))
+
+
+def test_workers_die_one_after_the_other_and_others_come():
     """In steps, between them, and while ranks agree; not in ``hvd.init()``, which Gloo aborts."""
     generator = random.Random(0)
-    deaths = ["any time", "of three", "in backward", "at its first gradient"] * 2
+    kinds = ["any time", "of three", "in backward", "at its first gradient"]
+    deaths = [kinds[number % len(kinds)] for number in range(DEATHS)]
     with job_of(2, SMALL) as job:
         history, alive = History(job), [0, 1]
         history.wait_for_steps(2)
-        for new, how in enumerate([*deaths, "any time", "in backward"], start=2):
+        for new, how in enumerate(deaths, start=2):
             if how == "at its first gradient":  # the others wait for it there
                 job.order(host(new), "die when backward begins")
                 job.add(host(new))
@@ -78,7 +84,7 @@ def test_ten_workers_die_and_ten_come():
                 history.wait_for_worker(host(new))
             history.wait_for_steps(2)
         finish(job, history, host(alive[0]))
-        assert len(history.check(density=0.05)) >= 11
+        assert len(history.check(density=0.05)) > DEATHS
 
 
 def test_two_levels_are_refused_in_words():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hvd_dls import DLSError, NonFiniteGradientError
-from hvd_dls.torch import DLSCompressor
+from hvd_dls.torch import DLSCompressor, join
 
 LR = 0.05
 
@@ -207,3 +207,12 @@ def test_without_such_options_training_is_that_without_compression(options):
     train(plain, wrap(plain, hvd.Compression.none), range(4))
     train(ours, wrap(ours, DLSCompressor(density=0.1, **options)), range(4))
     assert torch.equal(flat(plain), flat(ours))
+
+
+def test_join_does_nothing():
+    model = net()
+    optimizer = wrap(model, DLSCompressor())
+    with join(optimizer) as joined:
+        backward(model, 0)
+        optimizer.step()
+    assert (joined.extra_steps, joined.last_rank) == (0, -1)
