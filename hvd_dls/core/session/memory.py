@@ -105,8 +105,9 @@ class Memory:
 
         Args:
             other: with the same names of layers.
-            factor: on residuals: number of ranks now over that before, where sums over ranks are
-                divided by it, so that what waits weighs as much as it did.
+            factor: on residuals: number of senders now over that before, where sums over senders
+                are divided by it, so that what waits weighs as much as it did.  What goes dense
+                is divided by the number of ranks, also where fewer send.
         """
         self.loss_scale = other.loss_scale
         waiting = other.residuals | other.leftovers
@@ -117,7 +118,7 @@ class Memory:
                 layer = next(x for x in self.plan.layers if x.name == name)
                 own = self.leftovers[name] = backend.zeros(layer.size, layer.work_dtype)
             backend.load(own, other.backends[name].to_host(array))
-            backend.scale(own, factor)
+            backend.scale(own, factor * self._senders_for(name) / other._senders_for(name))
         for name, own in self.correction.velocities.items():
             array = other.correction.velocities.get(name)
             if array is not None:
@@ -131,6 +132,11 @@ class Memory:
         else:
             self.controller.start_at(other.controller.step)
         self._start_baseline()
+
+    def _senders_for(self, name: str) -> float:
+        """How many ranks send a layer, for each one that sends compressed layers."""
+        goes_dense = all(layer.name != name for layer in self.plan.sparse)
+        return 1 / self.groups.weight if goes_dense else 1.0
 
     def with_leftover(self, name: str, gradient: Array) -> Array:
         """A dense gradient, and what once waited in its residual, added in place."""

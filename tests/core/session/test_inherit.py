@@ -252,3 +252,43 @@ def test_a_step_in_progress_is_not_inherited():
     others = heirs(sessions, 2, momentum=0.5)
     assert not others[0].in_step
     assert same(others[0].residuals, before)
+
+
+# Ranks of a host --------------------------------------------------------------------------------
+
+
+def owed(sessions, name):
+    """What waits of a layer on all ranks, as it reaches the weights where averages do."""
+    total = 0.0
+    for session in sessions:
+        groups, sparse = session.groups, [x.name for x in session.plan.sparse]
+        senders = groups.count if name in sparse else groups.world_size
+        waiting = (session.residuals | session.memory.leftovers).get(name)
+        total = total + (0.0 if waiting is None else waiting.astype(float) / senders)
+    return total
+
+
+@pytest.mark.parametrize("after", [[4], [1, 1, 1, 1], [2, 2], [1, 3]])
+def test_what_waits_of_hosts_reaches_the_weights_also_where_it_goes_dense(after):
+    options = {"cost_rule": True, "hierarchical": True}
+    sessions = make_sessions(4, LAYERS, [2, 2], dense_below=0, density=0.05, **options)
+    fill_residuals(sessions)
+    new = make_sessions(4, LAYERS, after, dense_below=0, density=0.05, **options)
+    for session, old in zip(new, sessions, strict=True):
+        session.inherit(old, len(after) / 2)
+    back = make_sessions(4, LAYERS, [2, 2], dense_below=0, density=0.05, **options)
+    for session, old in zip(back, new, strict=True):
+        session.inherit(old, 2 / len(after))
+    for name in [layer.name for layer in sessions[0].plan.sparse]:
+        before = owed(sessions, name)
+        assert before.any()
+        assert np.array_equal(owed(new, name), before), name
+        assert np.array_equal(owed(back, name), before), name
+
+
+def fill_residuals(sessions):
+    """Whole numbers, in the residuals of the layers that each rank sends."""
+    rng = np.random.default_rng(0)
+    for session in sessions:
+        for residual in session.residuals.values():
+            residual[:] = rng.integers(-99, 99, residual.size)
