@@ -207,7 +207,7 @@ class Binding(BaseBinding):
             self._optimizer, self._handles = weakref.ref(optimizer), optimizer._handles
             self._came_in = {}
             self._follow_loss_scale(session)
-            session.begin(session.missed | self._frozen_now())
+            session.begin(session.missed | self.parameters.frozen())
         return session
 
     def _is_new(self, name: str, gradient: torch.Tensor, optimizer: Any) -> bool:
@@ -256,9 +256,6 @@ class Binding(BaseBinding):
         self._layers = specs_of(self.parameters.named())
         self._itemsize = {layer.name: layer.itemsize for layer in self._layers}
         self._epoch = None  # all ranks agree anew
-
-    def _frozen_now(self) -> set[str]:
-        return {name for name, p in self.parameters.named() if not p.requires_grad}
 
     def abandon(self) -> None:
         """Gives the step in progress up; Horovod's optimizer forgets it, too.

@@ -39,6 +39,10 @@ class Parameters:
         pairs = ((name, reference()) for name, reference in self._references.items())
         return [(name, parameter) for name, parameter in pairs if parameter is not None]
 
+    def frozen(self) -> set[str]:
+        """Names of those that do not train at the moment."""
+        return {name for name, parameter in self.named() if not parameter.requires_grad}
+
     def get(self, name: str) -> torch.Tensor | None:
         """The parameter of a name, if it still exists."""
         parameter: torch.Tensor | None = self._references[name]()
