@@ -76,7 +76,9 @@ class ElasticJob(Job):
             command,
             {
                 "HOROVOD_DYNAMIC_PROCESS_SETS": "0",  # they do not go with elastic training
-                "HOROVOD_GLOO_TIMEOUT_SECONDS": "30",  # now and then Gloo misses a death
+                # Now and then Gloo misses a death until then; and who waits in hvd.init() for a
+                # newcomer's imports must not give up.
+                "HOROVOD_GLOO_TIMEOUT_SECONDS": "60",
                 ORDERS: str(self._orders),
                 **(env or {}),
             },
