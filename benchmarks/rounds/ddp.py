@@ -32,7 +32,7 @@ class RunningDDP(RunningMethod):
         model = SyntheticModel(named, self._gradients.last_drawn)
         self._parameters = [p for _, p in model.named_parameters()]
         powersgd = self.method.compression == "powersgd"
-        options = {"bucket_cap_mb": _ONE_BUCKET_MB} if powersgd else {}
+        options: dict[str, Any] = {"bucket_cap_mb": _ONE_BUCKET_MB} if powersgd else {}
         self._model = DistributedDataParallel(model, **options)
         if powersgd:
             self._state = powerSGD_hook.PowerSGDState(
@@ -58,7 +58,7 @@ class RunningDDP(RunningMethod):
         pays, whole, factors = powerSGD_hook._should_compress(
             rows, columns, rank, self._state.min_compression_rate
         )
-        return factors if pays else whole
+        return int(factors if pays else whole)
 
 
 def _connect() -> None:

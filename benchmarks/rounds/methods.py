@@ -46,7 +46,7 @@ class Method:
         if kind == "powersgd":
             return cls(kind, rank=int(rest[0]))
         if kind in ("layerwise", "dls", "hierarchical") and rest:
-            return cls(kind, float(rest[0]), *rest[1:])
+            return cls(kind, float(rest[0]), values=rest[1] if rest[1:] else "float32")
         return cls({"dense": "none"}.get(kind, kind))
 
     @property
