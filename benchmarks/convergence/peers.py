@@ -13,22 +13,18 @@ for what is sparse. *Steps*: until the held-out loss is what dense training of t
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.common.command_line import make_parser
 from benchmarks.common.paths import ROOT
 from benchmarks.common.reporting import markdown
-from benchmarks.convergence.hosts import result_of
 from benchmarks.convergence.settings import MOMENTUM, SEEDS, WARMUP, WORKERS
-from benchmarks.convergence.sweep import run_and_keep, start_worker
+from benchmarks.convergence.sweep import make_missing, result_of
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.times import TARGET_AT, loss_at, steps_to
 
@@ -142,14 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in args.peers:
                 about = description(task, name, seed, args.steps)
                 runs[task, name, seed] = about, args.folder / task / f"{name}-{seed}.json"
-    missing = [each for each in runs.values() if result_of(*each) is None]
-    failed = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context, start_worker) as pool:
-        futures = {pool.submit(run_and_keep, *each): each[0] for each in missing}
-        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
-            if error := future.exception():
-                failed.append(f"{futures[future]}: {error!r}")
+    failed = make_missing(runs.values(), args.jobs)
     results = {key: result for key, each in runs.items() if (result := result_of(*each))}
     for task in args.tasks:
         print(f"\n{table(task, results)}")

@@ -42,6 +42,19 @@ def group():
     torch.distributed.destroy_process_group()
 
 
+def test_the_table_of_what_a_user_would_pick_instead(tmp_path, capsys):
+    from benchmarks.convergence import peers
+
+    arguments = ["--tasks", "digits", "--seeds", "0", "--steps", "3", "--folder", str(tmp_path)]
+    assert (
+        peers.main([*arguments, "--jobs", "1", "--peers", "dense", "powersgd-1", "dls-0.01"]) == 0
+    )
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | " in line]
+    sent = {row[0].strip("| "): float(row[1]) for row in rows[2:]}
+    assert 0 < sent["DLS, 1 %"] < sent["dense"]
+    assert 0 < sent["PowerSGD, rank 1"] < sent["dense"]
+
+
 def gradients(step):
     generator = np.random.default_rng(step)
     return {n: generator.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
