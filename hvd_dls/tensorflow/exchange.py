@@ -69,7 +69,9 @@ class Exchange:
         self.layers = frozenset(members)
         self.n_gradients = len(variables)
         self.grouped = grouped
-        self.may_go_dense = self.session.dense_step
+        # Not whether this step does: a state of an earlier one may be loaded, and in an elastic job
+        # the function may run beside those of ranks that have traced theirs in other steps.
+        self.may_go_dense = self.session.dense_step or self.session.dense_steps > 0
         with graph_of(gradients), tf.device("CPU:0"):
             in_graph = tf.is_symbolic_tensor(gradients[0])
             self.checked = self._check({n: v for n, (v, _) in members.items()}, in_graph)

@@ -37,6 +37,8 @@ class Session(Settling):
         groups: ranks that average their gradients before one of them sends for all, and this one's
             place among them; None: each rank sends for itself.  ``world_size`` and ``rank`` are
             the groups' then.
+        planned_for: number of ranks by which it is decided which layers are compressed; None: as
+            many as send.
 
     Attributes:
         residuals: (n,) of each compressed layer, by name.
@@ -137,6 +139,10 @@ class Session(Settling):
         """Takes over what another session of the same model remembers: see ``Memory.inherit``."""
         other._check_sound()
         self.memory.inherit(other.memory, factor)
+        self.count_on_from(other)
+
+    def count_on_from(self, other: Session) -> None:
+        """Takes over what is no part of a training's state: counts, and the last record."""
         self.skipped, self.last_step = other.skipped, other.last_step
         self.marks_skipped, self.missed = other.marks_skipped, other.missed
 
