@@ -28,7 +28,7 @@ from hvd_dls.core.wire.agreement import Claim
 # Names of the operations in which ranks compare notes.  They depend on nothing that may differ
 # between ranks; where a rank is missing, Horovod's stall report shows them.
 _HOSTS, _AGREE, _LOAD = "hvd_dls.hosts", "hvd_dls.agree", "hvd_dls.load_state_dict"
-_labels = count(1)
+_labels: set[str] = set()  # of operations, of all models so far
 
 
 class BaseBinding(ABC):
@@ -122,10 +122,15 @@ class BaseBinding(ABC):
         own = Claim(
             checksum=agreement.checksum(facts),
             error=f"{type(error).__name__}: {error}" if error else "",
-            label=(self._label or f"dls.{world.set_id}.{next(_labels)}") if first else "",
+            label=(self._label or _new_label(world)) if first else "",
             numbers=session.agreed().tolist() if first and session else None,
         )
-        claims = [own] if world.size == 1 else self._compare(_AGREE, own, facts, world)
+        try:
+            claims = [own] if world.size == 1 else self._compare(_AGREE, own, facts, world)
+        except BaseException:
+            if loaded is not None:
+                self.states.insert(0, loaded)  # for the next attempt
+            raise
         if error is not None:
             raise error
         agreement.check_errors(claims)
@@ -134,6 +139,7 @@ class BaseBinding(ABC):
         self.host_sets = host_sets(groups, hosts, world, sets) if exchanges_by_hosts else None
         session.agree(np.array(claims[0].numbers, np.int64))
         self._label = claims[0].label
+        _labels.add(self._label)  # this rank may be the first one some day
         self._world, self._epoch, self.session = world, epoch(), session
         if old is None:
             session.announce()
@@ -194,6 +200,17 @@ class BaseBinding(ABC):
         """Gives the step in progress up: see ``Session.abandon``."""
         if self.session is not None:
             self.session.abandon()
+
+    def go_back(self, session: Session | None) -> None:
+        """Goes on from an earlier session; the ranks agree anew at the next gradient.
+
+        This rank alone does it, whatever has become of Horovod: a step in progress is forgotten,
+        and no other rank hears of it.
+
+        Args:
+            session: what was remembered then, perhaps among another number of ranks; None: nothing.
+        """
+        self.session, self._epoch, self._label = session, None, ""
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -277,6 +294,11 @@ class BaseBinding(ABC):
         if rounds is not None:
             self._catch_up(self.session, rounds)
         self.session.load_state_dict(state)
+
+
+def _new_label(world: World) -> str:
+    labels = (f"dls.{world.set_id}.{number}" for number in count(1))
+    return next(label for label in labels if label not in _labels)
 
 
 @functools.cache

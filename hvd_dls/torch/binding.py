@@ -90,7 +90,7 @@ class Binding(BaseBinding):
         """
         if self._leaving:
             return self._nothing(name, gradient)
-        if self._left is not None:  # interrupted, the last time
+        if self._left is not None and self.agreed:  # interrupted, the last time
             self._left()
         session = self._session_of_step(optimizer, name, gradient)
         parameter = self.parameters.get(name)
@@ -169,8 +169,9 @@ class Binding(BaseBinding):
         If some layers have not come in, Horovod's wait, which first compresses gradients of unused
         parameters, must go first: other ranks may be waiting for these.
         """
-        if self.session is not None and self.session.in_step and self.session.complete:
-            self._receive_all(self.session)
+        session = self.session
+        if self.agreed and session is not None and session.in_step and session.complete:
+            self._receive_all(session)
 
     def clear_untouched(self) -> None:
         """Takes the gradients of layers away that took no part on any rank.
@@ -236,6 +237,7 @@ class Binding(BaseBinding):
         if self._delivery is not None:
             self._delivery.close()
             self._delivery = None
+        self._left, self._unfinished = None, []  # nor for these
         session = self.agree(world)
         exchange = Exchange(self._label, self._process_set, self.host_sets)
         self._delivery = Delivery(session, exchange, self._lock)
@@ -270,6 +272,14 @@ class Binding(BaseBinding):
             self._leave_horovod(missed)
         else:
             self._forget_in_horovod()
+
+    def go_back(self, session: Session | None) -> None:
+        """See ``BaseBinding``; Horovod's optimizer forgets the step in progress, too."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            bookkeeping.forget_step(optimizer)
+        self._handles, self._left = None, None
+        super().go_back(session)
 
     def _leave_horovod(self, missed: Collection[str] = ()) -> None:
         """Brings Horovod's part of a step to its end, and has Horovod's optimizer forget it."""

@@ -163,3 +163,15 @@ class DLSCompressor(BaseCompressor):
         if self._given is not None:
             return "named_parameters"
         return "a process_set" if self._process_set is not None else super()._bound_to()
+
+
+def instance_of(compression: Any) -> DLSCompressor | None:
+    """The compressor that was passed as ``compression``; None if it is none of this package."""
+    if isinstance(compression, type) and issubclass(compression, DLSCompressor):
+        compression = compression._default()
+    return compression if isinstance(compression, DLSCompressor) else None
+
+
+def compressor_of(optimizer: Any) -> DLSCompressor | None:
+    """The compressor of one of Horovod's optimizers; None if it has none of this package."""
+    return instance_of(getattr(optimizer, "_compression", None))

@@ -15,7 +15,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hvd_dls.core.session.log import told_again
-from hvd_dls.torch.compressor import DLSCompressor
+from hvd_dls.torch.compressor import DLSCompressor, compressor_of
 from hvd_dls.torch.horovod_frames import within_step_of
 from hvd_dls.torch.one_process import apply_options
 from hvd_dls.torch.refusals import refuse_adasum, refuse_unreduced
@@ -31,20 +31,13 @@ def install() -> None:
 
 
 def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    compressor = _compressor_of(optimizer)
+    compressor = compressor_of(optimizer)
     if compressor is None:
         return
     if within_step_of(optimizer):
         _before_update(compressor, optimizer)
     else:
         _before_step(compressor, optimizer)
-
-
-def _compressor_of(optimizer: torch.optim.Optimizer) -> DLSCompressor | None:
-    compression = getattr(optimizer, "_compression", None)
-    if isinstance(compression, type) and issubclass(compression, DLSCompressor):
-        compression = compression._default()
-    return compression if isinstance(compression, DLSCompressor) else None
 
 
 def _before_step(compressor: DLSCompressor, optimizer: Any) -> None:

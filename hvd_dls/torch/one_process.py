@@ -34,7 +34,8 @@ def apply_options(compressor: DLSCompressor, optimizer: Any) -> None:
     ]
     if not named:
         return
-    session = binding.session or binding.agree(World(rank=0, size=1, local_size=1, set_id=0))
+    session = binding.session if binding.agreed else None
+    session = session or binding.agree(World(rank=0, size=1, local_size=1, set_id=0))
     session.abandon()  # what an exception may have left of the step before
     flats = {}
     for name, parameter in named:

@@ -7,6 +7,7 @@ host, and for this machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 
 from tests.elastic.worker import MARK, ORDERS
@@ -74,7 +76,7 @@ class ElasticJob(Job):
             command,
             {
                 "HOROVOD_DYNAMIC_PROCESS_SETS": "0",  # they do not go with elastic training
-                "HOROVOD_GLOO_TIMEOUT_SECONDS": "60",  # for workers that die while they connect
+                "HOROVOD_GLOO_TIMEOUT_SECONDS": "30",  # now and then Gloo misses a death
                 ORDERS: str(self._orders),
                 **(env or {}),
             },
@@ -98,15 +100,29 @@ class ElasticJob(Job):
             del self.hosts[name]
         self._write_hosts()
 
+    def workers(self, name: str) -> list[int]:
+        """Processes that run the job's program on a host now, in the order of their start."""
+        found = []
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("HOROVOD_HOSTNAME") == name:
+                    found.append((process.create_time(), process.pid))
+        return [pid for _, pid in sorted(found)]
+
     def kill(self, pid: int) -> None:
         """Ends a worker with SIGKILL, wherever it is; its host is never used again."""
         os.kill(pid, signal.SIGKILL)
 
-    def order(self, pid: int, what: str) -> None:
-        """Gives a worker an order, for ``order`` and ``die_if`` in tests/elastic/worker.py."""
-        whole = self._orders / f"{pid}.new"
+    def order(self, who: int | str, what: str) -> None:
+        """Gives an order, for ``order`` and ``die_if`` in tests/elastic/worker.py.
+
+        Args:
+            who: a worker's process; or a host, whose workers have yet to start.
+            what: the order.
+        """
+        whole = self._orders / f"{who}.new"
         whole.write_text(what)
-        whole.rename(self._orders / str(pid))
+        whole.rename(self._orders / str(who))
 
     def _write_hosts(self) -> None:
         whole = self._file.with_suffix(".new")  # the script must not see half of it

@@ -6,6 +6,7 @@ compressor.
 
 import json
 import sys
+import time
 import zlib
 
 import horovod.torch as hvd
@@ -16,6 +17,16 @@ from tests.elastic.worker import die_if, order, say
 OPTIONS = json.loads(sys.argv[1])
 GIVEN = "given" in sys.argv[2:]
 COMMIT = 3  # steps from one commit to the next
+RATE = 0.02
+PAUSE = 0.02  # seconds after each step: what all steps print is looked through
+own = {}  # sum of this rank's gradient of the first layer
+
+if OPTIONS == "dense":
+    COMPRESSION = hvd.Compression.none
+else:
+    from hvd_dls.torch import DLSCompressor
+
+    COMPRESSION = DLSCompressor(**OPTIONS) if OPTIONS else DLSCompressor
 
 
 def main() -> None:
@@ -24,18 +35,15 @@ def main() -> None:
     model = torch.nn.Sequential(
         torch.nn.Linear(20, 50), torch.nn.Tanh(), torch.nn.Linear(50, 30), torch.nn.Linear(30, 1)
     )
-    model[0].weight.register_hook(lambda gradient: die_if("die in backward"))
-    compression = hvd.Compression.none
-    if OPTIONS != "dense":
-        from hvd_dls.torch import DLSCompressor
-
-        compression = DLSCompressor(**OPTIONS) if OPTIONS else DLSCompressor
+    model[0].weight.register_hook(lambda g: die_if("die in backward"))
+    model[3].weight.register_hook(lambda g: die_if("die when backward begins"))
+    model[0].weight.register_hook(lambda g: own.update(gradient=g.double().sum().item()))
     optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.02),
+        torch.optim.SGD(model.parameters(), lr=RATE),
         named_parameters=model.named_parameters(),
-        compression=compression,
+        compression=COMPRESSION,
     )
-    more = {"compression": compression} if GIVEN else {}
+    more = {"compression": COMPRESSION} if GIVEN else {}
     state = hvd.elastic.TorchState(model=model, optimizer=optimizer, step=0, **more)
     say("start", rank=hvd.rank(), size=hvd.size())
     state.register_reset_callbacks([lambda: say("reset", rank=hvd.rank(), size=hvd.size())])
@@ -45,17 +53,19 @@ def main() -> None:
 
 @hvd.elastic.run
 def train(state) -> None:
+    world = hvd.broadcast_object(f"{time.monotonic()}", name="world")
     target = torch.linspace(-1, 1, 20)
     finish = False
     while not finish:
         generator = torch.Generator().manual_seed(1000 * state.step + hvd.rank())
         x = torch.randn(16, 20, generator=generator)
         state.optimizer.zero_grad()
-        loss = ((state.model(x)[:, 0] - torch.sin(x @ target)) ** 2).mean()
+        loss = ((state.model(x)[:, 0] - x @ target) ** 2).mean()
         loss.backward()
         state.optimizer.step()
         state.step += 1
-        say("step", **report(state, loss.item()))
+        say("step", world=world, **report(state, loss.item()))
+        time.sleep(PAUSE)
         wish = torch.tensor(1.0 if order() == "finish" else 0.0)
         finish = bool(hvd.allreduce(wish, name="finish") > 0)
         if state.step % COMMIT == 0:
@@ -63,13 +73,29 @@ def train(state) -> None:
 
 
 def report(state, loss: float) -> dict[str, object]:
+    """What this rank has of a step that ended; sums are of the first layer."""
     weights = b"".join(p.detach().numpy().tobytes() for p in state.model.parameters())
-    return {
+    report = {
         "step": state.step,
         "rank": hvd.rank(),
         "size": hvd.size(),
+        "rate": RATE,
         "loss": loss,
         "weights": zlib.crc32(weights),
+        "sum_of_weights": state.model[0].weight.double().sum().item(),
+        "sum_of_gradient": own["gradient"],
+    }
+    if OPTIONS == "dense":
+        return report
+    [model], record = COMPRESSION.state_dict()["models"], COMPRESSION.last_step()
+    residual = model["residuals"].get("0.weight", torch.zeros(1))  # alone, a rank sends nothing
+    if not OPTIONS.get("momentum"):  # else gradients reach residuals by way of velocities
+        report["sum_of_residual"] = residual.double().sum().item()
+    return report | {
+        "ratios": zlib.crc32(repr(model["ratios"]).encode()),
+        "step_of_compressor": model["step"],
+        "sent": int(record.k.sum()),
+        "entries": int(record.sizes.sum()),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ ORDERS = "HVD_DLS_TEST_ORDERS"  # a folder with a file for each worker that has 
 def say(what: str, **values: Any) -> None:
     """Tells the test what happens: see ``ElasticJob.events``."""
     who = {"what": what, "pid": os.getpid(), "host": os.environ["HOROVOD_HOSTNAME"]}
-    print(MARK, json.dumps(who | values), flush=True)
+    print(MARK, json.dumps(who | {"time": round(time.time(), 2)} | values), flush=True)
 
 
 def order() -> str:
-    """What ``ElasticJob.order`` has given this process; empty if nothing."""
-    try:
-        return (Path(os.environ[ORDERS]) / str(os.getpid())).read_text()
-    except FileNotFoundError:
-        return ""
+    """What ``ElasticJob.order`` has given this process, or its host; empty if nothing."""
+    for name in (str(os.getpid()), os.environ["HOROVOD_HOSTNAME"]):
+        file = Path(os.environ[ORDERS]) / name
+        if file.exists():
+            return file.read_text()
+    return ""
 
 
 def die_if(ordered: str) -> None:

@@ -146,6 +146,19 @@ class Session(Settling):
         self.skipped, self.last_step = other.skipped, other.last_step
         self.marks_skipped, self.missed = other.marks_skipped, other.missed
 
+    def copy(self) -> Session:
+        """Another session that remembers the same: in no step, all of its arrays on the host.
+
+        Raises:
+            DLSError: see ``state_dict``.
+        """
+        self._check_whole("a copy")
+        other = Session(
+            self.plan.layers, self.config, self.world_size, self.rank, groups=self.groups
+        )
+        other.inherit(self)
+        return other
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's training state: plain values and arrays (the large ones are not copied).
 
@@ -154,13 +167,16 @@ class Session(Settling):
         Raises:
             DLSError: some layers of the step in progress have been settled and others not.
         """
+        self._check_whole("state_dict()")
+        return self.memory.state()
+
+    def _check_whole(self, what: str) -> None:
         if self._step.settled and self._step.refused is None:
             raise DLSError(
-                "state_dict() while gradients are being written: call it after optimizer.step(), "
+                f"{what} while gradients are being written: call it after optimizer.step(), "
                 "or after abandon_step()"
             )
         self._check_sound()
-        return self.memory.state()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Whether a saved state fits: see ``Memory.check``."""

@@ -1,0 +1,25 @@
+"""examples/torch_elastic.py while a worker comes, and one dies."""
+
+import re
+
+from tests.elastic.job import ElasticJob, host, needs_gloo
+from tests.jobs import needs
+
+pytestmark = [needs("torch", "sklearn"), needs_gloo]
+
+
+def test_torch_elastic():
+    command = ["examples/torch_elastic.py", "--epochs", "100000", "--density", "0.05"]
+    with ElasticJob(command, {host(0): 1}) as job:
+
+        def losses(workers):
+            epochs = rf"epoch \d+, {workers} workers, loss ([\d.]+)"
+            return list(map(float, re.findall(epochs, job.output())))
+
+        [first, *_] = job.wait_until(lambda: losses(1), "an epoch of one")
+        job.add(host(1))
+        job.wait_until(lambda: losses(2), "an epoch of two")
+        alone = len(losses(1))
+        job.kill(job.workers(host(1))[-1])
+        job.wait_until(lambda: losses(1)[alone:], "an epoch of the survivor")
+        assert losses(1)[-1] < first / 2

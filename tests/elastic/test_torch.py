@@ -1,0 +1,100 @@
+"""Elastic jobs with torch: workers come, leave and die, and all ranks go on alike."""
+
+import json
+import random
+import time
+from typing import Any
+
+import pytest
+
+from tests.elastic.history import History
+from tests.elastic.job import ElasticJob, host, needs_gloo
+from tests.jobs import JOB, needs
+
+pytestmark = [needs("torch"), needs_gloo]
+
+PROGRAM = "tests/elastic/torch_program.py"
+SMALL = {"density": 0.05, "dense_below": 0, "bucket_bytes": 2048}  # for a model of four buckets
+
+
+def test_workers_come_die_and_leave():
+    """The state is not given the compressor, as in a script of Horovod's own examples."""
+    with job_of(2, SMALL) as job:
+        history = History(job)
+        history.wait_for_steps(2)
+        job.add(host(2))
+        history.wait_for_steps(3)
+        job.order(history.pid_on(host(1)), "die in backward")
+        history.wait_for_steps(2)
+        job.remove(host(1), host(2))
+        history.wait_for_steps(1)
+        finish(job, history, host(0))
+        assert history.check(density=0.05) == [2, 3, 2, 1]
+
+
+def test_one_worker_becomes_many_and_two_die_at_once():
+    """The state is given the compressor, which has momentum and a warm-up."""
+    with job_of(1, SMALL | {"momentum": 0.5, "warmup_steps": 40}, "given") as job:
+        history = History(job)
+        history.wait_for_steps(1)
+        job.add(host(1), slots=2)
+        job.add(host(2))
+        history.wait_for_steps(4)
+        for number in (1, 2):
+            job.order(history.pid_on(host(number)), "die when backward begins")
+        history.wait_for_steps(1)  # Horovod gives up a host of which a worker dies
+        job.add(host(3))
+        history.wait_for_steps(2, steps=40)
+        job.remove(host(3))
+        history.wait_for_steps(1)
+        finish(job, history, host(0))
+        assert history.check() == [1, 4, 1, 2, 1]
+
+
+def test_ten_workers_die_and_ten_come():
+    """In steps, between them, and while ranks agree; not in ``hvd.init()``, which Gloo aborts."""
+    generator = random.Random(0)
+    deaths = ["any time", "of three", "in backward", "at its first gradient"] * 2
+    with job_of(2, SMALL) as job:
+        history, alive = History(job), [0, 1]
+        history.wait_for_steps(2)
+        for new, how in enumerate([*deaths, "any time", "in backward"], start=2):
+            if how == "at its first gradient":  # the others wait for it there
+                job.order(host(new), "die when backward begins")
+                job.add(host(new))
+                history.wait_for_death(host(new))
+            else:
+                victim = alive.pop(generator.randrange(2))
+                if how == "of three":
+                    job.add(host(new))
+                    history.wait_for_steps(3)
+                if how == "in backward":
+                    job.order(history.pid_on(host(victim)), "die in backward")
+                else:
+                    time.sleep(generator.random() / 10)
+                    job.kill(history.pid_on(host(victim)))
+                job.add(host(new))
+                alive.append(new)
+                history.wait_for_worker(host(new))
+            history.wait_for_steps(2)
+        finish(job, history, host(alive[0]))
+        assert len(history.check(density=0.05)) >= 11
+
+
+def test_two_levels_are_refused_in_words():
+    words = "hierarchical=True in an elastic job"
+    with (
+        job_of(2, SMALL | {"hierarchical": True}) as job,
+        pytest.raises(pytest.fail.Exception, match=words),
+    ):
+        job.wait(JOB)
+
+
+def job_of(workers: int, options: dict[str, Any], *arguments: str) -> ElasticJob:
+    hosts = {host(number): 1 for number in range(workers)}
+    return ElasticJob([PROGRAM, json.dumps(options), *arguments], hosts)
+
+
+def finish(job: ElasticJob, history: History, name: str) -> None:
+    job.order(history.pid_on(name), "finish")
+    job.wait(JOB)
