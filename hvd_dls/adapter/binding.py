@@ -147,7 +147,17 @@ class BaseBinding(ABC):
 
     def _new_session(self, world: World, groups: Groups) -> Session:
         threads.use(self._config.threads or threads.to_spare(world.local_size))
-        session = self.blank_session(groups)
+        norms = self._norms() if self._config.prior == "weight_norm" else None
+        session = Session(
+            self._layers,
+            self._config,
+            world.size,
+            world.rank,
+            norms,
+            self._backends(),
+            groups,
+            self._planned_for,
+        )
         if self.session is not None:
             # What waits in a residual reaches the weights divided by the number of senders; sums
             # over ranks, multiplied by that of ranks.
@@ -158,34 +168,10 @@ class BaseBinding(ABC):
             session.inherit(self.session, factor)
         return session
 
-    def blank_session(self, groups: Groups) -> Session:
-        """A session of this model that remembers nothing, for these ranks."""
-        norms = self._norms() if self._config.prior == "weight_norm" else None
-        return Session(
-            self._layers,
-            self._config,
-            groups.world_size,
-            groups.rank,
-            norms,
-            self._backends(),
-            groups,
-            self._planned_for,
-        )
-
     @property
     def _planned_for(self) -> int | None:
         """Number of ranks by which layers are chosen for compression; None: that of today."""
         return None
-
-    def go_on_from(self, session: Session | None) -> None:
-        """Goes on from what a session remembers, once ranks agree anew: at the next gradient.
-
-        Asks no other rank; a step in progress is forgotten, without a word to the others.
-
-        Args:
-            session: of this model, of whatever ranks; None to begin anew.
-        """
-        self.session, self._epoch = session, None
 
     def _compare(self, name: str, own: Claim, facts: agreement.Facts, world: World) -> list[Claim]:
         """All ranks' claims; raises on all of them if their facts differ."""

@@ -130,8 +130,11 @@ class Binding(BaseBinding):
         """
         return 2 if elastic() else None
 
-    def go_on_from(self, session: Session | None) -> None:
-        super().go_on_from(session)
+    def go_back(self, session: Session | None) -> None:
+        """See ``BaseBinding``; traced functions go on with the names of their operations."""
+        label = self._label
+        super().go_back(session)
+        self._label = label
         self._run_of.clear()
         self.deferred.begin_step()
 

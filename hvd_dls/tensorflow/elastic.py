@@ -25,7 +25,7 @@ import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
 from horovod.tensorflow import broadcast_object, init, rank, shutdown
 
-from hvd_dls.adapter.commits import Commit
+from hvd_dls.adapter.elastic import Commit
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow.broadcasting import broadcast_variables
 from hvd_dls.tensorflow.compressor import DLSCompressor
@@ -85,7 +85,7 @@ class CompressedState(ObjectState):
         for name in [name for name, value in kwargs.items() if _compressor_in(value) is not None]:
             setattr(self, name, kwargs.pop(name))
         self._values: list[np.ndarray] = []
-        self._commits: list[Commit] = []
+        self._commits: list[tuple[DLSCompressor, Commit]] = []
         self._save_here()
         super().__init__(bcast_object=broadcast_object, get_rank=rank, **kwargs)
 
@@ -106,9 +106,13 @@ class CompressedState(ObjectState):
         """Goes back to what was saved last; asks no other rank."""
         for variable, value in zip(self._tracked(), self._values, strict=True):
             variable.assign(value)
+        committed = [compressor for compressor, _ in self._commits]
         for compressor in self._compressors():
-            commits = [commit for commit in self._commits if commit.compressor is compressor]
-            (commits or [Commit.of_nothing(compressor)])[0].go_back()
+            if not any(compressor is other for other in committed):  # it is new
+                for binding in compressor._bindings:
+                    binding.go_back(None)
+        for _, commit in self._commits:
+            commit.restore()
         super().restore()
 
     def sync(self) -> None:
@@ -129,10 +133,13 @@ class CompressedState(ObjectState):
         with lost_ranks_told():
             broadcast_variables(self._tracked(), root_rank=0)
             super().sync()
+            if self._given:  # else not all ranks need have as many by now
+                for _, commit in self._commits:
+                    commit.sync(self._bcast_object)
         self._save_here()
 
     def _save_here(self) -> None:
-        commits = [Commit(compressor) for compressor in self._compressors()]
+        commits = [(compressor, Commit(compressor)) for compressor in self._compressors()]
         self._values = [np.array(variable) for variable in self._tracked()]
         self._commits = commits
 

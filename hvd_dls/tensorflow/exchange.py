@@ -14,6 +14,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
+from hvd_dls.adapter import elastic
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow.binding import Binding
@@ -89,6 +90,18 @@ class Exchange:
         """Of the model: another one once ``hvd.init()`` was called again."""
         assert self.binding.session is not None
         return self.binding.session
+
+    def one(self, dtype: tf.DType) -> tf.Tensor:
+        """Returns 1.0, (1,), for Horovod to reduce.
+
+        TensorFlow takes a Horovod operation with a constant input for a constant: it runs it once,
+        when it optimises a traced function, and never again.  In an elastic job ranks that come
+        later would wait for the others there, and these would go on with the scale of a number of
+        ranks that has passed.  So there it is computed, from the number of the run.
+        """
+        if not elastic():
+            return tf.ones([1], dtype)
+        return tf.cast(tf.reshape(tf.minimum(self.checked, 1), [1]), dtype)
 
     def _check(self, variables: dict[str, Any], in_graph: bool) -> tf.Tensor:
         """Compares a step's variables with those traced, and begins the step."""

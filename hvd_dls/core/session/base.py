@@ -35,6 +35,7 @@ class SessionBase:
         planned_for: int | None = None,
     ) -> None:
         self.config = config
+        self.planned_for = planned_for
         self.groups = groups or Groups.of_one(world_size, rank)
         self.plan = make_plan(layers, config, planned_for or self.groups.count)
         self.routing = Routing(self.plan, config, self.groups)

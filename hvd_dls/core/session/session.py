@@ -139,10 +139,6 @@ class Session(Settling):
         """Takes over what another session of the same model remembers: see ``Memory.inherit``."""
         other._check_sound()
         self.memory.inherit(other.memory, factor)
-        self.count_on_from(other)
-
-    def count_on_from(self, other: Session) -> None:
-        """Takes over what is no part of a training's state: counts, and the last record."""
         self.skipped, self.last_step = other.skipped, other.last_step
         self.marks_skipped, self.missed = other.marks_skipped, other.missed
 
@@ -154,7 +150,12 @@ class Session(Settling):
         """
         self._check_whole("a copy")
         other = Session(
-            self.plan.layers, self.config, self.world_size, self.rank, groups=self.groups
+            self.plan.layers,
+            self.config,
+            self.world_size,
+            self.rank,
+            groups=self.groups,
+            planned_for=self.planned_for,
         )
         other.inherit(self)
         return other
