@@ -5,6 +5,6 @@ Imports ``core`` and Horovod's process sets, no framework.
 
 from hvd_dls.adapter.binding import BaseBinding
 from hvd_dls.adapter.compressor import BaseCompressor, InstanceOrDefault
-from hvd_dls.adapter.world import World, elastic, epoch
+from hvd_dls.adapter.world import World, epoch, is_elastic
 
-__all__ = ["BaseBinding", "BaseCompressor", "InstanceOrDefault", "World", "elastic", "epoch"]
+__all__ = ["BaseBinding", "BaseCompressor", "InstanceOrDefault", "World", "epoch", "is_elastic"]

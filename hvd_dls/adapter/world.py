@@ -54,7 +54,7 @@ def epoch() -> Any:
     return ranks
 
 
-def elastic() -> bool:
+def is_elastic() -> bool:
     """Whether the number of ranks may change; Horovod asks in the same way."""
     return bool(int(os.environ.get("HOROVOD_ELASTIC", 0)))
 

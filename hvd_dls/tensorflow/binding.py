@@ -10,7 +10,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from hvd_dls.adapter import BaseBinding, World, elastic
+from hvd_dls.adapter import BaseBinding, World, is_elastic
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection.backend import Backend
@@ -102,7 +102,7 @@ class Binding(BaseBinding):
     def _agree(self) -> None:
         process_set = self.process_set
         whole = process_set.process_set_id == 0
-        if elastic() and not whole:
+        if is_elastic() and not whole:
             raise DLSError(
                 "a process set in an elastic job: Horovod does not form process sets anew when "
                 "workers come and go; leave process_set out"
@@ -128,7 +128,7 @@ class Binding(BaseBinding):
         What it sends, and in how many operations, must suit those that ranks trace that come later.
         So in an elastic job the same layers are compressed, with whatever number of ranks.
         """
-        return 2 if elastic() else None
+        return 2 if is_elastic() else None
 
     def go_back(self, session: Session | None) -> None:
         """See ``BaseBinding``; traced functions go on with the names of their operations."""

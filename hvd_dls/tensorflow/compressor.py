@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_dls.adapter import BaseCompressor, InstanceOrDefault, elastic
+from hvd_dls.adapter import BaseCompressor, InstanceOrDefault, is_elastic
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow import single_process
 from hvd_dls.tensorflow.binding import Binding
@@ -146,7 +146,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
             return None
         if call.process_set.size() == 1:
             single_process.refuse_options(self.config)
-            if not elastic():  # or others may join, with this graph
+            if not is_elastic():  # or others may join, with this graph
                 if self._loss_scale is None:  # or whoever scales the loss looks for Inf
                     single_process.check_finite(
                         self.config, call.dense_variables, call.dense_gradients

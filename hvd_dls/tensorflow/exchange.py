@@ -14,7 +14,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from hvd_dls.adapter import elastic
+from hvd_dls.adapter import is_elastic
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow.binding import Binding
@@ -99,7 +99,7 @@ class Exchange:
         later would wait for the others there, and these would go on with the scale of a number of
         ranks that has passed.  So there it is computed, from the number of the run.
         """
-        if not elastic():
+        if not is_elastic():
             return tf.ones([1], dtype)
         return tf.cast(tf.reshape(tf.minimum(self.checked, 1), [1]), dtype)
 
