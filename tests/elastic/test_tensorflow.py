@@ -11,8 +11,9 @@ pytestmark = [needs("tensorflow"), needs_gloo]
 
 SPARSE = {"density": 0.05, "cost_rule": False, "dense_below": 0}
 PROGRAM = "tests/elastic/tensorflow_program.py"
-# Ranks that are not beside the dead one's learn of it when this is up.
-ENV = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "20"}
+# Survivors wait so long for a newcomer, which imports TensorFlow meanwhile; and ranks that are not
+# beside a dead one learn of it when this is up.
+ENV = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "60"}
 
 
 class Watched:
