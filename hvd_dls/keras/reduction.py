@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from hvd_dls.adapter import is_elastic
 from hvd_dls.keras.finiteness import (
     first_not_finite,
     overflowed,
@@ -81,7 +81,7 @@ class Reduction:
         process_set = self._allreduce.process_set
         if not process_set.included():
             return False
-        return self._compressor is not None or _elastic() or process_set.size() > 1
+        return self._compressor is not None or is_elastic() or process_set.size() > 1
 
     def __call__(self, gradients: list[Any], variables: list[Any]) -> Reduced:
         """Reduces the gradients of these variables; None stays None.
@@ -171,7 +171,7 @@ class Reduction:
             i
             for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
             if gradient is not None
-            if self.scales_loss or _elastic() or not _takes_part(binding, gradient, variable)
+            if self.scales_loss or is_elastic() or not _takes_part(binding, gradient, variable)
         ]
 
     def _exchange(
@@ -226,11 +226,6 @@ def _accepted(gradients: list[Any], variables: list[Any], binding: Binding) -> t
         if _takes_part(binding, gradient, variable) and gradient.shape.num_elements():
             return tf.math.is_finite(tf.reshape(gradient, [-1])[0])
     return tf.constant(True)
-
-
-def _elastic() -> bool:
-    """Whether the number of ranks may change while a traced function stays."""
-    return bool(int(os.environ.get("HOROVOD_ELASTIC", 0)))
 
 
 def _name_of(variable: Any) -> str:

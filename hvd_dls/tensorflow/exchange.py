@@ -14,6 +14,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
+from hvd_dls.adapter import is_elastic
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow.binding import Binding
@@ -69,7 +70,9 @@ class Exchange:
         self.layers = frozenset(members)
         self.n_gradients = len(variables)
         self.grouped = grouped
-        self.may_go_dense = self.session.dense_step
+        # Not whether this step does: a state of an earlier one may be loaded, and in an elastic job
+        # the function may run beside those of ranks that have traced theirs in other steps.
+        self.may_go_dense = self.session.dense_step or self.session.dense_steps > 0
         with graph_of(gradients), tf.device("CPU:0"):
             in_graph = tf.is_symbolic_tensor(gradients[0])
             self.checked = self._check({n: v for n, (v, _) in members.items()}, in_graph)
@@ -87,6 +90,18 @@ class Exchange:
         """Of the model: another one once ``hvd.init()`` was called again."""
         assert self.binding.session is not None
         return self.binding.session
+
+    def one(self, dtype: tf.DType) -> tf.Tensor:
+        """Returns 1.0, (1,), for Horovod to reduce.
+
+        TensorFlow takes a Horovod operation with a constant input for a constant: it runs it once,
+        when it optimises a traced function, and never again.  In an elastic job ranks that come
+        later would wait for the others there, and these would go on with the scale of a number of
+        ranks that has passed.  So there it is computed, from the number of the run.
+        """
+        if not is_elastic():
+            return tf.ones([1], dtype)
+        return tf.cast(tf.reshape(tf.minimum(self.checked, 1), [1]), dtype)
 
     def _check(self, variables: dict[str, Any], in_graph: bool) -> tf.Tensor:
         """Compares a step's variables with those traced, and begins the step."""
