@@ -38,6 +38,7 @@ class SessionBase:
     ) -> None:
         self.config = config
         self.planned_for = planned_for
+        self._norms = norms
         self.groups = groups or Groups.of_one(world_size, rank)
         self.plan = make_plan(layers, config, planned_for or self.groups.count)
         self.routing = Routing(self.plan, config, self.groups)

@@ -159,6 +159,7 @@ class Session(Settling):
             self.config,
             self.world_size,
             self.rank,
+            self._norms,
             groups=self.groups,
             planned_for=self.planned_for,
         )
