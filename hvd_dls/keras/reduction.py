@@ -21,6 +21,7 @@ from hvd_dls.keras.names import unique_name
 from hvd_dls.keras.xla import refuse_jit
 from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.compressor import DLSCompressor
+from hvd_dls.tensorflow.traced_models import agreement
 
 
 class Reduced(NamedTuple):
@@ -108,7 +109,14 @@ class Reduction:
         """Returns () bool: whether no rank's gradients hold NaN or Inf; the same on all ranks."""
         present = [g for g in gradients if g is not None]
         name = unique_name(f"{self._name}.all_finite")
-        return tf.reduce_all(first_not_finite(present, name, self._allreduce.process_set) < 0)
+        return tf.reduce_all(self._first_not_finite(present, name) < 0)
+
+    def _first_not_finite(self, gradients: Sequence[Any], name: str) -> tf.Tensor:
+        """See ``first_not_finite``; the exchange may wait for its result, so ranks agree before."""
+        agreed = agreement() if is_elastic() and self._compressor is not None else None
+        with tf.control_dependencies([] if agreed is None else [agreed]):
+            gradients = [_identity(gradient) for gradient in gradients]
+        return first_not_finite(gradients, name, self._allreduce.process_set)
 
     def _reduce(self, gradients: list[Any], variables: list[Any]) -> Reduced:
         name = unique_name(self._name)
@@ -120,9 +128,7 @@ class Reduction:
         unchecked = self._unchecked(gradients, variables, binding)
         if not unchecked:
             return self._exchange(gradients, variables, binding, name)
-        first = first_not_finite(
-            [gradients[i] for i in unchecked], f"{name}.finite", self._allreduce.process_set
-        )
+        first = self._first_not_finite([gradients[i] for i in unchecked], f"{name}.finite")
         names = [_name_of(variables[i]) for i in unchecked]
         if not self.scales_loss and not self.may_skip:
             with tf.control_dependencies([raise_not_finite(first, names)]):
@@ -226,6 +232,12 @@ def _accepted(gradients: list[Any], variables: list[Any], binding: Binding) -> t
         if _takes_part(binding, gradient, variable) and gradient.shape.num_elements():
             return tf.math.is_finite(tf.reshape(gradient, [-1])[0])
     return tf.constant(True)
+
+
+def _identity(gradient: Any) -> Any:
+    if not isinstance(gradient, tf.IndexedSlices):
+        return tf.identity(gradient)
+    return tf.IndexedSlices(tf.identity(gradient.values), gradient.indices, gradient.dense_shape)
 
 
 def _name_of(variable: Any) -> str:

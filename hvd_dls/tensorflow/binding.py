@@ -138,15 +138,21 @@ class Binding(BaseBinding):
         self._run_of.clear()
         self.deferred.begin_step()
 
+    def agree_anew(self) -> None:
+        """Compares with the other ranks if ``hvd.init()`` was called since that was done last."""
+        with self.lock:
+            if not self.agreed:
+                self._agree()
+
     def begin_step(self) -> int:
         """Prepares for the first gradient of a step, which may still be some way off.
+
+        The ranks have to agree: see ``agree_anew``.
 
         Returns:
             A number of this run of the traced call, for ``enter``.
         """
         with self.lock:
-            if not self.agreed:  # ``hvd.init()`` was called since the function was traced
-                self._agree()
             session = self.session
             assert session is not None
             self.deferred.begin_step()

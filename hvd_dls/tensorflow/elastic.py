@@ -133,9 +133,10 @@ class CompressedState(ObjectState):
         with lost_ranks_told():
             broadcast_variables(self._tracked(), root_rank=0)
             super().sync()
-            if self._given:  # else not all ranks need have as many by now
-                for _, commit in self._commits:
-                    commit.sync(self._bcast_object)
+            # In one broadcast: not all ranks need have as many compressors by now.
+            of_first = self._bcast_object([commit.steps for _, commit in self._commits])
+            for (_, commit), steps in zip(self._commits, of_first, strict=False):
+                commit.compare(steps)
         self._save_here()
 
     def _save_here(self) -> None:

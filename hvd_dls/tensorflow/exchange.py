@@ -21,6 +21,7 @@ from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.executors import HOST
 from hvd_dls.tensorflow.handles import graph_of, handle_of, handle_on_cpu, identity
 from hvd_dls.tensorflow.on_device import N_PARTS, DeviceFuture
+from hvd_dls.tensorflow.traced_models import agree_on, models_of_function
 
 _OTHER_MODEL = (
     "a traced function of Horovod that DLSCompressor took part in runs with other variables of the "
@@ -75,6 +76,9 @@ class Exchange:
         self.may_go_dense = self.session.dense_step or self.session.dense_steps > 0
         with graph_of(gradients), tf.device("CPU:0"):
             in_graph = tf.is_symbolic_tensor(gradients[0])
+            self._models = models_of_function() if in_graph else []
+            if not any(model is binding for model in self._models):
+                self._models.append(binding)
             self.checked = self._check({n: v for n, (v, _) in members.items()}, in_graph)
             buckets: dict[int | None, dict[str, tf.Tensor]] = {}
             for name, (_, gradient) in members.items():
@@ -115,6 +119,7 @@ class Exchange:
         def check(*current: tf.Tensor) -> np.int64:
             if [identity(handle) for handle in current] != traced:
                 raise DLSError(_OTHER_MODEL)
+            agree_on(self._models)
             return np.int64(self.binding.begin_step())
 
         if in_graph:

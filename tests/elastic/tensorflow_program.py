@@ -1,57 +1,66 @@
 """A small training with elastic Horovod and TensorFlow; what a test orders ends it.
 
-Arguments: "function" or "eagerly" for a tape, or "fit" for Keras 3; and options of DLSCompressor in
-JSON, or "dense".
+Arguments: "function" for a tape in tf.function, or "fit" for Keras 3, or for tf_keras where
+TF_USE_LEGACY_KERAS=1; and options of DLSCompressor in JSON.  What it tells of its steps is as in
+torch_program.py.
 """
 
 import json
+import os
 import sys
 import time
 import zlib
 
 import horovod.tensorflow as hvd
-import keras
 import numpy as np
 import tensorflow as tf
 
-import hvd_dls.keras as hvd_keras
 from hvd_dls.tensorflow import DLSCompressor, elastic
 from tests.elastic.worker import die_if, order, say
 
 HOW, OPTIONS = sys.argv[1], json.loads(sys.argv[2])
+LEGACY = os.environ.get("TF_USE_LEGACY_KERAS") == "1"
 COMMIT = 3  # steps from one commit to the next
-PAUSE = 0.05  # seconds between steps: more happens in a job than steps
+RATE = 0.02
+PAUSE = 0.05  # seconds between steps: what all steps print is looked through
 EPOCH = 5  # steps of an epoch of fit
+SHAPES = (tf.TensorSpec((16, 20)), tf.TensorSpec((16, 1)))
+COMPRESSION = DLSCompressor(**OPTIONS)
+
+keras = tf.keras
+own = {}  # sum of this rank's gradient of the first layer
 
 
 @tf.custom_gradient
-def doomed(x):
-    """The same; a rank that is ordered to die does so when the gradient comes by."""
+def watched(weights):
+    """The same; what their gradient adds up to is kept, or a rank dies as it is ordered."""
 
     def gradient(dy):
-        def die(dy):
+        def look(dy):
             die_if("die in backward")
+            own["gradient"] = float(np.sum(dy.numpy(), dtype=np.float64))
             return dy
 
-        return tf.ensure_shape(tf.py_function(die, [dy], dy.dtype), dy.shape)
+        return tf.ensure_shape(tf.py_function(look, [dy], dy.dtype), dy.shape)
 
-    return tf.identity(x), gradient
+    return tf.identity(weights), gradient
 
 
-class Doomed(keras.layers.Layer):
+class First(keras.layers.Layer):
+    def build(self, shape):
+        self.kernel = self.add_weight(name="kernel", shape=(shape[-1], 50))
+        self.built = True
+
     def call(self, inputs):
-        return doomed(inputs)
+        return tf.tanh(inputs @ watched(tf.convert_to_tensor(self.kernel)))
 
 
 def net():
     keras.utils.set_random_seed(hvd.rank())  # the state's sync makes them equal
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            *(layers.Input((20,)), layers.Dense(50, "tanh"), Doomed(), layers.Dense(30)),
-            layers.Dense(1),
-        ]
-    )
+    layers = [First(name="first"), keras.layers.Dense(30), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.build((None, 20))
+    return model
 
 
 def batch(step):
@@ -60,77 +69,103 @@ def batch(step):
     return x, np.sin(x @ np.linspace(-1, 1, 20))[:, None].astype(np.float32)
 
 
-def report(state, size, loss):
-    weights = b"".join(np.asarray(w).tobytes() for w in state.model.trainable_variables)
-    said = {"step": state.step, "rank": hvd.rank(), "size": size, "loss": float(loss)}
-    said["weights"] = zlib.crc32(weights)
-    if OPTIONS != "dense":
-        (model,) = COMPRESSION.state_dict()["models"]
-        said["ratios"] = zlib.crc32(np.asarray(model["ratios"]).tobytes())
-        said["compressed"] = model["step"]
-        said["waiting"] = float(sum(np.abs(r).sum() for r in model["residuals"].values()))
+def report(state, world, loss):
+    """What this rank has of a step that ended; sums are of the first layer."""
+    weights = [np.asarray(tf.convert_to_tensor(w)) for w in state.model.trainable_variables]
+    (model,) = COMPRESSION.state_dict()["models"]
+    (residual,) = (array for name, array in model["residuals"].items() if "first" in name)
+    record, size = COMPRESSION.last_step(), hvd.size()
+    said = {
+        "world": world,
+        "step": state.step,
+        "rank": hvd.rank(),
+        "size": size,
+        "rate": RATE,
+        "loss": float(loss),
+        "weights": zlib.crc32(b"".join(array.tobytes() for array in weights)),
+        "sum_of_weights": np.sum(weights[0], dtype=np.float64),
+        "sum_of_gradient": own["gradient"],
+        # Of a rank alone it may still be on the scale of the ranks before.
+        "sum_of_residual": np.sum(residual, dtype=np.float64) * size / model["world_size"],
+        "ratios": zlib.crc32(np.asarray(model["ratios"]).tobytes()),
+        # A rank alone leaves the compressor out, but with Keras 3.
+        "step_of_compressor": model["step"] + state.left_out,
+    }
+    if record is not None and size > 1:
+        said |= {"sent": int(record.k.sum()), "entries": int(record.sizes.sum())}
     say("step", **said)
 
 
-def finished():
-    """Whether any rank has been ordered to finish."""
+def ended(state, world, loss):
+    """To be called after each step; whether any rank has been ordered to finish."""
+    state.step += 1
+    if hvd.size() == 1 and (LEGACY or HOW == "function"):
+        state.left_out += 1
+    report(state, world, loss)
+    time.sleep(PAUSE)
     wish = tf.constant(1.0 if order() == "finish" else 0.0)
     return float(hvd.allreduce(wish, op=hvd.Sum, name="finish")) > 0
 
 
-COMPRESSION = hvd.Compression.none if OPTIONS == "dense" else DLSCompressor(**OPTIONS)
+def new_world():
+    return hvd.broadcast_object(f"{time.monotonic()}", name="world")
 
 
 def with_a_tape(model, optimizer):
+    @tf.function
     def step(x, y):
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean((model(x) - y) ** 2)
         tape = hvd.DistributedGradientTape(tape, compression=COMPRESSION)
-        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
-        optimizer.apply(gradients, model.trainable_variables)
+        variables = [getattr(v, "value", v) for v in model.trainable_variables]
+        gradients = tape.gradient(loss, variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
         return loss
-
-    if HOW == "function":
-        step = tf.function(step)
 
     @elastic.run
     def train(state):
-        while not finished():
+        world, finished = new_world(), False
+        while not finished:
             loss = step(*map(tf.constant, batch(state.step)))
-            state.step += 1
-            report(state, hvd.size(), loss)
+            finished = ended(state, world, loss)
             if state.step % COMMIT == 0:
                 state.commit()
-            time.sleep(PAUSE)
 
-    state = elastic.TensorFlowKerasState(model, optimizer, step=0)
+    state = elastic.TensorFlowKerasState(model, optimizer, step=0, left_out=0)
     return state, train
 
 
 def with_fit(model, optimizer):
+    if LEGACY:
+        import horovod.tensorflow.keras as hvd_keras
+
+        new_state = elastic.TensorFlowKerasState
+    else:
+        import hvd_dls.keras as hvd_keras
+
+        new_state = hvd_keras.elastic.KerasState
     optimizer = hvd_keras.DistributedOptimizer(optimizer, compression=COMPRESSION)
     model.compile(optimizer, "mse")
-    state = hvd_keras.elastic.KerasState(model, batch=0, epoch=0, step=0)
+    state = new_state(model, batch=0, epoch=0, step=0, left_out=0)
 
     class Each(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            state.step += 1
-            report(state, hvd.size(), logs["loss"])
-            self.model.stop_training = finished()
-            time.sleep(PAUSE)
+        def on_train_begin(self, logs=None):
+            self.world = new_world()
 
-    @hvd_keras.elastic.run
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = ended(state, self.world, logs["loss"])
+
+    @elastic.run
     def train(state):
         def batches():
             while True:
                 yield batch(state.step)
 
-        shapes = (tf.TensorSpec((16, 20)), tf.TensorSpec((16, 1)))
-        data = tf.data.Dataset.from_generator(batches, output_signature=shapes)
         model.fit(
-            data,
+            tf.data.Dataset.from_generator(batches, output_signature=SHAPES),
             steps_per_epoch=EPOCH,
-            epochs=10**6 - state.epoch,
+            epochs=10**6,
+            initial_epoch=state.epoch,
             verbose=0,
             callbacks=[
                 Each(),
@@ -145,7 +180,7 @@ def with_fit(model, optimizer):
 
 def main():
     hvd.init()
-    model, optimizer = net(), keras.optimizers.SGD(0.02, momentum=0.5)
+    model, optimizer = net(), keras.optimizers.SGD(RATE)
     state, train = (with_fit if HOW == "fit" else with_a_tape)(model, optimizer)
     say("start", rank=hvd.rank(), size=hvd.size())
     state.register_reset_callbacks([lambda: say("reset", rank=hvd.rank(), size=hvd.size())])

@@ -1,80 +1,68 @@
-"""Real elastic jobs with TensorFlow and Keras 3: workers come, die in mid-step and leave."""
+"""Real elastic jobs with TensorFlow: workers come, leave and die in mid-step; all go on alike."""
 
 import json
 
-import pytest
-
+from tests.elastic.history import History
 from tests.elastic.job import ElasticJob, host, needs_gloo
 from tests.jobs import JOB, needs
 
 pytestmark = [needs("tensorflow"), needs_gloo]
 
-SPARSE = {"density": 0.05, "cost_rule": False, "dense_below": 0}
-PROGRAM = "tests/elastic/tensorflow_program.py"
-# Survivors wait so long for a newcomer, which imports TensorFlow meanwhile; and ranks that are not
-# beside a dead one learn of it when this is up.
-ENV = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "60"}
+SPARSE = {"density": 0.05, "cost_rule": False, "dense_below": 0, "bucket_bytes": 2048}
 
 
-class Watched:
-    """A job whose steps are looked at: all ranks of each must be alike.
-
-    Args:
-        job: that runs ``PROGRAM``.
-    """
-
-    def __init__(self, job: ElasticJob) -> None:
-        self.job = job
-
-    def go_on_with(self, size, words, steps=3):
-        """Waits for some more steps of this many ranks, one of whom then is returned."""
-        known = len(self.job.events("step"))
-
-        def last():
-            new = [event for event in self.job.events("step")[known:] if event["size"] == size]
-            return new[-1] if len(new) >= steps * size else None
-
-        return self.job.wait_until(last, words)
-
-    def pid_of(self, name):
-        return next(e["pid"] for e in self.job.events("start") if e["host"] == name)
-
-    def finish(self, pid):
-        self.job.order(pid, "finish")
-        self.job.wait(JOB)
-
-    def check(self, keys=("weights", "ratios", "compressed")):
-        """All ranks that made a step together have the same weights, ratios and number of steps."""
-        together = {}
-        for event in self.job.events("step"):
-            together.setdefault((event["size"], event["step"]), []).append(event)
-        for (size, step), events in together.items():
-            # A step may be made again after a restore, with the same result or another.
-            attempts = {}
-            for event in events:
-                attempts.setdefault(event["rank"], []).append([event[key] for key in keys])
-            last = {json.dumps(of_rank[-1]) for of_rank in attempts.values()}
-            assert len(attempts) < size or len(last) == 1, (size, step, events)
+def job_of(workers, how, env=None):
+    command = ["tests/elastic/tensorflow_program.py", how, json.dumps(SPARSE)]
+    return ElasticJob(command, {host(number): 1 for number in range(workers)}, env)
 
 
-@pytest.mark.parametrize("how", ["function", "fit"])
-def test_workers_come_die_and_leave(how):
-    command = [PROGRAM, how, json.dumps(SPARSE)]
-    with ElasticJob(command, {host(0): 1, host(1): 1}, ENV) as job:
-        watched = Watched(job)
-        watched.go_on_with(2, "steps of two")
+def finish(job, history, name):
+    job.order(history.pid_on(name), "finish")
+    job.wait(JOB)
+
+
+def test_a_tape_in_a_traced_function():
+    """A worker alone leaves the compressor out; what waits then is not lost."""
+    with job_of(2, "function") as job:
+        history = History(job)
+        history.wait_for_steps(2)
         job.add(host(2))
-        watched.go_on_with(3, "steps of three, one of them new")
-        job.order(watched.pid_of(host(1)), "die in backward")
-        watched.go_on_with(2, "steps of the two survivors")
-        job.add(host(3))
-        watched.go_on_with(3, "steps of three again")
+        history.wait_for_steps(3)
+        job.order(history.pid_on(host(1)), "die in backward")
+        history.wait_for_steps(2)
         job.remove(host(2))
-        watched.go_on_with(2, "steps of two after one has left")
-        job.order(watched.pid_of(host(3)), "die in backward")
-        last = watched.go_on_with(1, "steps of one alone")
-        watched.finish(last["pid"])
-        watched.check()
-        losses = [event["loss"] for event in job.events("step")]
-        assert sum(losses[-10:]) < sum(losses[:10])
-        assert [event["pid"] for event in job.events("end")] == [last["pid"]]
+        history.wait_for_steps(1)
+        job.add(host(3))
+        history.wait_for_steps(2, steps=10)
+        finish(job, history, host(0))
+        assert history.check(density=0.05) == [2, 3, 2, 1, 2]
+
+
+def test_fit_of_keras_3():
+    """A worker alone goes on compressing, with nobody to send to."""
+    with job_of(1, "fit") as job:
+        history = History(job)
+        history.wait_for_steps(1)
+        job.add(host(1))
+        job.add(host(2))
+        history.wait_for_steps(3)
+        job.remove(host(1))
+        history.wait_for_steps(2)
+        job.order(history.pid_on(host(2)), "die in backward")
+        history.wait_for_steps(1, steps=10)
+        finish(job, history, host(0))
+        assert history.check() == [1, 3, 2, 1]
+
+
+@needs("tf_keras")
+def test_fit_of_tf_keras():
+    """With Horovod's own optimizer and callbacks."""
+    with job_of(1, "fit", {"TF_USE_LEGACY_KERAS": "1"}) as job:
+        history = History(job)
+        history.wait_for_steps(1)
+        job.add(host(1))
+        history.wait_for_steps(2)
+        job.order(history.pid_on(host(1)), "die in backward")
+        history.wait_for_steps(1, steps=10)
+        finish(job, history, host(0))
+        assert history.check(density=0.05) == [1, 2, 1]

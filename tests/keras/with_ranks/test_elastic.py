@@ -67,6 +67,29 @@ def test_epochs_are_counted_over_all_fits(goes_on):
     assert commits == [c for epoch in range(3) for c in ((epoch, 1), (epoch, 3), (epoch + 1, 0))]
 
 
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}], ids=str)
+def test_fit_goes_on_beside_a_newcomer_that_traces(options, monkeypatch):
+    """Whatever the others wait for before they exchange gradients, it waits for none of it."""
+
+    def started():
+        compression = DLSCompressor(density=0.05, **SPARSE, **options)
+        model = compiled(compression)
+        return model, compression, hvd.elastic.KerasState(model, compression=compression)
+
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    model, compression, state = started()
+    model.fit(*data(32), 8, verbose=0, shuffle=False)
+    monkeypatch.delenv("HOROVOD_ELASTIC")  # horovodrun would be asked for a rank in a new job
+    restart_horovod()
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    if hvd.rank() == 1:
+        model, compression, state = started()
+    state.sync()
+    model.fit(*data(32, 1), 8, verbose=0, shuffle=False)
+    assert compression.last_step().step == 8
+    assert_same_on_all_ranks(flat(model))
+
+
 def test_what_a_state_needs():
     with pytest.raises(ValueError, match="must be built first"):
         hvd.elastic.KerasState(keras.Sequential([keras.layers.Dense(1)]))

@@ -14,6 +14,7 @@ from tests.tensorflow.with_ranks.training import (
     Net,
     Trainer,
     assert_same_on_all_ranks,
+    batch,
     flat,
 )
 
@@ -150,3 +151,40 @@ def test_which_layers_are_compressed_does_not_follow_the_number_of_ranks(monkeyp
 def test_a_state_needs_variables(variables):
     with pytest.raises(DLSError, match=r"variables takes a list of tf\.Variable"):
         elastic.TensorFlowState(variables)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_a_function_that_was_traced_before_runs_beside_a_newcomer_that_traces(models, monkeypatch):
+    """The newcomer compares notes while it traces, the others when they run: nobody waits."""
+
+    def started():
+        compressions = [compressor() for _ in range(models)]
+        nets = [Net(seed=number) for number in range(models)]
+        pairs = zip(nets, compressions, strict=True)
+        trainers = [Trainer(net, compression, "plain") for net, compression in pairs]
+
+        @tf.function
+        def step(images, labels):
+            for trainer in trainers:
+                trainer.step(images, labels)
+
+        state = elastic.TensorFlowState([p for net in nets for p in net.parameters])
+        return step, nets, compressions, state
+
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    step, nets, compressions, state = started()
+    for number in range(3):
+        step(*batch(number))
+    monkeypatch.delenv("HOROVOD_ELASTIC")  # horovodrun would be asked for a rank of the new world
+    restart_horovod()
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    if hvd.rank() == 1:
+        step, nets, compressions, state = started()
+    state.sync()
+    for number in range(3, 6):
+        step(*batch(number))
+    for net, compression in zip(nets, compressions, strict=True):
+        assert compression.last_step().step == 6
+        (model,) = compression.state_dict()["models"]
+        assert_same_on_all_ranks(flat(net))
+        assert_same_on_all_ranks(np.asarray(model["ratios"]))
