@@ -166,6 +166,7 @@ def with_fit(model, optimizer):
             steps_per_epoch=EPOCH,
             epochs=10**6,
             initial_epoch=state.epoch,
+            shuffle=False,
             verbose=0,
             callbacks=[
                 Each(),

@@ -1,5 +1,7 @@
 """What elastic training saves and goes back to; real elastic jobs are in tests/elastic."""
 
+import copy
+
 import horovod.tensorflow as hvd
 import numpy as np
 import pytest
@@ -18,8 +20,6 @@ from tests.tensorflow.with_ranks.training import (
     flat,
 )
 
-modes = pytest.mark.parametrize("mode", ["eager", "tf.function"])
-
 
 def compressor(**options):
     return DLSCompressor(density=0.05, **SPARSE, **options)
@@ -30,8 +30,13 @@ def residuals(compression):
     return np.concatenate([np.array(r) for r in model["residuals"].values()])
 
 
-@modes
-@pytest.mark.parametrize("options", [{"momentum": 0.5}, {"dense_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("eager", {"momentum": 0.5}),
+        ("tf.function", {"dense_steps": 2, "prior": "weight_norm"}),
+    ],
+)
 def test_training_goes_on_from_what_was_saved(mode, options):
     """As if the steps in between had not been; also from before the first one."""
     for saved_after in (0, 3):
@@ -86,6 +91,12 @@ def test_sync_leaves_residuals_where_they_are():
     assert_same_on_all_ranks(flat(model))
     np.testing.assert_array_equal(residuals(compression), mine)
     assert (hvd.allgather(tf.constant([mine.sum()])).numpy() != mine.sum()).sum() == 1
+    # What a newcomer has loaded is older than the weights.
+    newcomer = compressor()
+    newcomer.load_state_dict(copy.deepcopy(compression.state_dict()))
+    given = newcomer if hvd.rank() else compression
+    elastic.TensorFlowState(model.parameters, compression=given).sync()
+    assert bool(newcomer.state_dict()["models"]) == (hvd.rank() == 0)
 
 
 def test_a_compressor_is_found_wherever_it_is_given():
