@@ -21,6 +21,7 @@ from hvd_dls.tensorflow import single_process
 from hvd_dls.tensorflow.deferred_error import DeferredError
 from hvd_dls.tensorflow.executors import HOST, DeviceExecutor, Executor
 from hvd_dls.tensorflow.handles import handle_of, identity
+from hvd_dls.tensorflow.lost_ranks import refuse_horovods_run
 from hvd_dls.tensorflow.on_device import TOO_LARGE, Device
 from hvd_dls.tensorflow.step_lock import StepLock
 from hvd_dls.tensorflow.variables import checked_variables, layer_specs_of, stays_on_device
@@ -96,6 +97,8 @@ class Binding(BaseBinding):
         """
         self.process_set, self._op = process_set, op
         if not self.agreed:
+            if is_elastic():
+                refuse_horovods_run()
             with tf.init_scope():  # arrays made on a device must not become part of a graph
                 self._agree()
 

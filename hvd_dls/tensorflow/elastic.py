@@ -15,7 +15,6 @@ saved and restored with the weights, survivors keep them, and those who join sta
 from __future__ import annotations
 
 import functools
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,7 +29,7 @@ from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow.broadcasting import broadcast_variables
 from hvd_dls.tensorflow.compressor import DLSCompressor
 from hvd_dls.tensorflow.handles import handle_of
-from hvd_dls.tensorflow.lost_ranks import lost_ranks_told
+from hvd_dls.tensorflow.lost_ranks import lost_ranks_told, refuse_horovods_run
 
 __all__ = ["TensorFlowKerasState", "TensorFlowState", "run"]
 
@@ -55,7 +54,7 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(func)
     def wrapper(state: Any, *args: Any, **kwargs: Any) -> Any:
-        state._runs_here = True
+        # In a frame of this module: by that ``refuse_horovods_run`` knows it.
         return runs_again(state, *args, **kwargs)
 
     return wrapper
@@ -80,7 +79,6 @@ class CompressedState(ObjectState):
         several = compression if isinstance(compression, list | tuple) else [compression]
         given = [*several, *kwargs.values()]
         self._given = [made for made in map(_compressor_in, given) if made is not None]
-        self._runs_here = False
         self.compression = compression
         for name in [name for name, value in kwargs.items() if _compressor_in(value) is not None]:
             setattr(self, name, kwargs.pop(name))
@@ -121,15 +119,10 @@ class CompressedState(ObjectState):
         Nothing of a compressor travels here: ranks agree on ratios and step with the next gradient.
 
         Raises:
-            DLSError: Horovod's own ``elastic.run`` is at work.
+            DLSError: see ``refuse_horovods_run``.
             HorovodInternalError: a rank is lost meanwhile.
         """
-        if not self._runs_here and _in_horovods_loop():
-            raise DLSError(
-                "hvd.elastic.run with a state of hvd_dls: it would end training without a word "
-                "when a rank is lost within an operation of the compressor. Decorate with "
-                "hvd_dls.tensorflow.elastic.run (or hvd_dls.keras.elastic.run) instead"
-            )
+        refuse_horovods_run()
         with lost_ranks_told():
             broadcast_variables(self._tracked(), root_rank=0)
             super().sync()
@@ -215,7 +208,7 @@ class TensorFlowKerasState(CompressedState):
         if not model.built:
             raise ValueError("Model must be built first. Run `model.build(input_shape)`.")
         self.model, self.backend = model, backend
-        self.optimizer = model.optimizer if optimizer is None else optimizer
+        self.optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
         if self.optimizer is None:
             raise DLSError("the model has no optimizer: compile it first, or pass optimizer=")
         _build(self.optimizer, model.trainable_variables)
@@ -244,10 +237,3 @@ def _compressor_in(value: Any) -> DLSCompressor | None:
         made: DLSCompressor = value._default()
         return made
     return value if isinstance(value, DLSCompressor) else None
-
-
-def _in_horovods_loop() -> bool:
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != run_fn.__module__:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None

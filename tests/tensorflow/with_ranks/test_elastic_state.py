@@ -6,6 +6,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import pytest
 import tensorflow as tf
+from horovod.common.elastic import ObjectState
 
 from hvd_dls import DLSError
 from hvd_dls.tensorflow import DLSCompressor, elastic
@@ -113,10 +114,15 @@ def test_a_compressor_is_found_wherever_it_is_given():
     assert given._compressors() == [DLSCompressor._default()]
 
 
-def test_horovods_own_run_is_refused():
-    state = elastic.TensorFlowState(Net().parameters)
-    with pytest.raises(DLSError, match=r"Decorate with\s+hvd_dls.tensorflow.elastic.run"):
-        hvd.elastic.run(lambda state: None)(state)
+def test_horovods_own_run_is_refused(monkeypatch):
+    """With a state of ours at once; with its own when the compressor begins."""
+    model, words = Net(), r"Decorate with\s+hvd_dls.tensorflow.elastic.run"
+    with pytest.raises(DLSError, match=words):
+        hvd.elastic.run(lambda state: None)(elastic.TensorFlowState(model.parameters))
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    trainer = Trainer(model, compressor(), "eager")
+    with pytest.raises(DLSError, match=words):
+        hvd.elastic.run(lambda state: trainer.train([0]))(ObjectState(None, hvd.rank))
 
 
 def test_an_error_of_training_is_raised():
