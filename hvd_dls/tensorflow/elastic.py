@@ -134,7 +134,7 @@ class CompressedState(ObjectState):
 
     def _save_here(self) -> None:
         commits = [(compressor, Commit(compressor)) for compressor in self._compressors()]
-        self._values = [np.array(variable) for variable in self._tracked()]
+        self._values = [tf.convert_to_tensor(v).numpy().copy() for v in self._tracked()]
         self._commits = commits
 
     def _compressors(self) -> list[DLSCompressor]:
