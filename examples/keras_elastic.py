@@ -49,12 +49,13 @@ def main():
 
 @hvd.elastic.run
 def train(state, images, labels, epochs):
-    order = np.random.default_rng(hvd.rank()).permutation(len(labels))
+    count = len(labels) // hvd.size() // BATCH * BATCH  # as many on every worker
+    order = np.random.default_rng(0).permutation(len(labels))
+    mine = order[hvd.rank() :: hvd.size()][:count]
     state.model.fit(
-        images[order],
-        labels[order],
+        images[mine],
+        labels[mine],
         BATCH,
-        steps_per_epoch=len(labels) // BATCH // hvd.size(),  # as many batches on every worker
         epochs=epochs,
         initial_epoch=state.epoch,
         verbose=0,
