@@ -92,10 +92,14 @@ class SimulatedJob:
                 buffers = [buffer.clone() for buffer in self._model.buffers()]
         for buffer, first in zip(self._model.buffers(), buffers, strict=True):
             buffer.copy_(first)
-        reduced = exchange(self.sessions, gradients) if self.sessions else averages(gradients)
+        reduced = self.reduced(gradients)
         for name, parameter in self._parameters.items():
             parameter.grad = torch.from_numpy(reduced[name]).view_as(parameter)
         return float(np.mean(losses))
+
+    def reduced(self, gradients: list[Gradients]) -> Gradients:
+        """Exchanges all workers' gradients, which are overwritten; returns what each gets."""
+        return exchange(self.sessions, gradients) if self.sessions else averages(gradients)
 
 
 def averages(gradients: list[Gradients]) -> Gradients:
