@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.elastic.job import ElasticJob, host, needs_gloo
+from tests.elastic.job import CHANGE, ElasticJob, host, needs_gloo
 from tests.jobs import needs
 
 pytestmark = [needs("sklearn"), needs_gloo]
@@ -19,7 +19,9 @@ pytestmark = [needs("sklearn"), needs_gloo]
 )
 def test_an_example(example):
     command = [f"examples/{example}", "--epochs", "100000", "--density", "0.05"]
-    with ElasticJob(command, {host(0): 1}) as job:
+    # Two workers notice a death at once; and one may be long in importing its framework.
+    patience = {"HOROVOD_GLOO_TIMEOUT_SECONDS": str(CHANGE)}
+    with ElasticJob(command, {host(0): 1}, patience) as job:
 
         def losses(workers):
             epochs = rf"epoch \d+, {workers} workers, loss ([\d.]+)"

@@ -1,12 +1,13 @@
 """Real elastic jobs with TensorFlow: workers come, leave and die in mid-step; all go on alike.
 
-They die where there are two, as that is noticed at once: see docs/elastic.md.
+They die where there are two: the other notices at once (see docs/elastic.md), and may have as much
+patience with newcomers, which import TensorFlow while it waits.
 """
 
 import json
 
 from tests.elastic.history import History
-from tests.elastic.job import ElasticJob, host, needs_gloo
+from tests.elastic.job import CHANGE, ElasticJob, host, needs_gloo
 from tests.jobs import JOB, needs
 
 pytestmark = [needs("tensorflow"), needs_gloo]
@@ -16,6 +17,7 @@ SPARSE = {"density": 0.05, "cost_rule": False, "dense_below": 0, "bucket_bytes":
 
 def job_of(workers, how, env=None):
     command = ["tests/elastic/tensorflow_program.py", how, json.dumps(SPARSE)]
+    env = {"HOROVOD_GLOO_TIMEOUT_SECONDS": str(CHANGE)} | (env or {})
     return ElasticJob(command, {host(number): 1 for number in range(workers)}, env)
 
 
