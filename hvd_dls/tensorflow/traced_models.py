@@ -39,5 +39,6 @@ def agreement() -> tf.Operation | None:
         agree_on(models)
         return True
 
-    agreed: tf.Operation = tf.py_function(agree, [], tf.bool).op
+    with tf.device("CPU:0"):
+        agreed: tf.Operation = tf.py_function(agree, [], tf.bool).op
     return agreed
