@@ -9,6 +9,8 @@ import tensorflow as tf
 from horovod.common.elastic import ObjectState
 
 from hvd_dls import DLSError
+from hvd_dls.adapter import World
+from hvd_dls.core.session.groups import Groups
 from hvd_dls.tensorflow import DLSCompressor, elastic
 from hvd_dls.tensorflow.lost_ranks import tells_of_a_lost_rank
 from tests.tensorflow.with_ranks.restart import restart_horovod
@@ -155,11 +157,12 @@ def test_what_elastic_jobs_cannot_do_is_refused(monkeypatch):
 
 def test_which_layers_are_compressed_does_not_follow_the_number_of_ranks(monkeypatch):
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
-    compression = compressor()
+    compression = DLSCompressor(density=0.05, dense_below=0)
     Trainer(Net(), compression, "eager").train([0])
     (binding,) = compression._bindings
-    alone = binding.blank_session(type(binding.session.groups).of_one(1, 0))
-    many = binding.blank_session(type(binding.session.groups).of_one(64, 3))
+    alone, many = (
+        binding._new_session(World(0, size, 1, 0), Groups.of_one(size, 0)) for size in (1, 64)
+    )
     assert [b.layers for b in alone.routing.buckets] == [b.layers for b in many.routing.buckets]
     assert alone.routing.buckets
 
