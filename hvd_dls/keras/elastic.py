@@ -1,13 +1,15 @@
 """``horovod.tensorflow.keras.elastic`` for Keras 3: the same names, and what it needs besides.
 
-import hvd_dls.keras as hvd
+    import hvd_dls.keras as hvd
 
-state = hvd.elastic.KerasState(model, batch=0, epoch=0)
+    state = hvd.elastic.KerasState(model, batch=0, epoch=0)
 
 
-@hvd.elastic.run
-def train(state):
-    model.fit(..., epochs=10 - state.epoch, callbacks=[...])
+    @hvd.elastic.run
+    def train(state):
+        model.fit(..., epochs=10 - state.epoch, callbacks=[...])
+
+Callbacks that write to the state come before the one that commits it.
 """
 
 from __future__ import annotations
