@@ -125,7 +125,7 @@ class Session(Settling):
 
     def agreed(self) -> np.ndarray:
         """Step and ratios, int64, which rank 0 hands to the others."""
-        return self.memory.controller.state()
+        return self.memory.agreed()
 
     def agree(self, agreed: np.ndarray) -> None:
         """Takes over rank 0's ``agreed()``, before the first step of all ranks together."""
