@@ -320,6 +320,7 @@ OPTIONS_OF_OWNERS = [
     {"bucket_bytes": 900, "values": "float16", "min_k": 3},
     {"momentum": 0.5, "warmup_steps": 6, "index_code": "plain"},
     {"density": 1.0, "bucket_bytes": 900},
+    {"prior": "measured", "layer_density": {"conv1.weight": 0.3, "conv2.weight": "dense"}},
 ]
 
 
