@@ -31,6 +31,7 @@ from hvd_dls.torch.parameters import (
     is_finite,
     specs_of,
     stays_on_device,
+    with_tensors,
 )
 
 
@@ -389,25 +390,4 @@ class Binding(BaseBinding):
     def state_dict(self) -> dict[str, Any]:
         """The session's state in types that ``torch.load(weights_only=True)`` accepts."""
         state = super().state_dict()
-        if self.session is None:
-            return state
-        return (
-            state
-            | {
-                "ratios": state["ratios"].tolist(),
-                "thresholds": state["thresholds"].tolist(),
-                "residuals": _as_tensors(state["residuals"]),
-                "velocities": _as_tensors(state["velocities"]),
-            }
-            | _of_owners(state)
-        )
-
-
-def _of_owners(state: dict[str, Any]) -> dict[str, Any]:
-    if "kept" not in state:
-        return {}
-    return {"shares": state["shares"].tolist(), "kept": _as_tensors(state["kept"])}
-
-
-def _as_tensors(arrays: dict[str, Array]) -> dict[str, torch.Tensor]:
-    return {name: torch.as_tensor(array) for name, array in arrays.items()}
+        return state if self.session is None else with_tensors(state)
