@@ -17,6 +17,7 @@ MEASURED = "measured"  # no law, but what a dense first step shows
 TAILS = ("gaussian", "laplace", "weibull", "pareto")  # shapes: core/balancing/tails.py
 INDEX_CODES = ("elias-fano", "plain")
 NONFINITE = ("raise", "skip")
+ALLGATHER, SPARSE_ALLREDUCE = EXCHANGES = ("allgather", "sparse_allreduce")
 DENSE = "dense"  # what ``layer_density`` accepts beside a density
 
 
@@ -50,6 +51,11 @@ class DLSConfig:
     # Where several ranks share a host, and its link: average gradients inside the host first, and
     # have one of its ranks send for all.  Needs process sets: see docs/scale.md.
     hierarchical: bool = False
+
+    # How entries get from rank to rank: "allgather", each rank's to all others; "sparse_allreduce",
+    # to owners of parts of the model, who add them up and hand the largest sums out.  What a rank
+    # receives then does not grow with the number of ranks: see docs/scale.md.  torch only.
+    exchange: str = "allgather"
 
     # Seldom set --------------------------------------------------------------------------------
     # Layers with a density of their own, or "dense": {pattern of names, as a shell's: density}, the
@@ -127,6 +133,7 @@ class DLSConfig:
         self._require_integer("dense_below", 0)
         self._require_integer("measure_every", 0)
         self._require_choice("values", VALUES)
+        self._require_choice("exchange", EXCHANGES)
         self._require_choice("index_code", INDEX_CODES)
         self._require_integer("bucket_bytes", 1)
         if self.threads is not None:
@@ -138,6 +145,8 @@ class DLSConfig:
             raise DLSError("nesterov=True needs a momentum")
         if self.hierarchical:
             self._check_hierarchical()
+        if self.exchange == SPARSE_ALLREDUCE:
+            self._check_sparse_allreduce()
 
     @classmethod
     def from_options(cls, **options: object) -> DLSConfig:
@@ -163,6 +172,18 @@ class DLSConfig:
                 f"hierarchical=True and momentum={self.momentum} with dense_steps="
                 f"{self.dense_steps}, prior={self.prior!r}: a host's velocities begin with its "
                 "first sparse step; use warmup_steps, or the optimizer's momentum"
+            )
+
+    def _check_sparse_allreduce(self) -> None:
+        if self.strategy not in ("dls", "layerwise"):
+            raise DLSError(
+                f"exchange='sparse_allreduce' with strategy={self.strategy!r}: accepted are 'dls' "
+                "and 'layerwise'; the others are there to compare with, and are gathered"
+            )
+        if self.hierarchical:
+            raise DLSError(
+                "exchange='sparse_allreduce' with hierarchical=True: hosts gather each other's "
+                "payloads; leave one of the two out"
             )
 
     def _require_number(self, name: str, accepted: str, ok: Callable[[Any], bool]) -> None:

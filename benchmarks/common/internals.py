@@ -16,7 +16,7 @@ from hvd_dls.core.balancing.sketch import WINDOW, Sketch
 from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.selection import threads
 from hvd_dls.core.selection.passes import Found, find, settle, sum_up
-from hvd_dls.core.session import averaging, ending, gathering, settling, stopwatch
+from hvd_dls.core.session import averaging, ending, gathering, owning, settling, stopwatch
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.session.session import Session
@@ -90,4 +90,4 @@ def step_size(shapes: Shapes, config: DLSConfig, ranks: int) -> StepSize:
 
 def clocked_modules() -> list[ModuleType]:
     """Returns the modules that look at the clock, each by its own ``perf_counter``."""
-    return [averaging, ending, gathering, settling, stopwatch]
+    return [averaging, ending, gathering, owning, settling, stopwatch]

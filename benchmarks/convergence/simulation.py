@@ -186,7 +186,7 @@ def _send(session: Session, gradients: Gradients, names: list[str]) -> dict[int,
 def _exchange_by_hosts(sessions: list[Session]) -> None:
     """Takes all buckets through their stages: averages of hosts, payloads between them, hand-on."""
     for bucket in sessions[0].unfinished():
-        contributions = [session.contribution(bucket) for session in sessions]
+        contributions = [np.asarray(session.contribution(bucket)) for session in sessions]
         for session in sessions:
             mates = session.groups.mates
             total = contributions[mates[0]].copy()

@@ -154,7 +154,7 @@ class Exchange:
                 if bucket is None or session.dense_step:
                     return np.zeros(1, dtype)
                 if session.grouped:
-                    return session.contribution(bucket)
+                    return np.asarray(session.contribution(bucket))
                 parts = iter(arrays[len(on_host) :])
                 for name in on_device:
                     self._future(name).parts = list(islice(parts, N_PARTS))

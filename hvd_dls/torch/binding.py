@@ -13,7 +13,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_dls.adapter import BaseBinding, World, on_the_watch
-from hvd_dls.config import DLSConfig
+from hvd_dls.config import ALLGATHER, EXCHANGES, DLSConfig
 from hvd_dls.core.selection.backend import Array, Backend, Future
 from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.interrupts import Uninterrupted
@@ -31,6 +31,7 @@ from hvd_dls.torch.parameters import (
     is_finite,
     specs_of,
     stays_on_device,
+    with_tensors,
 )
 
 
@@ -44,6 +45,8 @@ class Binding(BaseBinding):
     Raises:
         DLSError: a gradient would not be floating point.
     """
+
+    _exchanges = EXCHANGES
 
     def __init__(self, named_parameters: Iterable[NamedParameter], config: DLSConfig) -> None:
         pairs = list(named_parameters)
@@ -358,9 +361,11 @@ class Binding(BaseBinding):
     # Layers on a device --------------------------------------------------------------------------
 
     def _backends(self) -> dict[str, Backend]:
-        # These strategies look at whole residuals, on the host; and hosts add up there.
+        # These strategies look at whole residuals, on the host; hosts and owners add up there.
         self._on_device = {}
-        if self._config.strategy not in BASELINES and not self._config.hierarchical:
+        config = self._config
+        on_host = config.strategy in BASELINES or config.hierarchical
+        if not on_host and config.exchange == ALLGATHER:
             for name, parameter in self.parameters.named():
                 if stays_on_device(parameter):
                     self._on_device[name] = Device(parameter.device)
@@ -385,15 +390,4 @@ class Binding(BaseBinding):
     def state_dict(self) -> dict[str, Any]:
         """The session's state in types that ``torch.load(weights_only=True)`` accepts."""
         state = super().state_dict()
-        if self.session is None:
-            return state
-        return state | {
-            "ratios": state["ratios"].tolist(),
-            "thresholds": state["thresholds"].tolist(),
-            "residuals": _as_tensors(state["residuals"]),
-            "velocities": _as_tensors(state["velocities"]),
-        }
-
-
-def _as_tensors(arrays: dict[str, Array]) -> dict[str, torch.Tensor]:
-    return {name: torch.as_tensor(array) for name, array in arrays.items()}
+        return state if self.session is None else with_tensors(state)

@@ -2,7 +2,8 @@
 
 Without hosts that average first, payloads are gathered, and that is all.  With them, a bucket's
 gradients are added up inside the host; its owner there gathers payloads with those of other hosts;
-and hands on what came in.
+and hands on what came in.  With exchange="sparse_allreduce", its entries go to the owners of its
+regions, who add them up; and sums are gathered.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _living: weakref.WeakSet[Delivery] = weakref.WeakSet()
 class Delivery:
     """Takes a session's buckets through their stages.
 
-    Where hosts average first, a thread does, as long as anything is on its way: other ranks need
-    what this one is to send or hand on, whatever its own thread does meanwhile.  It may be waiting
-    in another operation of Horovod for the very ranks that wait here.
+    Where hosts average first, or owners add up, a thread does, as long as anything is on its way:
+    other ranks need what this one is to send or hand on, whatever its own thread does meanwhile.
+    It may be waiting in another operation of Horovod for the very ranks that wait here.
 
     Args:
         session: whose buckets.
@@ -50,7 +51,7 @@ class Delivery:
     def send_ready(self) -> None:
         """Sends what is complete, but what a device or the host's ranks are still working on."""
         with self._lock:
-            if self._session.grouped:
+            if self._session.staged:
                 self._add_up(self._session.to_add_up())
             else:
                 self._send()
@@ -63,7 +64,7 @@ class Delivery:
             HorovodInternalError: a rank failed or left.
         """
         session, pause = self._session, Pause()
-        if session.grouped:
+        if session.staged:
             with self._lock:
                 self._add_up(session.unfinished())
                 self._wait_for_thread()
@@ -83,7 +84,7 @@ class Delivery:
         with self._lock:
             self.exchange.abandon(farewell)
             self._error = None
-            if self._session.grouped:
+            if self._session.staged:
                 self._keep_moving()
 
     def close(self) -> None:
@@ -97,7 +98,7 @@ class Delivery:
         for bucket in [*self._session.ready(), *rest]:
             self.exchange.send(Stage.GATHER, bucket, self._session.payload(bucket))
 
-    # Where hosts average first ------------------------------------------------------------------
+    # Where something comes before the gathering -------------------------------------------------
 
     def _add_up(self, buckets: list[int]) -> None:
         for bucket in buckets:
@@ -149,7 +150,8 @@ class Delivery:
         session, exchange = self._session, self.exchange
         moved = exchange.take(Stage.ADD_UP, session.added_up)
         self._send()
-        moved |= exchange.take(Stage.GATHER, self._hand_on)
+        if session.grouped:
+            moved |= exchange.take(Stage.GATHER, self._hand_on)
         return moved | exchange.take(self._last, session.receive)
 
     def _hand_on(self, bucket: int, gathered: np.ndarray) -> None:

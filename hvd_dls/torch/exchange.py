@@ -15,7 +15,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from hvd_dls.adapter import epoch
 from hvd_dls.adapter.hosts import HostSets
-from hvd_dls.core.session.gathering import Farewell
+from hvd_dls.core.session.gathering import Contribution, Farewell
 
 _SHORTEST, _LONGEST, _SHARE = 2e-4, 3e-3, 1 / 8  # seconds between two looks; of the wait so far
 _DONE, _ALONE = -1, -2  # instead of a handle: the result is there; there is nobody else
@@ -91,7 +91,7 @@ def gather(name: str, array: np.ndarray, process_set: hvd.ProcessSet) -> np.ndar
 class Stage(Enum):
     """What an operation of a bucket does."""
 
-    ADD_UP = "add"  # inside the host, gradients
+    ADD_UP = "add"  # inside the host, gradients; or at owners, entries
     GATHER = "gather"  # payloads: of all ranks, or of one of each host
     HAND_ON = "hand_on"  # inside the host, what came in
 
@@ -123,11 +123,11 @@ class Exchange:
         if host_sets is not None:
             inside, across = host_sets
             self._sets = {Stage.ADD_UP: inside, Stage.GATHER: across, Stage.HAND_ON: inside}
-        self._arrays: dict[Operation, np.ndarray] = {}  # what was not taken yet
+        self._arrays: dict[Operation, Contribution] = {}  # what was not taken yet
         self._handles: dict[Operation, int] = {}
         # Of steps that were abandoned: operations not finished, and arrays not sent.
         self._stale: dict[Operation, int] = {}
-        self._leaving: dict[Operation, list[np.ndarray]] = {}
+        self._leaving: dict[Operation, list[Contribution]] = {}
 
     @property
     def idle(self) -> bool:
@@ -139,8 +139,8 @@ class Exchange:
         """Whether anything is on its way, or waits for a name that an abandoned step still uses."""
         return bool(self._arrays or self._leaving)
 
-    def send(self, stage: Stage, bucket: int, array: np.ndarray) -> None:
-        """Sends something on its way; what is to be added up is overwritten."""
+    def send(self, stage: Stage, bucket: int, array: Contribution) -> None:
+        """Sends something on its way; what the host is to add up is overwritten."""
         self._arrays[Operation(stage, bucket)] = array
         self._start_waiting()
 
@@ -165,8 +165,10 @@ class Exchange:
             handle = self._handles.get(operation, _ALONE)
             if handle >= 0:
                 self._finish(operation, handle)
+            array = self._arrays[operation]
+            assert isinstance(array, np.ndarray)  # parts for owners have become theirs for this one
             try:
-                take(operation.bucket, self._arrays[operation])
+                take(operation.bucket, array)
             except KeyboardInterrupt:
                 raise
             except BaseException:
@@ -181,6 +183,8 @@ class Exchange:
         except HorovodInternalError:
             del self._handles[operation]
             raise
+        if isinstance(result, tuple):  # alltoall says how much came from whom, too
+            result = result[0]
         self._arrays[operation], self._handles[operation] = result.numpy(), _DONE
 
     def _is_done(self, operation: Operation) -> bool:
@@ -227,9 +231,16 @@ class Exchange:
             if not begun and self._sets[operation.stage] is not None:
                 self._handles[operation] = self._start(operation, array)
 
-    def _start(self, operation: Operation, array: np.ndarray) -> int:
+    def _start(self, operation: Operation, array: Contribution) -> int:
         stage, bucket = operation
         name = f"{self._label}.{bucket}"
+        if isinstance(array, list):
+            whole = torch.from_numpy(np.concatenate(array))
+            splits = torch.tensor([len(part) for part in array], dtype=torch.int32)
+            scattered: int = hvd.alltoall_async(
+                whole, splits, name=f"{name}.{stage.value}", process_set=self._sets[stage]
+            )
+            return scattered
         if stage is Stage.GATHER:
             return start(name, array, self._sets[stage])
         name = f"{name}.{stage.value}"

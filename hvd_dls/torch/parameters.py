@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,3 +133,14 @@ def is_finite(gradient: torch.Tensor) -> bool:
         with np.errstate(all="ignore"):
             total = float(np.sum(flat.numpy(), dtype=np.float64))
     return math.isfinite(total) or bool(flat.isfinite().all())
+
+
+def with_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """A session's state in types that ``torch.load(weights_only=True)`` accepts."""
+    lists = {key: state[key].tolist() for key in ("ratios", "thresholds", "shares") if key in state}
+    tensors = {
+        part: {name: torch.as_tensor(array) for name, array in state[part].items()}
+        for part in ("residuals", "velocities", "kept")
+        if part in state
+    }
+    return state | lists | tensors

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hvd_dls.core.selection.passes_numpy import widened
-from hvd_dls.core.session.gathering import Farewell
+from hvd_dls.core.session.gathering import Contribution, Farewell
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
@@ -27,10 +27,10 @@ class Network:
         self._groups = groups
         self.ranks: list[Rank] = []
         self._sent, self._added, self._handed = (
-            [defaultdict[int, list[np.ndarray]](list) for _ in range(n_ranks)] for _ in range(3)
+            [defaultdict[int, list[Any]](list) for _ in range(n_ranks)] for _ in range(3)
         )
 
-    def contribute(self, rank: int, bucket: int, contribution: np.ndarray) -> int:
+    def contribute(self, rank: int, bucket: int, contribution: Contribution) -> int:
         """Sends a contribution; returns its number, to ask for the sum later."""
         self._added[rank][bucket].append(contribution)
         return len(self._added[rank][bucket]) - 1
@@ -45,12 +45,17 @@ class Network:
         there = self._of(self._added, ranks, bucket, number)
         return None if there is None else sum(there[1:], start=there[0])
 
+    def parts_for(self, owner: int, bucket: int, number: int) -> np.ndarray | None:
+        """What all ranks contributed for an owner; None while some have not."""
+        there = self._of(self._added, range(len(self.ranks)), bucket, number)
+        return None if there is None else np.concatenate([parts[owner] for parts in there])
+
     def handed_on(self, ranks: Sequence[int], bucket: int, number: int) -> np.ndarray | None:
         """What these ranks handed on; None while some have not."""
         there = self._of(self._handed, ranks, bucket, number)
         return None if there is None else np.concatenate(there)
 
-    def _of(self, where, ranks: Sequence[int], bucket: int, number: int) -> list[np.ndarray] | None:
+    def _of(self, where, ranks: Sequence[int], bucket: int, number: int) -> list[Any] | None:
         there = [where[rank][bucket] for rank in ranks]
         return None if any(len(x) <= number for x in there) else [x[number] for x in there]
 
@@ -72,10 +77,10 @@ class Network:
             everyone = range(len(self.ranks))
             grouped = not self._groups.trivial
             counts = {len(self._sent[rank][bucket]) for rank in senders}
+            if self.ranks[0].session.staged:
+                counts |= {len(self._added[r][bucket]) for r in everyone}
             if grouped:
-                counts |= {
-                    len(where[r][bucket]) for r in everyone for where in (self._added, self._handed)
-                }
+                counts |= {len(self._handed[r][bucket]) for r in everyone}
             if len(counts) > 1:
                 return False
         return True
@@ -127,7 +132,7 @@ class Rank:
     def _send(self, bucket: int | None) -> None:
         session, network = self.session, self.network
         with Uninterrupted():  # what counts as sent is sent
-            if bucket is not None and not session.grouped:
+            if bucket is not None and not session.staged:
                 number = network.send(session.rank, bucket, session.payload(bucket))
                 self._outstanding.append((bucket, number))
             elif bucket is not None:
@@ -141,16 +146,23 @@ class Rank:
     def _send_ready(self) -> None:
         """What has been added up inside the group is taken, and sent; what comes in, handed on."""
         session, network = self.session, self.network
-        if not session.grouped:
+        if not session.staged:
             return
         mates, rank = session.groups.mates, session.rank
         for bucket, number in list(self._adding.items()):
-            total = network.total(mates, bucket, number)
+            if session.grouped:
+                total = network.total(mates, bucket, number)
+            else:
+                total = network.parts_for(rank, bucket, number)
             if total is not None:
                 session.added_up(bucket, total)
                 del self._adding[bucket]
         for bucket in session.ready():
-            self._across[bucket] = network.send(rank, bucket, session.payload(bucket))
+            number = network.send(rank, bucket, session.payload(bucket))
+            if session.grouped:
+                self._across[bucket] = number
+            else:
+                self._outstanding.append((bucket, number))
         for bucket, number in list(self._across.items()):
             gathered = network.gathered(session.routing.senders[bucket], bucket, number)
             if gathered is not None:

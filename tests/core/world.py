@@ -115,8 +115,7 @@ class World:
         """What waits of a layer on all ranks, without the loss scale."""
         waiting = np.zeros(self.books[name].shape)
         for session in self.sessions:
-            memory = session.memory
-            waiting += (memory.residuals | memory.leftovers).get(name, 0.0) / self.scale
+            waiting += _held(session).get(name, 0.0) / self.scale
         return waiting
 
     def frozen(self) -> list[dict[str, object]]:
@@ -171,8 +170,9 @@ class World:
         before = [(copies(s.residuals), _velocities(s)) for s in self.sessions]
         state, skipped = self.frozen(), [session.skipped for session in self.sessions]
         dense = self.sessions[0].dense_step
+        unnamed = dense or self.sessions[0].owners is not None
         bad = {
-            (name, None if dense else self.sender_for(number, name))
+            (name, None if unnamed else self.sender_for(number, name))
             for number, part in enumerate(parts)
             for name in part.order
             if name not in part.left_out and not np.isfinite(part.gradients[name]).all()
@@ -221,7 +221,8 @@ class World:
             momentum, masks = session.config.momentum, session.config.momentum_masking
             for name in NAMES:
                 takes_part = (number, name) in entered
-                if name in residuals and not takes_part:
+                # What an owner kept of a region that moves joins its residual, in any step.
+                if name in residuals and not takes_part and session.owners is None:
                     assert np.array_equal(session.residuals[name], residuals[name])
                 if name not in session.memory.correction.velocities:
                     continue
@@ -319,7 +320,7 @@ class World:
             factor = 1.0  # others would round
         scale, marks = self.scale, old[0].marks_skipped
         for name in self.books:
-            survivors = [s.memory.residuals | s.memory.leftovers for s in old[:n_ranks]]
+            survivors = [_held(session) for session in old[:n_ranks]]
             self.books[name] = sum(
                 (factor * x[name].astype(float) / scale for x in survivors if name in x),
                 np.zeros(self.books[name].shape),
@@ -335,6 +336,15 @@ class World:
         for session, velocities in zip(new, kept, strict=False):
             own = _velocities(session)
             assert same(own, {n: velocities.get(n, np.zeros_like(own[n])) for n in own})
+
+
+def _held(session: Session) -> Gradients:
+    """What waits on a rank: of its own, and of the sums that it owns."""
+    memory = session.memory
+    held = copies(memory.residuals | memory.leftovers)
+    for layer, begin, kept in memory.owners.pieces() if memory.owners else ():
+        held[layer.name][begin : begin + len(kept)] += kept
+    return held
 
 
 def _velocities(session: Session) -> Gradients:

@@ -17,6 +17,7 @@ def test_torch_on_two_ranks():
 def test_torch_on_four_ranks():
     """What their number may change: the laws, who is named, groups, process sets, mishaps."""
     options, steps = f"{HERE}/test_horovod_options.py", f"{HERE}/test_abandoned_steps.py"
+    owners = f"{HERE}/test_sparse_allreduce.py"
     output = pytest_on_ranks(
         4,
         f"{HERE}/test_laws.py",
@@ -33,6 +34,8 @@ def test_torch_on_four_ranks():
         f"{steps}::test_ctrl_c_while_waiting_for_the_first_gradient_of_other_ranks",
         f"{HERE}/test_saved_states.py::test_states_of_other_steps_are_refused_by_all",
         f"{HERE}/test_uneven_data.py",
+        f"{owners}::test_all_that_was_accumulated_is_applied_or_waits_on_some_rank",
+        f"{owners}::test_a_step_that_one_rank_gives_up_is_given_up_by_all",
     )
     assert output.count(" passed") == 4, output
 

@@ -35,6 +35,19 @@ def header_of(model: Mapping[str, Any]) -> dict[str, Any]:
     return header
 
 
+def _with_kept(model: Mapping[str, Any], to_host: Callable[[Any], np.ndarray]) -> Mapping[str, Any]:
+    """The same with what owners have kept in the residuals: any number of ranks can load that."""
+    if not model.get("kept"):
+        return model
+    residuals = dict(model["residuals"])
+    for key, kept in model["kept"].items():
+        name, begin = key.rsplit("@", 1)
+        whole, array = np.array(to_host(residuals[name])), to_host(kept)
+        whole[int(begin) : int(begin) + len(array)] += array
+        residuals[name] = whole
+    return {**model, "residuals": residuals, "kept": {}}
+
+
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
@@ -57,6 +70,7 @@ def write_part(
         OSError: it cannot be written.
     """
     arrays: dict[str, np.ndarray] = {}
+    models = [_with_kept(model, to_host) for model in models]
     for number, model in enumerate(models):
         for part in ARRAYS:
             for name, array in model[part].items():

@@ -30,6 +30,10 @@ def end_step(memory: Memory, recorder: Recorder, step: Step, watch: Stopwatch) -
     begun = perf_counter()
     found = {name: f for name, f in step.found.items() if f is not None}
     memory.correction.commit({name: f.indices for name, f in found.items()})
+    if memory.owners is not None:
+        memory.owners.commit(
+            {bucket: (own, step.rounding[bucket]) for bucket, own in step.merged.items()}
+        )
     memory.forget_leftovers(step.arrived - step.stayed_away)
     memory.thresholds |= step.thresholds_in_group(memory.groups.own)
     for name, f in found.items():
@@ -47,6 +51,10 @@ def end_step(memory: Memory, recorder: Recorder, step: Step, watch: Stopwatch) -
     if memory.baseline is not None:
         k = np.array([len(found[x.name].indices) if x.name in found else 0 for x in memory.layers])
     _advance(memory, step)
+    if memory.owners is not None:
+        for bucket, (bases, counts) in step.of_regions.items():
+            memory.owners.shares.advance(bucket, bases, counts)
+        memory.owners.follow(memory.residuals)
     watch.seconds["balance"] += perf_counter() - begun
     return recorder.record(step, k)
 

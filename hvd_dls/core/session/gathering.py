@@ -27,16 +27,20 @@ from hvd_dls.errors import DLSError, PayloadError
 CLOCK = ("ranks", "step", "attempt")
 
 
+# What is to be added up: one array inside the group, or a part for each owner.
+Contribution = np.ndarray | list[np.ndarray]
+
+
 class Farewell(NamedTuple):
     """What tells the other ranks, of a bucket, that this one has given the step up.
 
     Attributes:
-        contribution: to be added up inside the group, or None.
+        contribution: to be added up inside the group, or for the bucket's owners; or None.
         payload: for all ranks that send, or None.
         header: to be handed on inside the group, or None.
     """
 
-    contribution: np.ndarray | None
+    contribution: Contribution | None
     payload: np.ndarray | None
     header: np.ndarray | None
 

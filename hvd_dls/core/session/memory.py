@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from hvd_dls.config import DLSConfig
+from hvd_dls.config import SPARSE_ALLREDUCE, DLSConfig
 from hvd_dls.core.balancing.controller import Controller
+from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.balancing.plan import Plan, initial_k
 from hvd_dls.core.checkpoint.redistribution import MOVED
 from hvd_dls.core.selection.backend import HOST, Array, Backend
@@ -18,9 +19,10 @@ from hvd_dls.core.selection.correction import Correction
 from hvd_dls.core.session.baselines import BASELINES, BaselineStrategy
 from hvd_dls.core.session.fitting import fitted
 from hvd_dls.core.session.groups import Groups
+from hvd_dls.core.session.owners import Owners
 from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.session.state import STATE_VERSION, check_state, damage_named
-from hvd_dls.errors import DLSError
+from hvd_dls.errors import DLSError, StateMismatchError
 
 
 class Memory:
@@ -46,6 +48,7 @@ class Memory:
         loss_scale: what residuals and velocities are multiplied by.
         backends: of all layers, by name.
         averages: whether Horovod divides sums over ranks by their number.
+        owners: what this rank owns, with exchange="sparse_allreduce"; else None.
     """
 
     def __init__(
@@ -73,6 +76,10 @@ class Memory:
         self.leftovers: dict[str, Array] = {}
         self.thresholds = {x.name: 0.0 for x in plan.sparse}
         self.loss_scale = 1.0
+        self.owners: Owners | None = None
+        if config.exchange == SPARSE_ALLREDUCE and groups.world_size > 1:
+            first = [self.controller.k[rows] for rows in routing.rows]
+            self.owners = Owners(routing.buckets, first, groups.world_size, groups.rank)
 
     def scale_to(self, loss_scale: float) -> None:
         """Has residuals and velocities follow the loss scale: exactly, by powers of two.
@@ -87,14 +94,27 @@ class Memory:
             for name, array in arrays.items():
                 self.backends[name].scale(array, factor)
         self.thresholds = {name: factor * value for name, value in self.thresholds.items()}
+        if self.owners is not None:
+            self.owners.scale(factor)
         if self.baseline is not None:
             self.baseline.scale(factor)
         self.loss_scale = loss_scale
 
     def agree(self, agreed: np.ndarray) -> None:
-        """Takes over another rank's ``controller.state()``."""
-        self.controller.restore(agreed)
+        """Takes over another rank's ``agreed()``."""
+        ratios, shares = np.split(agreed, [len(self.controller.state())])
+        self.controller.restore(ratios)
+        if self.owners is not None:
+            self.owners.shares.restore(shares)
+            self.owners.follow(self.residuals)
         self._start_baseline()
+
+    def agreed(self) -> np.ndarray:
+        """What all ranks go by, int64: ratios, and who owns and hands out what."""
+        return np.concatenate([self.controller.state(), self._shares()])
+
+    def _shares(self) -> np.ndarray:
+        return np.empty(0, np.int64) if self.owners is None else self.owners.shares.state()
 
     def _start_baseline(self) -> None:
         if self.baseline is not None:
@@ -111,6 +131,8 @@ class Memory:
         """
         self.loss_scale = other.loss_scale
         waiting = other.residuals | other.leftovers
+        if other.owners is not None:
+            waiting = self._take_kept(other, dict(waiting), factor)
         for name, array in waiting.items():
             backend = self.backends[name]
             own = self.residuals.get(name)
@@ -132,6 +154,30 @@ class Memory:
         else:
             self.controller.start_at(other.controller.step)
         self._start_baseline()
+
+    def _take_kept(
+        self, other: Memory, waiting: dict[str, Array], factor: float
+    ) -> dict[str, Array]:
+        """What another rank's owner has kept: in this one's, if it has the same regions.
+
+        Else it joins what waits in the rank's own residual: sums over ranks stay what they are.
+        """
+        assert other.owners is not None
+        theirs = list(other.owners.pieces())
+        if self.owners is not None:
+            self.owners.shares.restore(other.owners.shares.state())
+            self.owners.follow(None)
+        own = [] if self.owners is None else list(self.owners.pieces())
+        if _extents(own) == _extents(theirs):
+            for (_, _, mine), (_, _, array) in zip(own, theirs, strict=True):
+                np.multiply(array, mine.dtype.type(factor), out=mine, casting="unsafe")
+            return waiting
+        for layer, begin, array in theirs:
+            if array.any():
+                whole = np.array(other.backends[layer.name].to_host(waiting[layer.name]))
+                whole[begin : begin + len(array)] += array
+                waiting[layer.name] = whole
+        return waiting
 
     def _senders_for(self, name: str) -> float:
         """How many ranks send a layer, for each one that sends compressed layers."""
@@ -169,7 +215,14 @@ class Memory:
             "norms": [] if self.baseline is None else list(self.baseline.norms.values()),
             "residuals": {stable[name]: array for name, array in residuals.items()},
             "velocities": {stable[name]: array for name, array in velocities.items()},
-        }
+        } | self._state_of_owners()
+
+    def _state_of_owners(self) -> dict[str, Any]:
+        if self.owners is None:
+            return {}
+        pieces = self.owners.pieces()
+        kept = {f"{layer.stable_name}@{begin}": array for layer, begin, array in pieces}
+        return {"shares": self._shares(), "kept": kept}
 
     def check(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Whether a saved state fits.
@@ -189,7 +242,22 @@ class Memory:
                 state = fitted(state, self.state(), own, anew.state(), self.averages)
         state = check_state(state, self.state(), self.plan.sizes, own)
         self.controller.check(np.asarray(state["ratios"], np.int64))
+        if self.owners is not None:
+            with damage_named():
+                self._check_kept(state)
         return state
+
+    def _check_kept(self, state: Mapping[str, Any]) -> None:
+        lengths = {layer.stable_name: layer.size for layer in self.layers}
+        for key, saved in state["kept"].items():
+            name, begin = key.rsplit("@", 1)
+            array = np.asarray(saved)
+            room = lengths[name] - int(begin)
+            if array.ndim != 1 or len(array) > room or not np.isfinite(array).all():
+                raise StateMismatchError(
+                    f"layer {name!r}: what an owner has kept from entry {begin} on is saved in "
+                    f"shape {array.shape}, expected finite numbers, at most {room}"
+                )
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state that ``check`` returned, copying it."""
@@ -209,3 +277,26 @@ class Memory:
         for part, own in (("residuals", residuals), ("velocities", velocities)):
             for name, array in own.items():
                 self.backends[name].load(array, state[part][stable[name]])
+        if self.owners is not None:
+            self._load_kept(state)
+
+    def _load_kept(self, state: Mapping[str, Any]) -> None:
+        """What owners have kept; of other regions than there are now, it joins the residuals."""
+        assert self.owners is not None
+        self.owners.shares.restore(np.asarray(state["shares"], np.int64))
+        self.owners.follow(None)
+        own = {
+            f"{layer.stable_name}@{begin}": array for layer, begin, array in self.owners.pieces()
+        }
+        lengths = {key: len(array) for key, array in own.items()}
+        same = lengths == {key: len(array) for key, array in state["kept"].items()}
+        names = {layer.stable_name: layer.name for layer in self.plan.layers}
+        for key, array in own.items():
+            array[:] = np.asarray(state["kept"][key]) if same else 0
+        for key, saved in ({} if same else state["kept"]).items():
+            stable, begin = key.rsplit("@", 1)
+            self.residuals[names[stable]][int(begin) : int(begin) + len(saved)] += np.asarray(saved)
+
+
+def _extents(pieces: list[tuple[LayerSpec, int, np.ndarray]]) -> list[tuple[str, int, int]]:
+    return [(layer.name, begin, len(array)) for layer, begin, array in pieces]

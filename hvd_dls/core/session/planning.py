@@ -10,12 +10,14 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from hvd_dls.config import DENSE, DLSConfig
+from hvd_dls.config import DENSE, SPARSE_ALLREDUCE, DLSConfig
 from hvd_dls.core.balancing.layers import VECTOR, LayerSpec
 from hvd_dls.core.balancing.plan import Plan
 from hvd_dls.core.wire.buckets import make_bucket
 from hvd_dls.core.wire.layout import payload_bytes
 from hvd_dls.errors import DLSError
+
+_WITH_OWNERS = 3  # payloads that a rank receives, at most: see balancing/shares.py
 
 
 def make_plan(layers: Sequence[LayerSpec], config: DLSConfig, world_size: int) -> Plan:
@@ -91,7 +93,9 @@ def _why_dense(layer: LayerSpec, config: DLSConfig, world_size: int) -> str:
         # ring allreduce.
         density = config.density if own is None else float(own)
         k = max(config.min_k, round(density * layer.size))
-        payload = payload_bytes(make_bucket([layer], config), k)
-        if payload * world_size >= 2 * layer.size * layer.itemsize:
-            return f"a dense allreduce moves no more bytes than {world_size} sparse payloads"
+        payload, times = payload_bytes(make_bucket([layer], config), k), world_size
+        if config.exchange == SPARSE_ALLREDUCE:  # to the owners, with room to spare, and back
+            times = _WITH_OWNERS
+        if payload * times >= 2 * layer.size * layer.itemsize:
+            return f"a dense allreduce moves no more bytes than {times} sparse payloads"
     return ""

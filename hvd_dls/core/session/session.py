@@ -25,7 +25,7 @@ class Session(Settling):
     network, and ``receive``; then each layer through ``decompress`` or ``accept``.  When all have,
     the step ends and the ratios move.  A bucket of which only some layers take part in a step is
     among ``unfinished`` in the end.  Where ranks are ``grouped``, there is more around the network:
-    see ``Averaging``.
+    see ``Averaging``; and where owners add up, see ``Owning``.
 
     Args:
         layers: all parameters, in model order.
@@ -127,7 +127,7 @@ class Session(Settling):
 
     def agreed(self) -> np.ndarray:
         """Step and ratios, int64, which rank 0 hands to the others."""
-        return self.memory.controller.state()
+        return self.memory.agreed()
 
     def agree(self, agreed: np.ndarray) -> None:
         """Takes over rank 0's ``agreed()``, before the first step of all ranks together."""

@@ -9,15 +9,15 @@ import numpy as np
 
 from hvd_dls.core.selection.backend import Array
 from hvd_dls.core.session import log
-from hvd_dls.core.session.averaging import Averaging
 from hvd_dls.core.session.ending import end_step
 from hvd_dls.core.session.interrupts import Uninterrupted
+from hvd_dls.core.session.owning import Owning
 from hvd_dls.core.session.step import Step
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
-class Settling(Averaging):
+class Settling(Owning):
     """Settles a step whose payloads have all arrived: see ``Session``."""
 
     def decompress(self, name: str, out: Array, scale: float = 1.0) -> None:
@@ -136,7 +136,8 @@ class Settling(Averaging):
     def _absent_everywhere(self) -> frozenset[str]:
         """Layers of this step that no rank sent; those that did not come in are somebody else's."""
         said = Counter(name for name, _ in self._step.layers_that_say(ABSENT))
-        everywhere = {name for name, times in said.items() if times == self.groups.count}
+        voices = self.groups.count if self.owners is None else 1
+        everywhere = {name for name, times in said.items() if times == voices}
         return frozenset(everywhere & self._step.arrived)
 
     def _settled(self, name: str) -> None:

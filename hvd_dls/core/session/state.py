@@ -26,6 +26,7 @@ FREE_OPTIONS = (
     "clip_norm",
     "clip_value",
 )
+_BEFORE = {"exchange": "allgather"}  # options that older states do not name
 
 
 def check_state(
@@ -107,10 +108,9 @@ def check_options(saved: Mapping[str, Any], own: Mapping[str, Any], free: str = 
         StateMismatchError: naming the first that differs.
     """
     for option, value in own.items():
-        if saved.get(option) != value and option not in (*FREE_OPTIONS, free):
-            raise StateMismatchError(
-                f"saved with {option}={saved.get(option)!r}, but it is {value!r} now"
-            )
+        before = saved.get(option, _BEFORE.get(option))
+        if before != value and option not in (*FREE_OPTIONS, free):
+            raise StateMismatchError(f"saved with {option}={before!r}, but it is {value!r} now")
 
 
 def _upgraded(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from hvd_dls.core.selection.backend import Array, Future
 from hvd_dls.core.selection.passes import Found
+from hvd_dls.core.session.owners import Merged
 from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Abandoned, Status
-from hvd_dls.core.wire.payload import Payloads
+from hvd_dls.core.wire.payload import Payloads, Told
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 
 
@@ -45,6 +46,11 @@ class Step:
         sent: length of each payload that went out, by bucket.
         host_bytes: that went to other ranks of the group.
         handed_on: buckets whose payloads, or a header, went to the other ranks of the group.
+        scattered: length of what was sent to a bucket's owners.
+        merged: what this rank has made of its region of a bucket, with exchange="sparse_allreduce".
+        rounding: what rounding to 16 bits leaves of the sums that it hands out.
+        told: what ranks said to it, of those buckets where some is in another step.
+        of_regions: first bins and counts of all regions' sketches, by bucket.
         received: all ranks' payloads, by bucket.
         settled: layers whose residual and gradient are done.
         given_up: whether another rank has told that it gave the step up.
@@ -73,6 +79,11 @@ class Step:
         self.sent: dict[int, int] = {}
         self.host_bytes = 0
         self.handed_on: set[int] = set()
+        self.scattered: dict[int, int] = {}
+        self.merged: dict[int, Merged] = {}
+        self.rounding: dict[int, list[np.ndarray | None]] = {}
+        self.told: dict[int, dict[int, Told]] = {}
+        self.of_regions: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.received: dict[int, Payloads] = {}
         self.settled: set[str] = set()
         self.given_up = False
@@ -160,12 +171,14 @@ class Step:
 
     # What all ranks sent ------------------------------------------------------------------------
 
-    def layers_that_say(self, status: Status) -> list[tuple[str, int]]:
-        """Layers and the ranks that say so of them, in all that was received."""
-        said: list[tuple[str, int]] = []
+    def layers_that_say(self, status: Status) -> list[tuple[str, int | None]]:
+        """Layers and the ranks that say so of them, in all that was received; None: unknown."""
+        said: list[tuple[str, int | None]] = []
         for number, payloads in self.received.items():
             bucket = self._routing.buckets[number]
-            senders = self._routing.senders[number]
+            senders: Sequence[int | None] = self._routing.senders[number]
+            if payloads.from_owners:
+                senders = [None]
             for rank, i in np.argwhere(payloads.status == status).tolist():
                 said.append((bucket.layers[i].name, senders[rank]))
             for rank, i in np.argwhere(payloads.watched == status).tolist():

@@ -36,7 +36,8 @@ class StepRecord:
         sizes: (L,) entries.
         k: (L,) entries sent.
         thresholds: (L,) smallest magnitude this rank sent.
-        sparse_bytes: payload bytes this rank handed to allgather.
+        sparse_bytes: payload bytes this rank handed to allgather: what each of the others gets of
+            it.  With owners, that and what each of them gets on average.
         dense_bytes: gradient bytes this rank handed to allreduce.
         quality: beside exact global top-k, in steps that measured it (``measure_every``).
         host_bytes: that this rank handed to Horovod for its own host (``hierarchical``).

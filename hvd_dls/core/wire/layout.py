@@ -62,6 +62,7 @@ RECORD = np.dtype(
         ("counts", "<u2", WINDOW),  # of the sketch: see ``encode_counts``
     ]
 )
+RECORD_ALONE = np.dtype([(name, RECORD[name]) for name in RECORD.names or () if name != "counts"])
 
 
 class Status(IntEnum):
@@ -97,6 +98,7 @@ class Bucket:
             than it saves.
         watched: names of layers that go dense; the payload tells whether their gradients were
             there and finite.
+        sketches: whether records have their layer's sketch.
 
     Raises:
         DLSError: something else.
@@ -106,6 +108,7 @@ class Bucket:
     values: str = "float32"
     code: str = "elias-fano"
     watched: tuple[str, ...] = ()
+    sketches: bool = True
 
     def __post_init__(self) -> None:
         dtypes = {layer.work_dtype.name for layer in self.layers}
@@ -147,6 +150,11 @@ class Bucket:
         """Number of entries."""
         return sum(layer.size for layer in self.layers)
 
+    @property
+    def record(self) -> np.dtype:
+        """Of each layer: RECORD, or RECORD_ALONE."""
+        return RECORD if self.sketches else RECORD_ALONE
+
 
 class Parts(NamedTuple):
     """Views of one payload or, with a leading dimension, of all ranks'."""
@@ -172,7 +180,7 @@ def _ends(bucket: Bucket, capacity: int) -> list[int]:
         lower, upper = -(-capacity * 4 // 8) * 8, 0
     ends = [HEADER.itemsize]
     watched = -(-len(bucket.watched) // 8) * 8
-    for length in (RECORD.itemsize * len(bucket.layers), watched, values, lower, upper):
+    for length in (bucket.record.itemsize * len(bucket.layers), watched, values, lower, upper):
         ends.append(ends[-1] + length)
     return ends
 
@@ -183,7 +191,7 @@ def parts_of(bucket: Bucket, capacity: int, payload: np.ndarray) -> Parts:
     words = np.dtype("<u8")
     return Parts(
         payload[..., : ends[0]].view(HEADER),
-        payload[..., ends[0] : ends[1]].view(RECORD),
+        payload[..., ends[0] : ends[1]].view(bucket.record),
         payload[..., ends[1] : ends[2]],
         payload[..., ends[2] : ends[3]].view(WIRE_DTYPES[bucket.values]),
         payload[..., ends[3] : ends[4]].view("<u4" if bucket.code == "plain" else words),

@@ -30,7 +30,7 @@ from hvd_dls.errors import DLSError
 
 def pack(
     bucket: Bucket,
-    k: np.ndarray,
+    k: np.ndarray | int,
     found: Sequence[Found | Literal[Status.ABSENT] | None],
     watched: Mapping[str, Status] | None = None,
     clock: Clock = START,
@@ -39,7 +39,8 @@ def pack(
 
     Args:
         bucket: whose entries these are.
-        k: (L,) entries of each layer; their sum is the payload's capacity.
+        k: (L,) entries of each layer; their sum is the payload's capacity.  Or that alone: layers
+            may have any number of entries, as long as there is room.
         found: of each layer its k entries; None if its gradient was not finite; ABSENT if it takes
             no part in this step.
         watched: status of those of the bucket's watched layers that is not SENT, by name.
@@ -53,7 +54,7 @@ def pack(
         DLSError: there is not the right number of layers or entries, or indices do not ascend or
             leave their layer.
     """
-    k, capacity = checked_k(bucket, k)
+    each, capacity = checked_k(bucket, k)
     status = [NOT_FINITE if f is None else ABSENT if f is ABSENT else SENT for f in found]
     if len(status) != len(bucket.layers):
         raise DLSError(
@@ -64,7 +65,7 @@ def pack(
     rows = np.flatnonzero(np.array(status) == SENT)
     entries[rows] = [len(f.indices) for f in sent]
     starts = starts_of(entries)
-    _check_entries(bucket, k, entries, rows)
+    _check_entries(bucket, each, capacity, entries, rows)
 
     payload = np.zeros(payload_bytes(bucket, capacity), np.uint8)
     parts = parts_of(bucket, capacity, payload)
@@ -75,9 +76,10 @@ def pack(
     parts.records["entries"] = entries
     if not sent:
         return Packed(payload, [None] * len(status))
-    parts.records["sketch_base"][rows] = [f.sketch.base for f in sent]
-    counts = np.concatenate([f.sketch.counts for f in sent]).reshape(-1, WINDOW)
-    parts.records["counts"][rows] = encode_counts(counts)
+    if bucket.sketches:
+        parts.records["sketch_base"][rows] = [f.sketch.base for f in sent]
+        counts = np.concatenate([f.sketch.counts for f in sent]).reshape(-1, WINDOW)
+        parts.records["counts"][rows] = encode_counts(counts)
     kept = _put_values(bucket, parts, starts, np.concatenate([f.values for f in sent]))
     _put_indices(bucket, parts, starts, np.concatenate([f.indices for f in sent]))
     if kept is None:
@@ -93,13 +95,13 @@ def pack(
 
 
 def pack_abandoned(
-    bucket: Bucket, k: np.ndarray, clock: Clock, why: Abandoned = Abandoned.GIVEN_UP
+    bucket: Bucket, k: np.ndarray | int, clock: Clock, why: Abandoned = Abandoned.GIVEN_UP
 ) -> np.ndarray:
     """A payload of the usual length that says that this rank has given the step up: uint8.
 
     Args:
         bucket: of which nothing is sent.
-        k: (L,) entries of each layer that the others expect.
+        k: (L,) entries of each layer that the others expect; or the capacity alone.
         clock: of the step.
         why: this rank has; or rather those that it sends for are in different steps.
     """
@@ -109,7 +111,15 @@ def pack_abandoned(
     return payload
 
 
-def _check_entries(bucket: Bucket, k: np.ndarray, entries: np.ndarray, rows: np.ndarray) -> None:
+def _check_entries(
+    bucket: Bucket, k: np.ndarray | None, capacity: int, entries: np.ndarray, rows: np.ndarray
+) -> None:
+    if k is None:
+        if entries.sum() > capacity:
+            raise DLSError(
+                f"bucket {bucket.name!r}: {entries.sum()} entries found, room is for {capacity}"
+            )
+        return
     wrong = rows[entries[rows] != k[rows]]
     if len(wrong):
         raise DLSError(

@@ -75,6 +75,7 @@ class Payloads(Sequence[Payload]):
         counts: (P, L, WINDOW), as in ``Payload``.
         starts: (P, L + 1), as in ``Payload``.
         entries: each rank's indices and values; longer than ``starts`` says, perhaps.
+        from_owners: whether the one row is of sums, which owners have handed out.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class Payloads(Sequence[Payload]):
         counts: np.ndarray,
         starts: np.ndarray,
         entries: Sequence[tuple[np.ndarray, np.ndarray]],
+        from_owners: bool = False,
     ) -> None:
+        self.from_owners = from_owners
         self.headers, self.watched, self.status = headers, watched, status
         self.bases, self.counts, self.starts = bases, counts, starts
         self.entries = entries
@@ -156,8 +159,10 @@ def told_by(header: np.void) -> Told:
     return Told(clock, Abandoned(header["abandoned"]))
 
 
-def checked_k(bucket: Bucket, k: np.ndarray) -> tuple[np.ndarray, int]:
-    """k as int64, and the capacity it makes."""
+def checked_k(bucket: Bucket, k: np.ndarray | int) -> tuple[np.ndarray | None, int]:
+    """k as int64, None if only the capacity is given; and the capacity that it makes."""
+    if isinstance(k, int):
+        return None, k
     k = np.asarray(k, np.int64)
     if k.shape != (len(bucket.layers),) or k.min() < 0:
         raise DLSError(

@@ -26,13 +26,14 @@ from hvd_dls.errors import PayloadError
 
 
 def unpack(
-    bucket: Bucket, k: np.ndarray, gathered: np.ndarray, ranks: int | Sequence[int]
+    bucket: Bucket, k: np.ndarray | int, gathered: np.ndarray, ranks: int | Sequence[int]
 ) -> Payloads:
     """Reads some ranks' payloads of one bucket and checks all there is to check.
 
     Args:
         bucket: whose payloads these should be.
-        k: (L,) entries of each layer that is sent.
+        k: (L,) entries of each layer that is sent; or an int, the capacity alone: each rank says
+            itself how many there are of each layer.
         gathered: (P * payload_bytes(bucket, k.sum()),) uint8, payloads in rank order.
         ranks: whose they are; or their number P, if they are those of the first ones.
 
@@ -45,7 +46,7 @@ def unpack(
             found and what was expected.
     """
     ranks = range(ranks) if isinstance(ranks, int) else ranks
-    k, capacity = checked_k(bucket, k)
+    each, capacity = checked_k(bucket, k)
     length = payload_bytes(bucket, capacity)
     if gathered.dtype != np.uint8 or gathered.shape != (len(ranks) * length,):
         raise PayloadError(
@@ -56,16 +57,20 @@ def unpack(
         gathered = gathered.copy()  # compiled loops read whole words
     parts = parts_of(bucket, capacity, gathered.reshape(len(ranks), length))
     _check_headers(bucket, capacity, parts.header, ranks)
-    _check_records(bucket, k, parts, ranks)
+    _check_records(bucket, each, parts, ranks)
     starts = starts_of(parts.records["entries"])
+    if bucket.sketches:
+        bases, counts = parts.records["sketch_base"], decode_counts(parts.records["counts"])
+    else:
+        bases = counts = np.zeros((*starts.shape[:-1], 0), np.int64)
     values = _take_values(bucket, parts, starts, ranks)
     indices = _take_indices(bucket, parts, starts, ranks)
     return Payloads(
         parts.header[:, 0],
         parts.watched[:, : len(bucket.watched)],
         parts.records["status"],
-        parts.records["sketch_base"],
-        decode_counts(parts.records["counts"]),
+        bases,
+        counts,
         starts,
         list(zip(indices, values, strict=True)),
     )
@@ -122,7 +127,9 @@ def _check_headers(
                 _refuse_payload(bucket, rank, field, header[field], expected[field])
 
 
-def _check_records(bucket: Bucket, k: np.ndarray, parts: Parts, ranks: Sequence[int]) -> None:
+def _check_records(
+    bucket: Bucket, k: np.ndarray | None, parts: Parts, ranks: Sequence[int]
+) -> None:
     """Checks all ranks' records, and the number of entries in their headers."""
     records = parts.records
     status, bases, exponents = records["status"], records["sketch_base"], records["exponent"]
@@ -131,8 +138,18 @@ def _check_records(bucket: Bucket, k: np.ndarray, parts: Parts, ranks: Sequence[
         _check_layers(bucket, field, records[field], good, wanted, ranks)
 
     check("status", (status >= SENT) & (status <= ABSENT), "1, 2 or 3")
-    expected = np.where(status == SENT, k, 0)
-    check("entries", records["entries"] == expected, expected)
+    if k is None:
+        # As many as there are at most, and together as many as there is room for.
+        most = np.where(status == SENT, np.diff(bucket.offsets), 0)
+        check("entries", records["entries"] <= most, most)
+        expected = records["entries"].astype(np.int64)
+        room, totals = int(parts.header["capacity"][0, 0]), expected.sum(axis=1)
+        if (totals > room).any():
+            rank = int(np.argmax(totals > room))
+            _refuse_payload(bucket, ranks[rank], "entries", totals[rank], f"at most {room}")
+    else:
+        expected = np.where(status == SENT, k, 0)
+        check("entries", records["entries"] == expected, expected)
     check("sketch_base", bases <= LAST_BASE, f"at most {LAST_BASE}")
     if bucket.values != "float16":
         check("exponent", exponents == 0, 0)

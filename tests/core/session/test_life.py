@@ -315,6 +315,28 @@ class LifeOnHosts(Life):
         super().other_ranks(sizes, then)
 
 
+OPTIONS_OF_OWNERS = [
+    {},
+    {"bucket_bytes": 900, "values": "float16", "min_k": 3},
+    {"momentum": 0.5, "warmup_steps": 6, "index_code": "plain"},
+    {"density": 1.0, "bucket_bytes": 900},
+    {"prior": "measured", "layer_density": {"conv1.weight": 0.3, "conv2.weight": "dense"}},
+]
+
+
+class LifeWithOwners(Life):
+    """The same where owners add up what ranks send."""
+
+    @initialize(
+        options=st.sampled_from(OPTIONS_OF_OWNERS),
+        n_ranks=st.sampled_from([2, 2, 3]),
+        nonfinite=st.sampled_from(["raise", "skip"]),
+        marks=st.booleans(),
+    )
+    def begin(self, options, n_ranks, nonfinite, marks):
+        super().begin(options | {"exchange": "sparse_allreduce"}, n_ranks, nonfinite, marks)
+
+
 # To shorten an example that fails takes longer than a test may; HYPOTHESIS_PROFILE=explore does it.
 exploring = settings.default.max_examples > 100
 lives = settings(
@@ -323,4 +345,5 @@ lives = settings(
     phases=[*Phase] if exploring else [Phase.generate],
 )
 TestLife, TestLifeOnHosts = Life.TestCase, LifeOnHosts.TestCase
-TestLife.settings = TestLifeOnHosts.settings = lives
+TestLifeWithOwners = LifeWithOwners.TestCase
+TestLife.settings = TestLifeOnHosts.settings = TestLifeWithOwners.settings = lives

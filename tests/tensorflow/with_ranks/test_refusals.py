@@ -143,6 +143,13 @@ def test_a_density_too_low_for_the_model_says_what_would_do(mode):
         Trainer(Net(), DLSCompressor(density=1e-4, **SPARSE), mode).train(range(1))
 
 
+@pytest.mark.parametrize("mode", ["eager"])
+def test_an_exchange_that_torch_alone_has_is_refused(mode):
+    compression = DLSCompressor(exchange="sparse_allreduce", **SPARSE)
+    with pytest.raises(Exception, match="exchange='sparse_allreduce' is there for torch only"):
+        Trainer(Net(), compression, mode).train(range(1))
+
+
 def test_adasum_is_refused(mode):
     with pytest.raises(Exception, match="Adasum"):
         Trainer(Net(), DLSCompressor(**SPARSE), mode, op=hvd.Adasum).train(range(1))

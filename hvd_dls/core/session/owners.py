@@ -1,0 +1,199 @@
+"""What an owner does with what ranks send it of its regions: sums, of which it hands out some.
+
+What it does not hand out it keeps, and adds to what comes next: a residual of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hvd_dls.core.balancing.layers import LayerSpec
+from hvd_dls.core.balancing.shares import Shares
+from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, WINDOW, Sketch, bin_of
+from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Bucket, Status
+from hvd_dls.core.wire.payload import Payloads
+from hvd_dls.core.wire.regions import Region, bounds_of, regions_of
+
+
+class Piece(NamedTuple):
+    """What is sent of a piece of a layer: ``payload.Found``."""
+
+    indices: np.ndarray
+    values: np.ndarray
+    sketch: Any = None
+
+
+class Merged(NamedTuple):
+    """What an owner makes of its region in a step.
+
+    Attributes:
+        sums: (n,) of the region, with what has been handed out still in it.
+        status: of each piece.
+        watched: of watched layers, those that are not SENT, by name.
+        pieces: what is handed out of each; None or ABSENT, as for ``pack``.
+    """
+
+    sums: np.ndarray
+    status: np.ndarray
+    watched: dict[str, Status]
+    pieces: list[Any]
+
+
+class Owners:
+    """The regions of a model's buckets, and what this rank keeps of its own.
+
+    Args:
+        buckets: of the model.
+        k: of each bucket, (L,) entries that its layers send at first.
+        world_size: number of ranks: of owners.
+        rank: this one.
+
+    Attributes:
+        regions: of each bucket, of each owner.
+        kept: of each bucket, (n,) what this rank keeps of its own region.
+        shares: what each owner hands out.
+
+    Raises:
+        DLSError: see ``bounds_of``.
+    """
+
+    def __init__(
+        self, buckets: Sequence[Bucket], k: Sequence[np.ndarray], world_size: int, rank: int
+    ) -> None:
+        self.rank, self._buckets = rank, buckets
+        self.shares = Shares(
+            [bounds_of(bucket, world_size, first) for bucket, first in zip(buckets, k, strict=True)]
+        )
+        self.regions: list[list[Region]] = [[] for _ in buckets]
+        self.kept: list[np.ndarray] = [np.empty(0)] * len(buckets)
+        for bucket in range(len(buckets)):
+            self._make(bucket)
+
+    def _make(self, bucket: int) -> None:
+        of = self._buckets[bucket]
+        self.regions[bucket] = regions_of(of, self.shares.bounds[bucket])
+        self.kept[bucket] = np.zeros(self.own(bucket).size, of.layers[0].work_dtype)
+
+    def follow(self, residuals: Mapping[str, np.ndarray] | None) -> None:
+        """Takes over where regions are now.
+
+        Args:
+            residuals: of this rank, by layer: what it has kept of a region that has moved joins
+                them, and so all that waits is still there.  None: it is void.
+        """
+        for bucket, bounds in enumerate(self.shares.bounds):
+            before = self.regions[bucket]
+            if [*(region.start for region in before), before[-1].stop] == bounds.tolist():
+                continue
+            if residuals is not None:
+                for layer, begin, array in self._pieces_of(bucket):
+                    residuals[layer.name][begin : begin + len(array)] += array
+            self._make(bucket)
+
+    def own(self, bucket: int) -> Region:
+        """This rank's region of a bucket."""
+        return self.regions[bucket][self.rank]
+
+    def merge(self, bucket: int, payloads: Payloads, total: int) -> Merged:
+        """Adds up what ranks sent, rank by rank, and chooses what to hand out; keeps nothing yet.
+
+        Args:
+            bucket: its number.
+            payloads: of all ranks, of this one's region.
+            total: sums that all owners together hand out.
+        """
+        region, offsets = self.own(bucket), self.own(bucket).sent.offsets
+        sums = self.kept[bucket].copy()
+        for row, (indices, values) in enumerate(payloads.entries):
+            starts = payloads.starts[row]
+            where = indices[: starts[-1]] + np.repeat(offsets[:-1], np.diff(starts))
+            sums[where] += values[: starts[-1]]
+        status = np.where((payloads.status == SENT).any(axis=0), SENT, ABSENT)
+        status[(payloads.status == NOT_FINITE).any(axis=0)] = NOT_FINITE
+        watched: dict[str, Status] = {}
+        for position, name in enumerate(region.sent.watched):
+            said = payloads.watched[:, position]
+            if (said == NOT_FINITE).any():
+                watched[name] = NOT_FINITE
+            elif (said == ABSENT).all():
+                watched[name] = ABSENT
+        share = int(self.shares.of(bucket, total)[self.rank])
+        pieces = self._hand_out(sums, status, offsets, share)
+        return Merged(sums, status, watched, pieces)
+
+    @staticmethod
+    def _hand_out(
+        sums: np.ndarray, status: np.ndarray, offsets: np.ndarray, share: int
+    ) -> list[Any]:
+        """The largest sums of the pieces that are in the step, ties to the lower index."""
+        magnitudes = np.abs(sums)
+        for position in np.flatnonzero(status != SENT).tolist():
+            magnitudes[offsets[position] : offsets[position + 1]] = 0
+        if not np.isfinite(magnitudes).all():  # the sum went beyond the type
+            beyond = np.add.reduceat(~np.isfinite(magnitudes), offsets[:-1]) > 0
+            status[beyond] = NOT_FINITE
+            return [None if said != ABSENT else ABSENT for said in status.tolist()]
+        chosen, threshold = _largest(magnitudes, share)
+        base = min(max(int(bin_of(threshold)) - BELOW, 0), LAST_BASE)
+        bins = np.clip(bin_of(magnitudes) - base, -1, WINDOW - 1)
+        bins[magnitudes == 0] = -1
+        cuts = np.searchsorted(chosen, offsets).tolist()
+        pieces: list[Any] = []
+        for position, said in enumerate(status.tolist()):
+            if said != SENT:
+                pieces.append(ABSENT if said == ABSENT else None)
+                continue
+            start, stop = offsets[position : position + 2].tolist()
+            counts = np.bincount(bins[start:stop] + 1, minlength=WINDOW + 1)[1:]
+            own = chosen[cuts[position] : cuts[position + 1]]
+            sketch = Sketch(base, counts.astype(np.uint32))
+            pieces.append(Piece((own - start).astype(np.uint32), sums[own], sketch))
+        return pieces
+
+    def commit(self, merged: Mapping[int, tuple[Merged, list[np.ndarray | None]]]) -> None:
+        """Keeps what was not handed out, of a step that counts.
+
+        Args:
+            merged: by bucket: what was made of it, and what rounding left of each piece's values.
+        """
+        for bucket, (own, rounding) in merged.items():
+            offsets = self.own(bucket).sent.offsets
+            for start, piece, left in zip(offsets[:-1], own.pieces, rounding, strict=True):
+                if isinstance(piece, Piece):
+                    own.sums[start + piece.indices.astype(np.int64)] = 0 if left is None else left
+            self.kept[bucket] = own.sums
+
+    def scale(self, factor: float) -> None:
+        """Has what is kept follow the loss scale."""
+        for kept in self.kept:
+            kept *= kept.dtype.type(factor)
+
+    # What is kept, piece by piece ---------------------------------------------------------------
+
+    def pieces(self) -> Iterator[tuple[LayerSpec, int, np.ndarray]]:
+        """What is kept, as pieces of layers: the layer, where the piece begins, and a view."""
+        for bucket in range(len(self.kept)):
+            yield from self._pieces_of(bucket)
+
+    def _pieces_of(self, bucket: int) -> Iterator[tuple[LayerSpec, int, np.ndarray]]:
+        region, kept = self.own(bucket), self.kept[bucket]
+        for position, layer in enumerate(region.layers.tolist()):
+            start, stop = region.sent.offsets[position : position + 2].tolist()
+            whole = self._buckets[bucket].layers[layer]
+            yield whole, int(region.begins[position]), kept[start:stop]
+
+
+def _largest(magnitudes: np.ndarray, share: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ``share`` largest of them that are not zero, ascending; and the smallest of these."""
+    n = len(magnitudes)
+    threshold = np.partition(magnitudes, n - share)[n - share]
+    if threshold == 0:
+        chosen = np.flatnonzero(magnitudes)
+    else:
+        above = np.flatnonzero(magnitudes > threshold)
+        ties = np.flatnonzero(magnitudes == threshold)[: share - len(above)]
+        chosen = np.sort(np.concatenate([above, ties]))
+    return chosen, threshold
