@@ -66,7 +66,7 @@ def net():
 def batch(step):
     """Another one for every step and rank."""
     x = np.random.default_rng([step, hvd.rank()]).normal(size=(16, 20)).astype(np.float32)
-    return x, np.sin(x @ np.linspace(-1, 1, 20))[:, None].astype(np.float32)
+    return x, (x @ np.linspace(-1, 1, 20))[:, None].astype(np.float32)
 
 
 def report(state, world, loss):
