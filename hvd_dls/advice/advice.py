@@ -151,11 +151,11 @@ class Advice:
 
     def _conclusion(self) -> Iterator[str]:
         best, votes = self.recommended, len(self.decision.votes)
-        fastest = min(self.rows, key=lambda row: row.seconds.value)
+        fastest = max(self.rows, key=lambda row: row.dense_over_this.value)
         if best == DENSE:
             yield (
                 f"Leave it dense: the fastest, {fastest.candidate.title}, is "
-                f"{fastest.dense_over_this.value:.2g} times as fast, and less than {self.worth:g} "
+                f"{fastest.dense_over_this.value:.3g} times as fast, and less than {self.worth:g} "
                 "times is not worth it."
                 if fastest.candidate != DENSE
                 else "Leave it dense: nothing that was tried is faster."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hvd_dls.advice.candidates import Candidate
+from hvd_dls.advice.candidates import DENSE, Candidate
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Decision:
     """A recommendation, and how sure it is.
 
     Attributes:
-        candidate: that is recommended, by the medians of all turns.
+        candidate: that is recommended, by medians of the ratios to dense in each turn.
         votes: what each turn on its own would have recommended.
     """
 
@@ -76,15 +76,15 @@ class Decision:
 
 
 def recommend(turns: Mapping[Candidate, Sequence[float]], worth: float) -> Decision:
-    """Decides by all turns, and by each on its own.
+    """Decides by all turns, in each of which dense is what others are compared with; and by each.
 
     Args:
-        turns: seconds of a step in each turn, all > 0, as many for each candidate.
+        turns: seconds of a step in each turn, all > 0, as many for each candidate; of dense, too.
         worth: see ``decide``.
     """
     seconds = np.array([*turns.values()], float)
     # What slows all of a turn down, such as another program, is no difference between candidates.
-    relative = seconds / np.exp(np.log(seconds).mean(axis=0))
-    medians = dict(zip(turns, np.median(relative, axis=1).tolist(), strict=True))
+    ratios = np.median(np.asarray(turns[DENSE], float) / seconds, axis=1)
+    beside_dense = dict(zip(turns, (1 / ratios).tolist(), strict=True))
     votes = tuple(decide(dict(zip(turns, each, strict=True)), worth) for each in seconds.T.tolist())
-    return Decision(decide(medians, worth), votes)
+    return Decision(decide(beside_dense, worth), votes)

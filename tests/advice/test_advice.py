@@ -71,4 +71,4 @@ def test_dense_is_left_where_nothing_is_gained():
     turns = {each: [1.0, 1.0] for each in TRIED} | {DENSE: [0.9, 0.9]}
     assert "Leave it dense: nothing that was tried is faster." in str(advice_of(turns))
     turns |= {Candidate("dls", 0.01): [0.8, 0.8]}
-    assert "Leave it dense: the fastest, DLS 1 %, is 1.1 times as fast" in str(advice_of(turns))
+    assert "Leave it dense: the fastest, DLS 1 %, is 1.12 times as fast" in str(advice_of(turns))
