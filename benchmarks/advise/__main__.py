@@ -7,9 +7,10 @@ For each model, number of hosts and rate it makes hosts of this machine (benchma
 root) and runs three jobs on them, one after the other: a training, the advice, a training. In each
 job all candidates take turns. "Measured" is the median of the turns of both trainings, which share
 no code with the advice; "apart" is how far their medians are from each other: what no prediction
-can be better than. A case is right if the recommended candidate was measured to take at most 1.2
-times what the fastest took, and is no less cautious than the one to which the same rule comes with
-measured times.
+can be better than. A case is right if, by measured times, the recommended candidate takes at most
+1.2 times what the fastest takes (the rule's limit), and every more cautious one takes longer than
+that; either limit may be missed by a factor of 1.1. "By measured times" is what the rule makes of
+these times without any slack.
 
 With --keep, each case's figures are kept in a file, and read from there the next time.
 """

@@ -11,7 +11,7 @@ from hvd_dls.advice.candidates import Candidate
 from hvd_dls.advice.deciding import decide
 
 Case = dict[str, Any]
-REGRET = 1.2  # the recommended candidate takes at most so many times what the fastest took
+SLACK = 1.1  # so far from the rule's limit, measured times may be on its other side
 
 
 class Compared(NamedTuple):
@@ -79,18 +79,22 @@ class Verdict(NamedTuple):
         recommended: by the advice.
         best: what the same rule makes of the measured times.
         regret: measured time of the recommended over that of the fastest.
+        spared: the same of the fastest that is more cautious; Inf if none is.
+        worth: how many times as fast a less cautious candidate has to be, by the rule.
         turns: how many of the advice's turns said the same, and how many there were.
     """
 
     recommended: Candidate
     best: Candidate
     regret: float
+    spared: float
+    worth: float
     turns: tuple[int, int]
 
     @property
     def right(self) -> bool:
-        """Whether the recommended candidate is as fast as promised, and no bolder than needed."""
-        return self.regret <= REGRET and self.recommended.caution <= self.best.caution
+        """Whether, but for SLACK, it is fast enough and nothing more cautious would have been."""
+        return self.regret <= self.worth * SLACK and self.spared > self.worth / SLACK
 
     @property
     def same(self) -> bool:
@@ -105,10 +109,13 @@ def judge(case: Case) -> Verdict:
     }
     advice = case["advice"]
     recommended = candidate_of(advice["recommended"]["name"])
-    votes = advice["votes"]
+    votes, fastest = advice["votes"], min(measured.values())
+    cautious = [s for each, s in measured.items() if each.caution < recommended.caution]
     return Verdict(
         recommended,
         decide(measured, advice["worth"]),
-        measured[recommended] / min(measured.values()),
+        measured[recommended] / fastest,
+        min(cautious, default=float("inf")) / fastest,
+        advice["worth"],
         (votes.count(recommended.name), len(votes)),
     )
