@@ -159,7 +159,7 @@ def main() -> None:
     try:
         cases = [
             measure_or_read(args, model, count, rate)
-            for model, count, rate in itertools.product(args.models, args.hosts, args.rates)
+            for count, model, rate in itertools.product(args.hosts, args.models, args.rates)
         ]
     except (HostsError, JobError, ValueError) as problem:
         sys.exit(f"advise: {problem}")
