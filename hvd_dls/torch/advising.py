@@ -187,6 +187,11 @@ class TorchTrial(Trial):
         if not isinstance(loss, torch.Tensor):
             raise DLSError(f"step(model) returned {type(loss).__name__}: accepted is the loss")
         loss.backward()
+        if all(parameter.grad is None for parameter in self._parameters):
+            raise DLSError(
+                "step(model) gave the model that it was called with no gradient: the loss must be "
+                "of this model, a copy, not of the one in the script"
+            )
         self._optimizer.step()
 
     def wait(self) -> None:

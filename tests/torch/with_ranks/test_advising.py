@@ -58,6 +58,9 @@ def test_a_step_that_fails_on_one_rank_is_refused_on_all():
         advise(net(), fails, **QUICK)
     with pytest.raises(DLSError, match="returned NoneType: accepted is the loss"):
         advise(net(), lambda model: None, **QUICK)
+    other = net()
+    with pytest.raises(DLSError, match="of this model, a copy"):
+        advise(net(), lambda model: loss_of(other), **QUICK)
 
 
 @pytest.mark.parametrize(
