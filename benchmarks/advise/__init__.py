@@ -1,8 +1,8 @@
-"""Compares what ``hvd-dls advise`` says with trainings over links of several rates.
+"""Compares what ``advise`` says with trainings over links of several rates.
 
 Modules:
     models: Models and steps, as users give them to ``hvd-dls advise --model``.
-    training: A plain training with each candidate in turn, on each rank.
+    training: Trainings with each candidate in turn, and advice between them, on each rank.
     comparing: Predictions beside measurements.
     __main__: Makes hosts, runs the jobs, shows tables.
 """

@@ -3,16 +3,16 @@
     python -m benchmarks.advise --keep build/advise
     python -m benchmarks.advise --hosts 2 --rates 1gbit --models conv
 
-For each model, number of hosts and rate it makes hosts of this machine (benchmarks.hosts; needs
-root) and runs three jobs on them, one after the other: a training, the advice, a training. In each
-job all candidates take turns. "Measured" is the median of the turns of both trainings, which share
-no code with the advice; "apart" is how far their medians are from each other: what no prediction
-can be better than. A case is right if, by measured times, the recommended candidate takes at most
-1.2 times what the fastest takes (the rule's limit), and every more cautious one takes longer than
-that; either limit may be missed by a factor of 1.1. "By measured times" is what the rule makes of
-these times without any slack.
+For each number of hosts and rate it makes hosts of this machine (benchmarks.hosts; needs root) and
+runs a job on them: each model trains with all candidates in turn, asks for advice from inside the
+script, and trains again. "Measured" is the median of the turns of both trainings, which share no
+code with the advice; "apart" is how far their medians are from each other: what no prediction can
+be better than. A case is right if, by measured times, the recommended candidate takes at most 1.2
+times what the fastest takes (the rule's limit), and every more cautious one takes longer than that;
+either limit may be missed by a factor of 1.1. "By measured times" is what the rule makes of these
+times without any slack.
 
-With --keep, each case's figures are kept in a file, and read from there the next time.
+With --keep, the figures of each job are kept in a file, and read from there the next time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import os
 import sys
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,39 +38,28 @@ WANTED = 0.2  # error of a step time, at most
 FREE = "none"  # a link that is not shaped
 
 
-def measure(args: argparse.Namespace, model: str, count: int, rate: str) -> Case:
-    """Runs the jobs of a case on new hosts; returns their figures."""
-    title = f"{model}, {count} hosts, {'not shaped' if rate == FREE else rate}"
-    methods = ["dense", "fp16", *(f"dls:{density:g}" for density in args.densities)]
-    training = ["--model", model, "--methods", *methods]
-    training += ["--rounds", str(args.rounds), "--turn-seconds", str(args.turn_seconds)]
-    advice = ["advise", "--model", f"benchmarks.advise.models:{model}", "--quiet"]
-    advice += ["--densities", *map(str, args.densities), "--seconds", str(args.seconds)]
-    load = [os.getloadavg()[0]]
+def measure(args: argparse.Namespace, count: int, rate: str) -> list[Case]:
+    """Runs a job on new hosts; returns the figures of each model."""
+    options = ["--models", *args.models, "--densities", *map(str, args.densities)]
+    for name in ("rounds", "turn_seconds", "seconds"):
+        options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    place = f"{count} hosts, {'not shaped' if rate == FREE else rate}"
     with Hosts(count, None if rate == FREE else rate) as hosts:
         command = launcher(count, *hosts.horovodrun_options([1] * count))
-
-        def run(module: str, options: list[str]) -> dict[str, Any]:
-            result = run_job(command, module, options, hosts[0].popen, title=f"{title}: {module}")
-            load.append(os.getloadavg()[0])
-            return result
-
         module = "benchmarks.advise.training"
-        before = run(module, [*training, "--seed", "0"])
-        advised = run("hvd_dls", advice)
-        after = run(module, [*training, "--seed", "1"])
-    return {"title": title, "load": load, "trainings": [before, after], "advice": advised}
+        result = run_job(command, module, options, hosts[0].popen, title=place)
+    return [{"title": f"{model}, {place}", **figures} for model, figures in result.items()]
 
 
-def measure_or_read(args: argparse.Namespace, model: str, count: int, rate: str) -> Case:
-    """The figures of a case, new or kept."""
+def measure_or_read(args: argparse.Namespace, count: int, rate: str) -> list[Case]:
+    """The figures of a job, new or kept."""
     if args.keep is None:
-        return measure(args, model, count, rate)
-    path = Path(args.keep) / f"{model}-{count}-{rate}.json"
+        return measure(args, count, rate)
+    path = Path(args.keep) / f"{count}-{rate}.json"
     if not path.exists():
-        write_json(measure(args, model, count, rate), path)
-    case: Case = json.loads(path.read_text())
-    return case
+        write_json(measure(args, count, rate), path)
+    cases: list[Case] = json.loads(path.read_text())
+    return cases
 
 
 def show(cases: list[Case]) -> None:
@@ -151,15 +139,16 @@ def main() -> None:
     )
     parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.01, 0.001])
     parser.add_argument("--seconds", type=float, default=30.0, help="of the advice's turns")
-    parser.add_argument("--rounds", type=int, default=4, help="turns in each training")
+    parser.add_argument("--rounds", type=int, default=3, help="turns before and after")
     parser.add_argument("--turn-seconds", type=float, default=1.5, help="of a training's turn")
     parser.add_argument("--keep", type=Path, help="a folder for the figures of each case")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     args = parser.parse_args()
     try:
         cases = [
-            measure_or_read(args, model, count, rate)
-            for count, model, rate in itertools.product(args.hosts, args.models, args.rates)
+            case
+            for count, rate in itertools.product(args.hosts, args.rates)
+            for case in measure_or_read(args, count, rate)
         ]
     except (HostsError, JobError, ValueError) as problem:
         sys.exit(f"advise: {problem}")

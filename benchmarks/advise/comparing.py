@@ -56,7 +56,7 @@ def compare(case: Case) -> list[Compared]:
     """Each candidate's prediction beside what was measured."""
     rows = []
     for row in case["advice"]["rows"]:
-        jobs = [training["turns"][row["name"]] for training in case["trainings"]]
+        jobs = [training[row["name"]] for training in case["trainings"]]
         turns = np.concatenate(jobs)
         medians = [float(np.median(job)) for job in jobs]
         seconds = row["seconds"]

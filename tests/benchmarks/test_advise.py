@@ -17,7 +17,7 @@ def case_of(measured, recommended, predicted=1.0):
     return {
         "title": "a case",
         "load": [0.0, 1.0],
-        "trainings": [{"turns": turns}, {"turns": later}],
+        "trainings": [turns, later],
         "advice": {
             "rows": [{"name": name, "seconds": seconds} for name in measured],
             "recommended": {"name": recommended},
