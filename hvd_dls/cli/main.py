@@ -11,6 +11,7 @@ import hvd_dls
 # Each is a module here with ``add_arguments(parser)`` and ``run(arguments) -> exit status``. All of
 # them are imported for ``--help``, so their heads import neither frameworks nor Horovod.
 COMMANDS: dict[str, str] = {
+    "advise": "under horovodrun: step times of dense, fp16 and DLS in this job, and which to take",
     "doctor": "what is installed, what does not work, and what to type",
     "report": "one page of HTML from logs: thresholds, densities, bytes and times",
 }

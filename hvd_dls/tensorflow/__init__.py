@@ -1,6 +1,7 @@
 """DLS for horovod.tensorflow: ``compression=DLSCompressor``."""
 
+from hvd_dls.tensorflow.advising import advise
 from hvd_dls.tensorflow.checkpoints import load_checkpoint, save_checkpoint
 from hvd_dls.tensorflow.compressor import DLSCompressor
 
-__all__ = ["DLSCompressor", "load_checkpoint", "save_checkpoint"]
+__all__ = ["DLSCompressor", "advise", "load_checkpoint", "save_checkpoint"]

@@ -1,0 +1,59 @@
+"""What to try, and for how long."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hvd_dls.advice.candidates import candidates
+from hvd_dls.errors import DLSError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to try, and for how long; the same on all ranks.
+
+    Attributes:
+        densities: of DLS, each in (0, 1].
+        values: types of the values that it sends, of "float32", "bfloat16", "float16".
+        seconds: that turns should take together, about; slow steps take longer.
+        turns: of each candidate, 2 at least.
+        worth: how many times as fast a step has to be for a less cautious candidate, >= 1.
+
+    Raises:
+        DLSError: something else is given.
+    """
+
+    densities: tuple[float, ...] = (0.05, 0.01, 0.001)
+    values: tuple[str, ...] = ("float32",)
+    seconds: float = 40.0
+    turns: int = 5
+    worth: float = 1.2
+
+    def __post_init__(self) -> None:
+        for name in ("densities", "values"):
+            given = tuple(getattr(self, name))
+            if not given:
+                raise DLSError(f"{name}={given!r}: one at least")
+            object.__setattr__(self, name, given)
+        for name, least in (("seconds", 0.0), ("worth", 1.0)):
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                raise DLSError(f"{name}={value!r}: accepted is a number >= {least:g}")
+        if not isinstance(self.turns, int) or self.turns < 2:
+            raise DLSError(f"turns={self.turns!r}: accepted is an integer >= 2")
+        candidates(self.densities, self.values, False)  # refuses what DLS does not accept
+
+
+def plan_of(options: dict[str, Any]) -> Plan:
+    """The plan that options describe.
+
+    Raises:
+        DLSError: an option does not exist or has a value that is not accepted.
+    """
+    try:
+        return Plan(**options)
+    except TypeError as error:
+        accepted = ", ".join(Plan.__dataclass_fields__)
+        raise DLSError(f"{error}: accepted are {accepted}") from None
