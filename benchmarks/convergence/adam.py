@@ -1,0 +1,272 @@
+"""Ways to train sparsely with Adam, beside dense Adam, in the simulation.
+
+    python -m benchmarks.convergence.adam                            # all ways, one seed
+    python -m benchmarks.convergence.adam --ways dense scaled --seeds 0 1 2
+    python -m benchmarks.convergence.adam --steps 800                # shorter trainings: to scout
+    python -m benchmarks.convergence.adam --report                   # only prints the table
+
+One run after the other, of one thread. Each is kept in build/convergence-adam/WAY-STEPS-SEED.json
+and not made again unless its description has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.paths import ROOT
+from benchmarks.convergence.preconditioning import Moments, Preconditioner
+from benchmarks.convergence.simulation import Gradients, SimulatedJob, averages, exchange
+from benchmarks.convergence.tasks import TASKS, evaluate, rate_at
+from benchmarks.convergence.training import data_of, worker_loss
+from hvd_dls.config import DLSConfig
+
+KEPT = ROOT / "build" / "convergence-adam"
+TASK = "code"
+WORKERS = 4
+VERSION = 1  # of what a run does and keeps
+BETAS = (0.9, 0.999)
+
+
+class Way(NamedTuple):
+    """A way to train.
+
+    Attributes:
+        title: its name in the table.
+        options: of the compressor; None: dense.
+        moments: how updates are made in front of the selection; None: Adam is behind it.
+        rate: factor on the learning rate.
+        rate_when: a waiting update has the learning rate of when it "arrives" (it waits without
+            one), or of when it "leaves" the worker.
+        kept: share of what waits that is still there in the next step; 1: all.
+        warmup: share of the steps in which the density falls from 25 %; with "frozen", in which
+            whole gradients are sent.
+        sign: whether only the sign of what arrives counts (DeMo, arXiv:2411.19870).
+        first: β₁ of Adam behind the compressor.
+        amsgrad: whether that one is AMSGrad (COMP-AMS, arXiv:2205.05632).
+    """
+
+    title: str
+    options: dict[str, Any] | None = {"density": 0.01}  # noqa: RUF012 (never changed)
+    moments: Moments | None = None
+    rate: float = 1.0
+    rate_when: str = "arrives"
+    kept: float = 1.0
+    warmup: float = 0.1
+    sign: bool = False
+    first: float = BETAS[0]
+    amsgrad: bool = False
+
+
+MOMENTUM = {"density": 0.01, "momentum": BETAS[0], "momentum_masking": False}
+WAYS = {
+    "dense": Way("dense", None),
+    "behind": Way("both moments behind the compressor"),
+    "amsgrad": Way("AMSGrad behind the compressor", amsgrad=True),
+    "momentum": Way("first moment in front, second behind", MOMENTUM, first=0.0),
+    "nesterov": Way("the same with Nesterov's momentum", MOMENTUM | {"nesterov": True}, first=0.0),
+    "own": Way("own second moment in front", moments=Moments("own")),
+    "own-double": Way("own, twice the learning rate", moments=Moments("own"), rate=2.0),
+    "own-double-leaves": Way(
+        "own, twice, with the learning rate of when it left",
+        moments=Moments("own"),
+        rate=2.0,
+        rate_when="leaves",
+    ),
+    "scaled": Way("own, scaled to the averaged gradient's", moments=Moments("scaled")),
+    "scaled-nesterov": Way("scaled, Nesterov", moments=Moments("scaled", nesterov=True)),
+    "scaled-first-0.8": Way("scaled, β₁ = 0.8", moments=Moments("scaled", first=0.8)),
+    "scaled-kept": Way(
+        "scaled, what waits fades by 0.2 % a step", moments=Moments("scaled"), kept=0.998
+    ),
+    "scaled-warmup-0.2": Way("scaled, twice the warm-up", moments=Moments("scaled"), warmup=0.2),
+    "scaled-sign": Way("scaled, sign of what arrives", moments=Moments("scaled"), sign=True),
+    "shared": Way("shared, refreshed every 100 steps", moments=Moments("shared")),
+    "frozen": Way("frozen after a dense warm-up", moments=Moments("frozen")),
+    "oracle": Way("the averaged gradient's, which no worker knows", moments=Moments("oracle")),
+}
+
+
+def description(name: str, steps: int, seed: int) -> dict[str, Any]:
+    """Returns all that a run's result follows from."""
+    way = WAYS[name]._asdict()
+    del way["title"]
+    moments = WAYS[name].moments
+    way["moments"] = None if moments is None else moments._asdict()
+    return {"version": VERSION, "way": way, "steps": steps, "seed": seed, "task": TASK}
+
+
+def train(name: str, steps: int, seed: int) -> dict[str, Any]:
+    """Trains the task's model.
+
+    Args:
+        name: of a way.
+        steps: of the training.
+        seed: of first weights and the order of examples.
+
+    Returns:
+        Description, final held-out loss in nats, training losses of the last tenth, kB a step.
+    """
+    way, task, data = WAYS[name], TASKS[TASK], data_of(TASK)
+    model, warmup = task.make_model(seed), round(way.warmup * steps)
+    frozen = way.moments is not None and way.moments.second == "frozen"
+    config = None
+    if way.options is not None:
+        stairs = {"dense_steps": warmup} if frozen else {"warmup_steps": warmup}
+        config = DLSConfig.from_options(**way.options, **stairs)
+    job = SimulatedJob(model, WORKERS, config)
+    preconditioner = None if way.moments is None else Preconditioner(way.moments, WORKERS, warmup)
+    updater = Updater(model, job, way)
+    about = {"seed": seed, "workers": WORKERS}
+    losses, sizes, start = [], [], time.perf_counter()
+    for step in range(steps):
+        gradients, loss = job.gradients(worker_loss(task, model, data, about, step))
+        if not math.isfinite(loss):
+            break
+        rate = way.rate * task.adam_rate / task.rate * rate_at(task, step, steps)
+        if preconditioner is not None:
+            sparse = {n for n in gradients[0] if job.sessions[0].may_be_sparse(n)}
+            updates = preconditioner.updates([_part(own, sparse) for own in gradients])
+            factor = rate if way.rate_when == "leaves" else 1.0
+            for own, update in zip(gradients, updates, strict=True):
+                own |= {n: u * np.float32(factor) for n, u in update.items()}
+            for session in job.sessions if way.kept < 1 else []:
+                for residual in session.residuals.values():
+                    residual *= np.float32(way.kept)
+        updater.apply(gradients, rate)
+        losses.append(loss)
+        record = job.sessions[0].last_step if job.sessions else None
+        if record is not None:
+            sizes.append(record.sparse_bytes + record.dense_bytes)
+    return {
+        "about": description(name, steps, seed),
+        "loss": evaluate(model, data.validation)[0] if len(losses) == steps else None,
+        "training_loss": float(np.mean(losses[-max(1, steps // 10) :])),
+        "bytes": float(np.mean(sizes))
+        if sizes
+        else 4.0 * sum(p.numel() for p in model.parameters()),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _part(gradients: Gradients, names: set[str]) -> Gradients:
+    return {name: gradient for name, gradient in gradients.items() if name in names}
+
+
+class Updater:
+    """Exchanges what workers accumulate, and applies it to the weights.
+
+    Updates that were made in front of the selection are subtracted as they come; all else, such as
+    layers that go dense, goes through Adam.
+
+    Args:
+        model: that trains.
+        job: its workers.
+        way: to train.
+    """
+
+    def __init__(self, model: torch.nn.Module, job: SimulatedJob, way: Way) -> None:
+        self._job, self._way = job, way
+        self._parameters = dict(model.named_parameters())
+        sessions = job.sessions[:1] if way.moments is not None else []
+        self._plain = {n for n in self._parameters for s in sessions if s.may_be_sparse(n)}
+        rest = [p for n, p in self._parameters.items() if n not in self._plain]
+        betas = (way.first, BETAS[1])
+        self._adam = torch.optim.Adam(rest, betas=betas, amsgrad=way.amsgrad)
+
+    def apply(self, gradients: list[Gradients], rate: float) -> None:
+        """Makes a step of what each worker accumulates; overwrites it."""
+        job, way = self._job, self._way
+        reduced = exchange(job.sessions, gradients) if job.sessions else averages(gradients)
+        for name, parameter in self._parameters.items():
+            arrived = torch.from_numpy(reduced[name]).view_as(parameter)
+            if name not in self._plain:
+                parameter.grad = arrived
+                continue
+            if way.sign:
+                arrived = arrived.sign()
+            factor = rate if way.rate_when == "arrives" else 1.0
+            parameter.data.sub_(arrived, alpha=factor)
+        # In front of the selection, the factor on the rate is for what goes through it alone.
+        self._adam.param_groups[0]["lr"] = rate if way.moments is None else rate / way.rate
+        self._adam.step()
+
+
+def result_of(name: str, steps: int, seed: int, folder: Path) -> dict[str, Any] | None:
+    """Reads a run's result; None if there is none, or if a run would do something else now."""
+    file = folder / f"{name}-{steps}-{seed}.json"
+    if not file.exists():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text())
+    about = json.loads(json.dumps(description(name, steps, seed)))
+    return result if result["about"] == about else None
+
+
+def make(name: str, steps: int, seed: int, folder: Path) -> None:
+    """Makes one run, unless it is there; its file is there whole or not at all."""
+    if result_of(name, steps, seed, folder) is not None:
+        return
+    result = train(name, steps, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{name}-{steps}-{seed}.{os.getpid()}.unfinished"
+    unfinished.write_text(json.dumps(result))
+    os.replace(unfinished, folder / f"{name}-{steps}-{seed}.json")
+
+
+def table(names: Sequence[str], steps: int, seeds: Sequence[int], folder: Path) -> str:
+    """Makes the table of all runs that are there."""
+    lines = ["| way | loss | above dense | kB a step and rank |", "| --- | --- | --- | --- |"]
+    for name in names:
+        pairs = []
+        for seed in seeds:
+            run, dense = (result_of(n, steps, seed, folder) for n in (name, "dense"))
+            if run is not None and run["loss"] is not None:
+                pairs.append((run["loss"], dense and dense["loss"], run["bytes"]))
+        if not pairs:
+            continue
+        losses = [loss for loss, _, _ in pairs]
+        spread = f" ± {np.std(losses, ddof=1):.3f} ({len(losses)})" if len(losses) > 1 else ""
+        # Of the same seeds: much of the noise is common to both.
+        above = [loss / dense - 1 for loss, dense, _ in pairs if dense]
+        gap = f"{100 * np.mean(above):+.2f} %" if above and name != "dense" else "-"
+        size = np.mean([size for _, _, size in pairs]) / 1000
+        lines.append(f"| {WAYS[name].title} | {np.mean(losses):.4f}{spread} | {gap} | {size:.1f} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = make_parser("convergence.adam", __doc__)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=TASKS[TASK].steps)
+    parser.add_argument("--folder", type=Path, default=KEPT, help="where results are kept")
+    parser.add_argument("--report", action="store_true", help="only print the table")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the runs that are missing and prints the table; returns the exit status."""
+    args = parse(arguments)
+    torch.set_num_threads(1)
+    for seed in args.seeds if not args.report else []:
+        for name in args.ways:
+            make(name, args.steps, seed, args.folder)
+            print(f"{name}, seed {seed}: done", file=sys.stderr, flush=True)
+    print(table(args.ways, args.steps, args.seeds, args.folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
