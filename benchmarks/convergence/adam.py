@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class Way(NamedTuple):
         warmup: share of the steps in which the density falls from 25 %; with "frozen", in which
             whole gradients are sent.
         sign: whether only the sign of what arrives counts (DeMo, arXiv:2411.19870).
-        first: β₁ of Adam behind the compressor.
+        first: β₁ of Adam behind the compressor, where that is.
         amsgrad: whether that one is AMSGrad (COMP-AMS, arXiv:2205.05632).
     """
 
@@ -69,33 +69,50 @@ class Way(NamedTuple):
     amsgrad: bool = False
 
 
-MOMENTUM = {"density": 0.01, "momentum": BETAS[0], "momentum_masking": False}
-WAYS = {
-    "dense": Way("dense", None),
-    "behind": Way("both moments behind the compressor"),
-    "amsgrad": Way("AMSGrad behind the compressor", amsgrad=True),
-    "momentum": Way("first moment in front, second behind", MOMENTUM, first=0.0),
-    "nesterov": Way("the same with Nesterov's momentum", MOMENTUM | {"nesterov": True}, first=0.0),
-    "own": Way("own second moment in front", moments=Moments("own")),
-    "own-double": Way("own, twice the learning rate", moments=Moments("own"), rate=2.0),
-    "own-double-leaves": Way(
-        "own, twice, with the learning rate of when it left",
-        moments=Moments("own"),
-        rate=2.0,
-        rate_when="leaves",
-    ),
-    "scaled": Way("own, scaled to the averaged gradient's", moments=Moments("scaled")),
-    "scaled-nesterov": Way("scaled, Nesterov", moments=Moments("scaled", nesterov=True)),
-    "scaled-first-0.8": Way("scaled, β₁ = 0.8", moments=Moments("scaled", first=0.8)),
-    "scaled-kept": Way(
-        "scaled, what waits fades by 0.2 % a step", moments=Moments("scaled"), kept=0.998
-    ),
-    "scaled-warmup-0.2": Way("scaled, twice the warm-up", moments=Moments("scaled"), warmup=0.2),
-    "scaled-sign": Way("scaled, sign of what arrives", moments=Moments("scaled"), sign=True),
-    "shared": Way("shared, refreshed every 100 steps", moments=Moments("shared")),
-    "frozen": Way("frozen after a dense warm-up", moments=Moments("frozen")),
-    "oracle": Way("the averaged gradient's, which no worker knows", moments=Moments("oracle")),
-}
+def _in_front(momentum: float, nesterov: bool = False) -> dict[str, Any]:
+    """Options that keep the first moment in the compressor."""
+    options = {"density": 0.01, "momentum": momentum, "momentum_masking": False}
+    return options | ({"nesterov": True} if nesterov else {})
+
+
+def _ways() -> Iterator[tuple[str, Way]]:
+    """Yields names and ways; in a title, β₁ is 0.9 where nothing is said."""
+    for first in (0.9, 0.7, 0.5, 0.0):
+        beta = "" if first == 0.9 else f"-{first:g}"
+        said = "" if first == 0.9 else f", β₁ = {first:g}"
+        yield f"dense{beta}", Way(f"dense{said}", None, first=first)
+        if first:
+            options = _in_front(first)
+            title = f"first moment in front, second behind{said}"
+            yield f"momentum{beta}", Way(title, options, first=0.0)
+        title = f"both moments behind the compressor{said}"
+        yield f"behind{beta}", Way(title, first=first)
+        own = Moments("own", first=first)
+        title = f"own second moment in front, twice the learning rate{said}"
+        yield f"own-double{beta}", Way(title, moments=own, rate=2.0)
+        title = f"own second moment in front, scaled to the averaged gradient's{said}"
+        yield f"scaled{beta}", Way(title, moments=Moments("scaled", first=first))
+        title = f"the averaged gradient's in front, which no worker knows{said}"
+        yield f"oracle{beta}", Way(title, moments=Moments("oracle", first=first))
+    title = "first moment in front with Nesterov's, second behind"
+    for first in (0.9, 0.7):
+        said = "" if first == 0.9 else f", β₁ = {first:g}"
+        name = "nesterov" if first == 0.9 else f"nesterov-{first:g}"
+        yield name, Way(title + said, _in_front(first, nesterov=True), first=0.0)
+    yield "amsgrad", Way("AMSGrad behind the compressor", amsgrad=True)
+    yield "own", Way("own second moment in front", moments=Moments("own"))
+    leaves = Way("own, twice, with the learning rate of when it left", moments=Moments("own"))
+    yield "own-double-leaves", leaves._replace(rate=2.0, rate_when="leaves")
+    scaled = Way("", moments=Moments("scaled"))
+    fades = "scaled, what waits fades by 0.2 % a step"
+    yield "scaled-kept", scaled._replace(title=fades, kept=0.998)
+    yield "scaled-warmup", scaled._replace(title="scaled, twice the warm-up", warmup=0.2)
+    yield "scaled-sign", scaled._replace(title="scaled, sign of what arrives", sign=True)
+    yield "shared", Way("shared, refreshed every 100 steps", moments=Moments("shared"))
+    yield "frozen", Way("frozen after a dense warm-up", moments=Moments("frozen"))
+
+
+WAYS = dict(_ways())
 
 
 def description(name: str, steps: int, seed: int) -> dict[str, Any]:
@@ -182,7 +199,7 @@ class Updater:
         sessions = job.sessions[:1] if way.moments is not None else []
         self._plain = {n for n in self._parameters for s in sessions if s.may_be_sparse(n)}
         rest = [p for n, p in self._parameters.items() if n not in self._plain]
-        betas = (way.first, BETAS[1])
+        betas = (way.first if way.moments is None else way.moments.first, BETAS[1])
         self._adam = torch.optim.Adam(rest, betas=betas, amsgrad=way.amsgrad)
 
     def apply(self, gradients: list[Gradients], rate: float) -> None:
