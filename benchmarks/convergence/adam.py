@@ -3,18 +3,22 @@
     python -m benchmarks.convergence.adam                            # all ways, one seed
     python -m benchmarks.convergence.adam --ways dense scaled --seeds 0 1 2
     python -m benchmarks.convergence.adam --steps 800                # shorter trainings: to scout
+    python -m benchmarks.convergence.adam --minutes 8                # goes on where it stopped
     python -m benchmarks.convergence.adam --report                   # only prints the table
 
 One run after the other, of one thread. Each is kept in build/convergence-adam/WAY-STEPS-SEED.json
-and not made again unless its description has changed.
+and not made again unless its description has changed; one that is interrupted by --minutes is
+kept, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -124,57 +128,81 @@ def description(name: str, steps: int, seed: int) -> dict[str, Any]:
     return {"version": VERSION, "way": way, "steps": steps, "seed": seed, "task": TASK}
 
 
-def train(name: str, steps: int, seed: int) -> dict[str, Any]:
-    """Trains the task's model.
+class Training:
+    """A training that may be interrupted between two steps, and kept by ``pickle``.
 
     Args:
         name: of a way.
         steps: of the training.
         seed: of first weights and the order of examples.
 
-    Returns:
-        Description, final held-out loss in nats, training losses of the last tenth, kB a step.
+    Attributes:
+        losses: of the steps so far, mean over workers.
     """
-    way, task, data = WAYS[name], TASKS[TASK], data_of(TASK)
-    model, warmup = task.make_model(seed), round(way.warmup * steps)
-    frozen = way.moments is not None and way.moments.second == "frozen"
-    config = None
-    if way.options is not None:
-        stairs = {"dense_steps": warmup} if frozen else {"warmup_steps": warmup}
-        config = DLSConfig.from_options(**way.options, **stairs)
-    job = SimulatedJob(model, WORKERS, config)
-    preconditioner = None if way.moments is None else Preconditioner(way.moments, WORKERS, warmup)
-    updater = Updater(model, job, way)
-    about = {"seed": seed, "workers": WORKERS}
-    losses, sizes, start = [], [], time.perf_counter()
-    for step in range(steps):
-        gradients, loss = job.gradients(worker_loss(task, model, data, about, step))
+
+    def __init__(self, name: str, steps: int, seed: int) -> None:
+        self._name, self._steps, self._seed = name, steps, seed
+        way, warmup = WAYS[name], round(WAYS[name].warmup * steps)
+        self._way = way
+        self._model = TASKS[TASK].make_model(seed)
+        config = None
+        if way.options is not None:
+            frozen = way.moments is not None and way.moments.second == "frozen"
+            stairs = {"dense_steps": warmup} if frozen else {"warmup_steps": warmup}
+            config = DLSConfig.from_options(**way.options, **stairs)
+        self._job = SimulatedJob(self._model, WORKERS, config)
+        self._updater = Updater(self._model, self._job, way)
+        self._preconditioner = (
+            None if way.moments is None else Preconditioner(way.moments, WORKERS, warmup)
+        )
+        self.losses: list[float] = []
+        self._bytes: list[float] = []
+        self._seconds = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps have been made, or the last loss is not finite."""
+        diverged = bool(self.losses) and not math.isfinite(self.losses[-1])
+        return diverged or len(self.losses) == self._steps
+
+    def step(self) -> None:
+        """Makes a step."""
+        begun, task, way, step = time.perf_counter(), TASKS[TASK], self._way, len(self.losses)
+        about = {"seed": self._seed, "workers": WORKERS}
+        loss_of = worker_loss(task, self._model, data_of(TASK), about, step)
+        gradients, loss = self._job.gradients(loss_of)
+        self.losses.append(loss)
         if not math.isfinite(loss):
-            break
-        rate = way.rate * task.adam_rate / task.rate * rate_at(task, step, steps)
-        if preconditioner is not None:
-            sparse = {n for n in gradients[0] if job.sessions[0].may_be_sparse(n)}
-            updates = preconditioner.updates([_part(own, sparse) for own in gradients])
-            factor = rate if way.rate_when == "leaves" else 1.0
-            for own, update in zip(gradients, updates, strict=True):
-                own |= {n: u * np.float32(factor) for n, u in update.items()}
-            for session in job.sessions if way.kept < 1 else []:
-                for residual in session.residuals.values():
-                    residual *= np.float32(way.kept)
-        updater.apply(gradients, rate)
-        losses.append(loss)
-        record = job.sessions[0].last_step if job.sessions else None
-        if record is not None:
-            sizes.append(record.sparse_bytes + record.dense_bytes)
-    return {
-        "about": description(name, steps, seed),
-        "loss": evaluate(model, data.validation)[0] if len(losses) == steps else None,
-        "training_loss": float(np.mean(losses[-max(1, steps // 10) :])),
-        "bytes": float(np.mean(sizes))
-        if sizes
-        else 4.0 * sum(p.numel() for p in model.parameters()),
-        "seconds": time.perf_counter() - start,
-    }
+            return
+        rate = way.rate * task.adam_rate / task.rate * rate_at(task, step, self._steps)
+        if self._preconditioner is not None:
+            self._precondition(gradients, rate if way.rate_when == "leaves" else 1.0)
+        self._updater.apply(gradients, rate)
+        if self._job.sessions and (record := self._job.sessions[0].last_step) is not None:
+            self._bytes.append(record.sparse_bytes + record.dense_bytes)
+        self._seconds += time.perf_counter() - begun
+
+    def _precondition(self, gradients: list[Gradients], factor: float) -> None:
+        assert self._preconditioner is not None
+        sparse = {n for n in gradients[0] if self._job.sessions[0].may_be_sparse(n)}
+        updates = self._preconditioner.updates([_part(own, sparse) for own in gradients])
+        for own, update in zip(gradients, updates, strict=True):
+            own |= {n: u * np.float32(factor) for n, u in update.items()}
+        for session in self._job.sessions if self._way.kept < 1 else []:
+            for residual in session.residuals.values():
+                residual *= np.float32(self._way.kept)
+
+    def result(self) -> dict[str, Any]:
+        """Returns description, held-out loss in nats, losses of the last tenth, bytes a step."""
+        whole = len(self.losses) == self._steps and math.isfinite(self.losses[-1])
+        entries = sum(p.numel() for p in self._model.parameters())
+        return {
+            "about": description(self._name, self._steps, self._seed),
+            "loss": evaluate(self._model, data_of(TASK).validation)[0] if whole else None,
+            "training_loss": float(np.mean(self.losses[-max(1, self._steps // 10) :])),
+            "bytes": float(np.mean(self._bytes)) if self._bytes else 4.0 * entries,
+            "seconds": self._seconds,
+        }
 
 
 def _part(gradients: Gradients, names: set[str]) -> Gradients:
@@ -230,15 +258,43 @@ def result_of(name: str, steps: int, seed: int, folder: Path) -> dict[str, Any] 
     return result if result["about"] == about else None
 
 
-def make(name: str, steps: int, seed: int, folder: Path) -> None:
-    """Makes one run, unless it is there; its file is there whole or not at all."""
+def make(name: str, steps: int, seed: int, folder: Path, until: float = math.inf) -> bool:
+    """Makes one run, or goes on with one that was interrupted, unless it is there.
+
+    Args:
+        name: of a way.
+        steps: of the training.
+        seed: of it.
+        folder: of results; files are there whole or not at all.
+        until: when to interrupt it, by ``time.monotonic``.
+
+    Returns:
+        Whether it is there now.
+    """
     if result_of(name, steps, seed, folder) is not None:
-        return
-    result = train(name, steps, seed)
+        return True
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{name}-{steps}-{seed}.{os.getpid()}.unfinished"
-    unfinished.write_text(json.dumps(result))
-    os.replace(unfinished, folder / f"{name}-{steps}-{seed}.json")
+    kept = folder / f"{name}-{steps}-{seed}.interrupted"
+    about = description(name, steps, seed)
+    training = None
+    if kept.exists():
+        of, training = pickle.loads(kept.read_bytes())
+        training = training if of == about else None
+    training = training or Training(name, steps, seed)
+    while not training.done and time.monotonic() < until:
+        training.step()
+    if not training.done:
+        _write(kept, pickle.dumps((about, training)))
+        return False
+    _write(folder / f"{name}-{steps}-{seed}.json", json.dumps(training.result()).encode())
+    kept.unlink(missing_ok=True)
+    return True
+
+
+def _write(file: Path, content: bytes) -> None:
+    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, file)
 
 
 def table(names: Sequence[str], steps: int, seeds: Sequence[int], folder: Path) -> str:
@@ -269,6 +325,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=TASKS[TASK].steps)
     parser.add_argument("--folder", type=Path, default=KEPT, help="where results are kept")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="to stop after")
     parser.add_argument("--report", action="store_true", help="only print the table")
     return parser.parse_args(arguments)
 
@@ -277,10 +334,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the runs that are missing and prints the table; returns the exit status."""
     args = parse(arguments)
     torch.set_num_threads(1)
-    for seed in args.seeds if not args.report else []:
-        for name in args.ways:
-            make(name, args.steps, seed, args.folder)
-            print(f"{name}, seed {seed}: done", file=sys.stderr, flush=True)
+    until = time.monotonic() + 60 * args.minutes
+    for seed, name in itertools.product(args.seeds, args.ways) if not args.report else ():
+        if not make(name, args.steps, seed, args.folder, until):
+            print("stopped: the same command goes on", file=sys.stderr)
+            break
+        print(f"{name}, seed {seed}: done", file=sys.stderr, flush=True)
     print(table(args.ways, args.steps, args.seeds, args.folder))
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -69,3 +71,16 @@ def test_runs_are_kept_and_a_table_made_of_them(tmp_path, monkeypatch, capsys):
     assert set(files) == {"dense-2-0.json", "scaled-2-0.json", "behind-2-0.json"}
     assert adam.main(arguments) == 0
     assert files == {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+
+
+def test_a_run_that_is_interrupted_goes_on_as_if_it_had_not_been(monkeypatch):
+    from benchmarks.convergence import adam
+
+    monkeypatch.setattr(adam, "TASK", "digits")
+    whole, interrupted = (adam.Training("scaled", 3, 0) for _ in range(2))
+    interrupted.step()
+    interrupted = pickle.loads(pickle.dumps(interrupted))
+    for training in (whole, interrupted):
+        while not training.done:
+            training.step()
+    assert whole.losses == interrupted.losses
