@@ -2,7 +2,7 @@
 
     python -m benchmarks.convergence.adam                            # all ways, one seed
     python -m benchmarks.convergence.adam --ways dense scaled --seeds 0 1 2
-    python -m benchmarks.convergence.adam --steps 800                # shorter trainings: to scout
+    python -m benchmarks.convergence.adam --small                    # short trainings: to scout
     python -m benchmarks.convergence.adam --minutes 8                # goes on where it stopped
     python -m benchmarks.convergence.adam --report                   # only prints the table
 
@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.common.command_line import make_parser
 from benchmarks.common.paths import ROOT
+from benchmarks.convergence.models import Transformer
 from benchmarks.convergence.preconditioning import Moments, Preconditioner
 from benchmarks.convergence.simulation import Gradients, SimulatedJob, averages, exchange
 from benchmarks.convergence.tasks import TASKS, evaluate, rate_at
@@ -119,42 +120,79 @@ def _ways() -> Iterator[tuple[str, Way]]:
 WAYS = dict(_ways())
 
 
-def description(name: str, steps: int, seed: int) -> dict[str, Any]:
-    """Returns all that a run's result follows from."""
-    way = WAYS[name]._asdict()
-    del way["title"]
-    moments = WAYS[name].moments
-    way["moments"] = None if moments is None else moments._asdict()
-    return {"version": VERSION, "way": way, "steps": steps, "seed": seed, "task": TASK}
+class Run(NamedTuple):
+    """One training.
+
+    Attributes:
+        way: name of it.
+        steps: of the training.
+        seed: of first weights and the order of examples.
+        small: whether it is a Transformer of half the width with three times the density, which
+            wants a third of the steps: to scout.
+    """
+
+    way: str
+    steps: int
+    seed: int
+    small: bool = False
+
+    def file(self, folder: Path) -> Path:
+        """Returns where its result is kept in a folder of results."""
+        return folder / f"{self.way}-{self.steps}-{self.seed}{'-small' * self.small}.json"
+
+    def description(self) -> dict[str, Any]:
+        """Returns all that its result follows from, as JSON has it."""
+        way = WAYS[self.way]._asdict() | {"title": None}
+        moments = WAYS[self.way].moments
+        way["moments"] = None if moments is None else moments._asdict()
+        about = {"version": VERSION, "task": TASK, "way": way, **self._asdict()}
+        result: dict[str, Any] = json.loads(json.dumps(about))
+        return result
+
+    def result(self, folder: Path) -> dict[str, Any] | None:
+        """Reads its result; None if there is none, or if the run would do something else now."""
+        if not self.file(folder).exists():
+            return None
+        result: dict[str, Any] = json.loads(self.file(folder).read_text())
+        return result if result["about"] == self.description() else None
+
+    def make_model(self) -> torch.nn.Module:
+        """Makes the model, with weights that follow from the seed."""
+        if not self.small:
+            return TASKS[TASK].make_model(self.seed)
+        torch.manual_seed(self.seed)
+        return Transformer(width=48)
+
+    def config(self) -> DLSConfig | None:
+        """Makes the compressor's options; None: dense."""
+        way = WAYS[self.way]
+        if way.options is None:
+            return None
+        frozen = way.moments is not None and way.moments.second == "frozen"
+        stairs = {"dense_steps" if frozen else "warmup_steps": round(way.warmup * self.steps)}
+        options = way.options | ({"density": 3 * way.options["density"]} if self.small else {})
+        return DLSConfig.from_options(**options, **stairs)
 
 
 class Training:
     """A training that may be interrupted between two steps, and kept by ``pickle``.
 
     Args:
-        name: of a way.
-        steps: of the training.
-        seed: of first weights and the order of examples.
+        run: to be made.
 
     Attributes:
         losses: of the steps so far, mean over workers.
     """
 
-    def __init__(self, name: str, steps: int, seed: int) -> None:
-        self._name, self._steps, self._seed = name, steps, seed
-        way, warmup = WAYS[name], round(WAYS[name].warmup * steps)
-        self._way = way
-        self._model = TASKS[TASK].make_model(seed)
-        config = None
-        if way.options is not None:
-            frozen = way.moments is not None and way.moments.second == "frozen"
-            stairs = {"dense_steps": warmup} if frozen else {"warmup_steps": warmup}
-            config = DLSConfig.from_options(**way.options, **stairs)
-        self._job = SimulatedJob(self._model, WORKERS, config)
-        self._updater = Updater(self._model, self._job, way)
-        self._preconditioner = (
-            None if way.moments is None else Preconditioner(way.moments, WORKERS, warmup)
-        )
+    def __init__(self, run: Run) -> None:
+        self._run, self._way = run, WAYS[run.way]
+        self._model = run.make_model()
+        self._job = SimulatedJob(self._model, WORKERS, run.config())
+        self._updater = Updater(self._model, self._job, self._way)
+        self._preconditioner = None
+        if self._way.moments is not None:
+            frozen_at = round(self._way.warmup * run.steps)
+            self._preconditioner = Preconditioner(self._way.moments, WORKERS, frozen_at)
         self.losses: list[float] = []
         self._bytes: list[float] = []
         self._seconds = 0.0
@@ -163,18 +201,18 @@ class Training:
     def done(self) -> bool:
         """Whether all steps have been made, or the last loss is not finite."""
         diverged = bool(self.losses) and not math.isfinite(self.losses[-1])
-        return diverged or len(self.losses) == self._steps
+        return diverged or len(self.losses) == self._run.steps
 
     def step(self) -> None:
         """Makes a step."""
         begun, task, way, step = time.perf_counter(), TASKS[TASK], self._way, len(self.losses)
-        about = {"seed": self._seed, "workers": WORKERS}
+        about = {"seed": self._run.seed, "workers": WORKERS}
         loss_of = worker_loss(task, self._model, data_of(TASK), about, step)
         gradients, loss = self._job.gradients(loss_of)
         self.losses.append(loss)
         if not math.isfinite(loss):
             return
-        rate = way.rate * task.adam_rate / task.rate * rate_at(task, step, self._steps)
+        rate = way.rate * task.adam_rate / task.rate * rate_at(task, step, self._run.steps)
         if self._preconditioner is not None:
             self._precondition(gradients, rate if way.rate_when == "leaves" else 1.0)
         self._updater.apply(gradients, rate)
@@ -194,12 +232,12 @@ class Training:
 
     def result(self) -> dict[str, Any]:
         """Returns description, held-out loss in nats, losses of the last tenth, bytes a step."""
-        whole = len(self.losses) == self._steps and math.isfinite(self.losses[-1])
+        whole = len(self.losses) == self._run.steps and math.isfinite(self.losses[-1])
         entries = sum(p.numel() for p in self._model.parameters())
         return {
-            "about": description(self._name, self._steps, self._seed),
+            "about": self._run.description(),
             "loss": evaluate(self._model, data_of(TASK).validation)[0] if whole else None,
-            "training_loss": float(np.mean(self.losses[-max(1, self._steps // 10) :])),
+            "training_loss": float(np.mean(self.losses[-max(1, self._run.steps // 10) :])),
             "bytes": float(np.mean(self._bytes)) if self._bytes else 4.0 * entries,
             "seconds": self._seconds,
         }
@@ -248,45 +286,32 @@ class Updater:
         self._adam.step()
 
 
-def result_of(name: str, steps: int, seed: int, folder: Path) -> dict[str, Any] | None:
-    """Reads a run's result; None if there is none, or if a run would do something else now."""
-    file = folder / f"{name}-{steps}-{seed}.json"
-    if not file.exists():
-        return None
-    result: dict[str, Any] = json.loads(file.read_text())
-    about = json.loads(json.dumps(description(name, steps, seed)))
-    return result if result["about"] == about else None
-
-
-def make(name: str, steps: int, seed: int, folder: Path, until: float = math.inf) -> bool:
+def make(run: Run, folder: Path, until: float = math.inf) -> bool:
     """Makes one run, or goes on with one that was interrupted, unless it is there.
 
     Args:
-        name: of a way.
-        steps: of the training.
-        seed: of it.
+        run: to be made.
         folder: of results; files are there whole or not at all.
         until: when to interrupt it, by ``time.monotonic``.
 
     Returns:
         Whether it is there now.
     """
-    if result_of(name, steps, seed, folder) is not None:
+    if run.result(folder) is not None:
         return True
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / f"{name}-{steps}-{seed}.interrupted"
-    about = description(name, steps, seed)
+    kept = run.file(folder).with_suffix(".interrupted")
     training = None
     if kept.exists():
-        of, training = pickle.loads(kept.read_bytes())
-        training = training if of == about else None
-    training = training or Training(name, steps, seed)
+        about, training = pickle.loads(kept.read_bytes())
+        training = training if about == run.description() else None
+    training = training or Training(run)
     while not training.done and time.monotonic() < until:
         training.step()
     if not training.done:
-        _write(kept, pickle.dumps((about, training)))
+        _write(kept, pickle.dumps((run.description(), training)))
         return False
-    _write(folder / f"{name}-{steps}-{seed}.json", json.dumps(training.result()).encode())
+    _write(run.file(folder), json.dumps(training.result()).encode())
     kept.unlink(missing_ok=True)
     return True
 
@@ -297,15 +322,15 @@ def _write(file: Path, content: bytes) -> None:
     os.replace(unfinished, file)
 
 
-def table(names: Sequence[str], steps: int, seeds: Sequence[int], folder: Path) -> str:
-    """Makes the table of all runs that are there."""
+def table(runs: Sequence[Run], folder: Path) -> str:
+    """Makes the table of those of the runs that are there."""
     lines = ["| way | loss | above dense | kB a step and rank |", "| --- | --- | --- | --- |"]
-    for name in names:
+    for name in dict.fromkeys(run.way for run in runs):
         pairs = []
-        for seed in seeds:
-            run, dense = (result_of(n, steps, seed, folder) for n in (name, "dense"))
-            if run is not None and run["loss"] is not None:
-                pairs.append((run["loss"], dense and dense["loss"], run["bytes"]))
+        for each in (run for run in runs if run.way == name):
+            result, dense = (r.result(folder) for r in (each, each._replace(way="dense")))
+            if result is not None and result["loss"] is not None:
+                pairs.append((result["loss"], dense and dense["loss"], result["bytes"]))
         if not pairs:
             continue
         losses = [loss for loss, _, _ in pairs]
@@ -323,7 +348,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser("convergence.adam", __doc__)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=TASKS[TASK].steps)
+    parser.add_argument("--small", action="store_true", help="a smaller model, 3 %, 800 steps")
+    parser.add_argument("--steps", type=int, help="(default: 2400, or 800 with --small)")
     parser.add_argument("--folder", type=Path, default=KEPT, help="where results are kept")
     parser.add_argument("--minutes", type=float, default=math.inf, help="to stop after")
     parser.add_argument("--report", action="store_true", help="only print the table")
@@ -334,13 +360,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the runs that are missing and prints the table; returns the exit status."""
     args = parse(arguments)
     torch.set_num_threads(1)
+    steps = args.steps or TASKS[TASK].steps // (3 if args.small else 1)
+    pairs = itertools.product(args.seeds, args.ways)
+    runs = [Run(way, steps, seed, args.small) for seed, way in pairs]
     until = time.monotonic() + 60 * args.minutes
-    for seed, name in itertools.product(args.seeds, args.ways) if not args.report else ():
-        if not make(name, args.steps, seed, args.folder, until):
+    for run in runs if not args.report else ():
+        if not make(run, args.folder, until):
             print("stopped: the same command goes on", file=sys.stderr)
             break
-        print(f"{name}, seed {seed}: done", file=sys.stderr, flush=True)
-    print(table(args.ways, args.steps, args.seeds, args.folder))
+        print(f"{run.way}, seed {run.seed}: done", file=sys.stderr, flush=True)
+    print(table(runs, args.folder))
     return 0
 
 

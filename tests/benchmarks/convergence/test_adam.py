@@ -77,7 +77,7 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_had_not_been(monkeypatch):
     from benchmarks.convergence import adam
 
     monkeypatch.setattr(adam, "TASK", "digits")
-    whole, interrupted = (adam.Training("scaled", 3, 0) for _ in range(2))
+    whole, interrupted = (adam.Training(adam.Run("scaled", 3, 0)) for _ in range(2))
     interrupted.step()
     interrupted = pickle.loads(pickle.dumps(interrupted))
     for training in (whole, interrupted):
