@@ -99,6 +99,8 @@ def _ways() -> Iterator[tuple[str, Way]]:
         yield f"scaled{beta}", Way(title, moments=Moments("scaled", first=first))
         title = f"the averaged gradient's in front, which no worker knows{said}"
         yield f"oracle{beta}", Way(title, moments=Moments("oracle", first=first))
+    title = "first moment in front, second behind, half the learning rate"
+    yield "momentum-half", Way(title, _in_front(0.9), first=0.0, rate=0.5)
     title = "first moment in front with Nesterov's, second behind"
     for first in (0.9, 0.7):
         said = "" if first == 0.9 else f", β₁ = {first:g}"
