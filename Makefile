@@ -7,6 +7,8 @@ VENV ?= .venv
 FRAMEWORK ?= torch
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Tests side by side, many of them jobs of two to four processes that wait for each other.
+TEST_WORKERS ?= 3
 ENTRIES ?=
 GPU_BUNDLE ?= build/gpu-bundle
 GPU_PYTHON ?= 3.12
@@ -32,7 +34,7 @@ $(shell [ "$$($(IDENTITY))" = "$$(cat $(DONE)/venv 2>/dev/null)" ] || rm -rf $(D
 help:
 	@echo "make demo    train on handwritten digits: dense, layer-wise top-k, DLS"
 	@echo "             (FRAMEWORK=torch or tensorflow, DEMO_ARGS=...)"
-	@echo "make test    run all tests (TEST_ARGS=...)"
+	@echo "make test    run all tests, three at a time (TEST_WORKERS=0 TEST_ARGS=...)"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation as a site, links checked: build/site"
 	@echo "make matrix  the Docker test matrix, with docker, podman or buildah (ENTRIES=...)"
@@ -46,7 +48,7 @@ demo: $(DONE)/horovod $(DONE)/package
 	@$(IN_VENV) examples/demo.py --framework $(FRAMEWORK) $(DEMO_ARGS)
 
 test: $(DONE)/horovod $(DONE)/package
-	@$(IN_VENV) -m pytest $(TEST_ARGS)
+	@$(IN_VENV) -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 lint: $(DONE)/packages
 	@$(IN_VENV) -m ruff check .

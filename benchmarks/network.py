@@ -4,7 +4,9 @@
     python -m benchmarks.network --hosts 2 --model resnet50
     python -m benchmarks.network --hosts 4 --per-host 4 --density 0.01
 
-With several ranks on each host it compares DLS as it is with hierarchical=True.
+With several ranks on each host it compares DLS as it is with hierarchical=True. Beside Horovod's
+own methods stand those of torch's DistributedDataParallel over Gloo, which exchanges dense
+gradients faster than Horovod does: dense, fp16, and PowerSGD.
 
 Makes hosts out of this machine, with links of the given rate in each direction (benchmarks.hosts;
 needs root), and runs one job for each number of hosts and each rate. In a job,
@@ -63,7 +65,7 @@ TARGETS = {
 
 def methods_of(args: argparse.Namespace) -> list[str]:
     """Returns the methods to compare, as ``Method.parse`` takes them."""
-    methods = ["nothing", "dense", "fp16"]
+    methods = ["nothing", "dense", "fp16", *args.peers]
     for density in args.density:
         if args.per_host > 1:
             methods += [f"{kind}:{density:g}" for kind in ("dls", "hierarchical")]
@@ -131,6 +133,8 @@ def row_of(job: dict[str, Any], method: str) -> dict[str, Any]:
     if method != "nothing":
         row["dense_over_this"] = ratio(job, method)
         row["fp16_over_this"] = ratio(job, method, "fp16")
+        if "ddp" in job["methods"]:
+            row["ddp_over_this"] = ratio(job, method, "ddp")
     return row
 
 
@@ -149,6 +153,7 @@ def show(job: dict[str, Any]) -> None:
                 format_range(row["step"], 1e3),
                 format_range(row.get("dense_over_this")),
                 format_range(row.get("fp16_over_this")),
+                format_range(row.get("ddp_over_this")),
                 f"{row['counted_bytes'] / 1e3:,.0f}",
                 f"{row['claimed_bytes'] / 1e3:,.0f}",
                 "-" if difference is None else f"{difference:+.1%}",
@@ -156,13 +161,16 @@ def show(job: dict[str, Any]) -> None:
                 "-" if same is None else f"{same:.0%}",
             ]
         )
-    head = ["", "step, ms", "dense / this", "fp16 / this", "kB sent, kernel", "kB, telemetry"]
-    print(markdown([*head, "difference", "processor, ms", "lengths unchanged"], lines))
+    head = ["", "step, ms", "dense / this", "fp16 / this", "torch DDP / this", "kB sent, kernel"]
+    head += ["kB, telemetry", "difference", "processor, ms", "lengths unchanged"]
+    print(markdown(head, lines))
     cores = os.cpu_count() or 1
     if job["ranks"] > cores:
         print(f"{job['ranks']} ranks share {cores} cores: small operations are slow, see above.")
     for method in job["methods"]:
-        if ":" in method and (table := format_profile(job, method)):
+        if job["methods"][method]["spread"] is None:  # none of ours
+            continue
+        if table := format_profile(job, method):
             print(f"\n{table}")
     sys.stdout.flush()
 
@@ -211,6 +219,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--per-host", type=int, default=1, help="ranks on each host")
     parser.add_argument("--rates", nargs="+", default=["1gbit", "100mbit"], help="as in 1gbit")
     parser.add_argument("--density", type=float, nargs="+", default=[0.01, 0.001])
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=["ddp", "ddp-fp16", "powersgd:1", "powersgd:4"],
+        help="methods of torch's DistributedDataParallel",
+    )
     parser.add_argument("--values", default="bfloat16", help="the 16-bit type that is tried")
     parser.add_argument(
         "--cycle-times",

@@ -32,7 +32,7 @@ from benchmarks.common.command_line import make_parser
 from benchmarks.common.paths import ROOT
 from benchmarks.convergence.models import Transformer
 from benchmarks.convergence.preconditioning import Moments, Preconditioner
-from benchmarks.convergence.simulation import Gradients, SimulatedJob, averages, exchange
+from benchmarks.convergence.simulation import Gradients, SimulatedJob
 from benchmarks.convergence.tasks import TASKS, evaluate, rate_at
 from benchmarks.convergence.training import data_of, worker_loss
 from hvd_dls.config import DLSConfig
@@ -272,8 +272,7 @@ class Updater:
 
     def apply(self, gradients: list[Gradients], rate: float) -> None:
         """Makes a step of what each worker accumulates; overwrites it."""
-        job, way = self._job, self._way
-        reduced = exchange(job.sessions, gradients) if job.sessions else averages(gradients)
+        way, reduced = self._way, self._job.reduced(gradients)
         for name, parameter in self._parameters.items():
             arrived = torch.from_numpy(reduced[name]).view_as(parameter)
             if name not in self._plain:

@@ -10,22 +10,18 @@ from others in a step, in payloads of 1 %. Each run is kept in build/convergence
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.common.command_line import make_parser
 from benchmarks.common.paths import ROOT
 from benchmarks.common.reporting import markdown
 from benchmarks.convergence.settings import MOMENTUM, SEEDS, WARMUP
-from benchmarks.convergence.sweep import run_and_keep, start_worker
+from benchmarks.convergence.sweep import make_missing, result_of
 from benchmarks.convergence.tasks import TASKS
 
 KEPT = ROOT / "build" / "convergence-hosts"
@@ -93,14 +89,6 @@ def description(task: str, way: Way, seed: int, steps: int | None) -> dict[str, 
     }
 
 
-def result_of(about: dict[str, Any], file: Path) -> dict[str, Any] | None:
-    """Reads a run's result; None if there is none, or if a run would do something else now."""
-    if not file.exists():
-        return None
-    result: dict[str, Any] = json.loads(file.read_text())
-    return result if result["about"] == about else None
-
-
 def table(tasks: Sequence[str], results: dict[tuple[str, str, int], dict[str, Any]]) -> str:
     """Formats the mean of all seeds and its standard deviation, for each way and task."""
     rows = []
@@ -140,14 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in args.ways:
                 about = description(task, WAYS[name], seed, args.steps)
                 runs[task, name, seed] = about, args.folder / task / f"{name}-{seed}.json"
-    missing = [each for each in runs.values() if result_of(*each) is None]
-    failed = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context, start_worker) as pool:
-        futures = {pool.submit(run_and_keep, *each): each[0] for each in missing}
-        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
-            if error := future.exception():
-                failed.append(f"{futures[future]}: {error!r}")
+    failed = make_missing(runs.values(), args.jobs)
     results = {key: result for key, each in runs.items() if (result := result_of(*each))}
     print(table(args.tasks, results), *failed, sep="\n")
     return 1 if failed else 0

@@ -80,7 +80,7 @@ class SimulatedJob:
             NonFiniteGradientError: see ``Session.decompress``.
         """
         gradients, mean_loss = self.gradients(loss_of)
-        reduced = exchange(self.sessions, gradients) if self.sessions else averages(gradients)
+        reduced = self.reduced(gradients)
         for name, parameter in self._parameters.items():
             parameter.grad = torch.from_numpy(reduced[name]).view_as(parameter)
         return mean_loss
@@ -101,6 +101,10 @@ class SimulatedJob:
         for buffer, first in zip(self._model.buffers(), buffers, strict=True):
             buffer.copy_(first)
         return gradients, float(np.mean(losses))
+
+    def reduced(self, gradients: list[Gradients]) -> Gradients:
+        """Exchanges all workers' gradients, which are overwritten; returns what each gets."""
+        return exchange(self.sessions, gradients) if self.sessions else averages(gradients)
 
 
 def averages(gradients: list[Gradients]) -> Gradients:

@@ -6,7 +6,8 @@ import json
 import multiprocessing
 import os
 import threading
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,35 @@ def run_and_keep(about: dict[str, Any], file: Path) -> None:
     unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
     unfinished.write_text(json.dumps(result, allow_nan=False))
     os.replace(unfinished, file)
+
+
+def result_of(about: dict[str, Any], file: Path) -> dict[str, Any] | None:
+    """Reads a run's result; None if there is none, or if a run would do something else now."""
+    if not file.exists():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result if result["about"] == about else None
+
+
+def make_missing(runs: Iterable[tuple[dict[str, Any], Path]], jobs: int) -> list[str]:
+    """Makes the runs whose results are missing; none needs another's.
+
+    Args:
+        runs: description of each, and where its result is kept.
+        jobs: runs at a time.
+
+    Returns:
+        What went wrong, a line for each run.
+    """
+    missing = [each for each in runs if result_of(*each) is None]
+    failed = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, start_worker) as pool:
+        futures = {pool.submit(run_and_keep, *each): each[0] for each in missing}
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
+            if error := future.exception():
+                failed.append(f"{futures[future]}: {error!r}")
+    return failed
 
 
 def start_worker() -> None:

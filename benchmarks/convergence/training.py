@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.convergence.powersgd import PowerSGDJob
 from benchmarks.convergence.simulation import SimulatedJob
 from benchmarks.convergence.tasks import TASKS, Data, Task, batch, evaluate, loss, rate_at
 from hvd_dls.config import DLSConfig
@@ -69,7 +70,7 @@ class History:
         self.gradient_seconds.append(float(np.median(job.gradient_seconds)))
         records = [session.last_step for session in job.sessions]
         if not records:
-            self.bytes.append([0, dense_bytes])
+            self.bytes.append([0, getattr(job, "sent_bytes", dense_bytes)])
         for record in records[:1]:
             assert record is not None
             if record.quality is not None:
@@ -123,6 +124,8 @@ def train(about: dict[str, Any]) -> dict[str, Any]:
     if about["options"] is not None:
         config = DLSConfig.from_options(**{"measure_every": 1} | about["options"])
     job = SimulatedJob(model, about["workers"], config, MEASURE_ALL, about.get("hosts"))
+    if about.get("powersgd"):
+        job = PowerSGDJob(model, about["workers"], about["powersgd"], about["dense_steps"])
     optimizer = optimizer_of(about, model)
     sparse = job.sessions[0].plan.sparse if job.sessions else ()
     history = History([layer.name for layer in sparse], [layer.size for layer in sparse])

@@ -43,7 +43,7 @@ def points_of(path: Path) -> list[Point]:
         bits = bits_per_second(job["rate"])
         shared = max(1.0, ranks / job["about"]["cores"])
         for method, figures in job["methods"].items():
-            if method == "nothing":
+            if method == "nothing" or method.startswith(("ddp", "powersgd")):
                 continue
             seconds = float(np.median(steps_of(job, method)))
             k = figures["handed_over"]["entries"]

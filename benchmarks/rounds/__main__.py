@@ -24,6 +24,7 @@ from benchmarks.common.reporting import write_json
 from benchmarks.common.shapes import MODELS, entries
 from benchmarks.common.stopwatch import Stopwatch
 from benchmarks.common.synthetic_model import Gradients
+from benchmarks.rounds.ddp import DDP, RunningDDP
 from benchmarks.rounds.measuring import gather
 from benchmarks.rounds.methods import Method, RunningMethod
 from benchmarks.rounds.options import add_options
@@ -41,7 +42,8 @@ def warm_up(running: RunningMethod, steps: int, seconds: float) -> int:
         seconds: that a turn should take.
     """
     sparse = isinstance(running.compression, DLSCompressor)
-    taken = [running.step()[0] for _ in range(steps if sparse else 1 if seconds < 10 else 2)]
+    first = running.first_steps + (seconds >= 10)
+    taken = [running.step()[0] for _ in range(steps if sparse else first)]
     longest = float(gather([taken[-1]], "warm").max())
     running.records.clear()
     return int(np.clip(round(seconds / longest), 1, MOST_STEPS))
@@ -85,7 +87,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shapes = MODELS[args.model]()
     gradients = Gradients(shapes, args.tail, args.spread, seed=hvd.rank())
     methods = [Method.parse(text) for text in args.methods]
-    running = [RunningMethod(method, shapes, gradients, args.bucket_bytes) for method in methods]
+    running = [
+        (RunningDDP if method.compression in DDP else RunningMethod)(
+            method, shapes, gradients, args.bucket_bytes
+        )
+        for method in methods
+    ]
     total, done = len(running) * (args.rounds + 1) + bool(args.profile_steps), 0
 
     def show_progress(what: str) -> None:

@@ -1,4 +1,4 @@
-"""Methods to exchange gradients, and one step of each."""
+"""Methods to exchange gradients with Horovod, and one step of each."""
 
 from __future__ import annotations
 
@@ -27,26 +27,33 @@ class Method:
 
     Attributes:
         compression: "nothing" (no exchange at all), "none" (dense, as they are), "fp16",
-            "layerwise", "dls", or "hierarchical" (DLS between hosts, behind averages inside).
+            "layerwise", "dls", or "hierarchical" (DLS between hosts, behind averages inside); with
+            torch's DistributedDataParallel: "ddp" (dense), "ddp-fp16" or "powersgd".
         density: of the sparse ones.
         values: type of the values they send.
+        rank: of PowerSGD's matrices.
     """
 
     compression: str
     density: float | None = None
     values: str = "float32"
+    rank: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """Parses "dense", "fp16", "nothing", "layerwise:0.01", "dls:0.01", "dls:0.01:bfloat16"."""
+        """Parses "dense", "fp16", "nothing", "dls:0.01", "dls:0.01:bfloat16", "powersgd:4"."""
         kind, *rest = text.split(":")
+        if kind == "powersgd":
+            return cls(kind, rank=int(rest[0]))
         if kind in ("layerwise", "dls", "hierarchical") and rest:
-            return cls(kind, float(rest[0]), *rest[1:])
+            return cls(kind, float(rest[0]), values=rest[1] if rest[1:] else "float32")
         return cls({"dense": "none"}.get(kind, kind))
 
     @property
     def name(self) -> str:
         """The method as ``parse`` takes it."""
+        if self.rank is not None:
+            return f"{self.compression}:{self.rank}"
         if self.density is None:
             return {"none": "dense"}.get(self.compression, self.compression)
         values = "" if self.values == "float32" else f":{self.values}"
@@ -66,21 +73,32 @@ class RunningMethod:
         method: which one.
         compression: what Horovod's optimizer has been given; None for "nothing".
         records: what the compressor sent in each step; empty if it is not ours.
+        first_steps: that are unlike all others.
     """
 
+    first_steps = 1
+
     def __init__(
-        self, method: Method, shapes: Shapes, gradients: Gradients, bucket_bytes: int | None
+        self,
+        method: Method,
+        shapes: Shapes,
+        gradients: Gradients,
+        bucket_bytes: int | None,
     ) -> None:
         self.method, self._gradients = method, gradients
         # Names of its own, so that Horovod's response cache knows each method's tensors.
         named = {f"{method.name}/{name}": shape for name, shape in shapes.items()}
-        self._model = SyntheticModel(named, gradients.last_drawn, stand_in=True)
+        self._model: Any = SyntheticModel(named, gradients.last_drawn, stand_in=True)
         self._parameters = [p for _, p in self._model.named_parameters()]
         self._optimizer: Any = NoUpdate(self._parameters)
         self.compression: Any = None
         self.records: list[dict[str, float]] = []
         if method.compression != "nothing":
-            self.compression = self._wrap_optimizer(bucket_bytes)
+            self._set_up(bucket_bytes)
+
+    def _set_up(self, bucket_bytes: int | None) -> None:
+        """Puts what exchanges gradients around the optimizer, or the model."""
+        self.compression = self._wrap_optimizer(bucket_bytes)
 
     def _wrap_optimizer(self, bucket_bytes: int | None) -> Any:
         """Puts Horovod's optimizer around ours; returns its compression."""

@@ -48,6 +48,9 @@ def title_of(method: str) -> str:
     kind, *rest = method.split(":")
     names = {"dls": "DLS", "layerwise": "layer-wise top-k", "none": "dense"}
     names["hierarchical"] = "DLS, two levels"
+    names |= {"ddp": "torch DDP", "ddp-fp16": "torch DDP, fp16"}
+    if kind == "powersgd":
+        return f"torch DDP, PowerSGD, rank {rest[0]}"
     words = [names.get(kind, kind)]
     words += [f"{float(rest[0]):.1%}"] if rest else []
     return ", ".join([*words, *rest[1:]])

@@ -6,6 +6,14 @@ Imports ``core`` and Horovod's process sets, no framework.
 from hvd_dls.adapter.binding import BaseBinding
 from hvd_dls.adapter.compressor import BaseCompressor, InstanceOrDefault
 from hvd_dls.adapter.watching import on_the_watch
-from hvd_dls.adapter.world import World, epoch
+from hvd_dls.adapter.world import World, epoch, is_elastic
 
-__all__ = ["BaseBinding", "BaseCompressor", "InstanceOrDefault", "World", "epoch", "on_the_watch"]
+__all__ = [
+    "BaseBinding",
+    "BaseCompressor",
+    "InstanceOrDefault",
+    "World",
+    "epoch",
+    "is_elastic",
+    "on_the_watch",
+]

@@ -153,7 +153,14 @@ class BaseBinding(ABC):
         threads.use(self._config.threads or threads.to_spare(world.local_size))
         norms = self._norms() if self._config.prior == "weight_norm" else None
         session = Session(
-            self._layers, self._config, world.size, world.rank, norms, self._backends(), groups
+            self._layers,
+            self._config,
+            world.size,
+            world.rank,
+            norms,
+            self._backends(),
+            groups,
+            self._planned_for,
         )
         session.memory.averages = world.averages
         if self.session is not None:
@@ -165,6 +172,11 @@ class BaseBinding(ABC):
                 factor *= before.world_size / groups.world_size
             session.inherit(self.session, factor)
         return session
+
+    @property
+    def _planned_for(self) -> int | None:
+        """Number of ranks by which layers are chosen for compression; None: that of today."""
+        return None
 
     def _compare(self, name: str, own: Claim, facts: agreement.Facts, world: World) -> list[Claim]:
         """All ranks' claims; raises on all of them if their facts differ."""

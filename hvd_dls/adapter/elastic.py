@@ -51,18 +51,30 @@ class Commit:
             binding.go_back(saved and saved.copy())
         self._compressor._loaded[:] = self._loaded
 
+    @property
+    def steps(self) -> list[int]:
+        """Of each model, how many steps it has made on this rank."""
+        return [b.session.memory.controller.step for b in self._compressor._living() if b.session]
+
     def sync(self, broadcast: Callable[[Any], Any]) -> None:
         """Compares with rank 0 what each rank has learnt; together with all other ranks.
+
+        Args:
+            broadcast: gives rank 0's object to all ranks.
+        """
+        self.compare(broadcast(self.steps))
+
+    def compare(self, first: list[int]) -> None:
+        """Compares what this rank has learnt with rank 0.
 
         Nothing is copied from rank to rank: residuals are each rank's own, and ratios follow rank
         0's at the next gradient.  A state that was loaded by a rank that has come later is dropped,
         if rank 0 has trained already: it is older than the weights.
 
         Args:
-            broadcast: gives rank 0's object to all ranks.
+            first: rank 0's ``steps``.
         """
-        own = [b.session.memory.controller.step for b in self._compressor._living() if b.session]
-        first = broadcast(own)
+        own = self.steps
         if first and not own and self._compressor._loaded:
             _log.warning(
                 "the state that was loaded on this rank is dropped: the job it has joined has "

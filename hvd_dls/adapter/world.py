@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 from horovod.common import process_sets
@@ -51,3 +52,19 @@ def epoch() -> Any:
     if not isinstance(ranks, _Ranks):
         ranks = process_sets.global_process_set.ranks = _Ranks(ranks or ())
     return ranks
+
+
+def is_elastic() -> bool:
+    """Whether the number of ranks may change; Horovod asks in the same way."""
+    return bool(int(os.environ.get("HOROVOD_ELASTIC", 0)))
+
+
+def has_lost_its_ranks() -> bool:
+    """Whether Horovod, once initialised, has ended by itself: it does when a rank is gone."""
+    basics: Any = process_sets._basics
+    if not basics.is_initialized():
+        return False
+    try:
+        return 0 not in basics._get_process_set_ids_and_ranks()
+    except ValueError:  # "not initialized properly": its background thread has ended
+        return True

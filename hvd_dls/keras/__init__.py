@@ -49,12 +49,12 @@ from horovod.tensorflow import (
     stop_timeline,
 )
 
-from hvd_dls.keras import callbacks
-from hvd_dls.keras.broadcasting import broadcast_global_variables, broadcast_variables
+from hvd_dls.keras import callbacks, elastic
 from hvd_dls.keras.collectives import allgather, allreduce, broadcast, reducescatter
 from hvd_dls.keras.loading import load_model
 from hvd_dls.keras.optimizer import DistributedOptimizer
 from hvd_dls.tensorflow import DLSCompressor
+from hvd_dls.tensorflow.broadcasting import broadcast_global_variables, broadcast_variables
 
 __all__ = [
     "Adasum",
@@ -77,6 +77,7 @@ __all__ = [
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "elastic",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",

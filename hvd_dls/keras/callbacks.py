@@ -12,9 +12,10 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_dls.keras.broadcasting import broadcast_variables
+from hvd_dls.adapter import epoch
 from hvd_dls.keras.checkpoints import CheckpointCallback
 from hvd_dls.keras.insight import InsightCallback
+from hvd_dls.tensorflow.broadcasting import broadcast_variables
 from hvd_dls.tensorflow.handles import handle_of, identity
 
 __all__ = [
@@ -44,6 +45,7 @@ class BroadcastGlobalVariablesCallback(tf.keras.callbacks.Callback):
         self.root_rank = root_rank
         self.device = device
         self.broadcast_done = False
+        self._epoch: Any = None
         if local_variables is None:
             local_variables = []
         elif handle_of(local_variables) is not None:
@@ -51,6 +53,8 @@ class BroadcastGlobalVariablesCallback(tf.keras.callbacks.Callback):
         self._local = {identity(handle_of(v)) for v in local_variables}
 
     def on_train_begin(self, logs: Any = None) -> None:
+        if self._epoch is not epoch():  # Horovod was started anew: others may have joined
+            self._epoch, self.broadcast_done = epoch(), False
         optimizer = self.model.optimizer
         if self.model.built and getattr(optimizer, "built", False):
             self._broadcast()

@@ -11,6 +11,8 @@ from collections import Counter
 
 import tensorflow as tf
 
+from hvd_dls.tensorflow.handles import outermost_graph
+
 _used: weakref.WeakKeyDictionary[tf.Graph, Counter[str]] = weakref.WeakKeyDictionary()
 
 
@@ -22,14 +24,6 @@ def unique_name(prefix: str) -> str:
     """
     if tf.executing_eagerly():
         return prefix
-    used = _used.setdefault(_outermost_graph(), Counter())
+    used = _used.setdefault(outermost_graph(), Counter())
     used[prefix] += 1
     return prefix if used[prefix] == 1 else f"{prefix}_{used[prefix]}"
-
-
-def _outermost_graph() -> tf.Graph:
-    """The graph of the outermost function: branches of a condition have graphs of their own."""
-    graph = tf.compat.v1.get_default_graph()
-    while hasattr(getattr(graph, "outer_graph", None), "outer_graph"):
-        graph = graph.outer_graph
-    return graph

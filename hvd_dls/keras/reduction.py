@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from hvd_dls.adapter import is_elastic
 from hvd_dls.keras.finiteness import (
     first_not_finite,
     overflowed,
@@ -21,6 +21,7 @@ from hvd_dls.keras.names import unique_name
 from hvd_dls.keras.xla import refuse_jit
 from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.compressor import DLSCompressor
+from hvd_dls.tensorflow.traced_models import agreement
 
 
 class Reduced(NamedTuple):
@@ -81,7 +82,7 @@ class Reduction:
         process_set = self._allreduce.process_set
         if not process_set.included():
             return False
-        return self._compressor is not None or _elastic() or process_set.size() > 1
+        return self._compressor is not None or is_elastic() or process_set.size() > 1
 
     def __call__(self, gradients: list[Any], variables: list[Any]) -> Reduced:
         """Reduces the gradients of these variables; None stays None.
@@ -108,7 +109,14 @@ class Reduction:
         """Returns () bool: whether no rank's gradients hold NaN or Inf; the same on all ranks."""
         present = [g for g in gradients if g is not None]
         name = unique_name(f"{self._name}.all_finite")
-        return tf.reduce_all(first_not_finite(present, name, self._allreduce.process_set) < 0)
+        return tf.reduce_all(self._first_not_finite(present, name) < 0)
+
+    def _first_not_finite(self, gradients: Sequence[Any], name: str) -> tf.Tensor:
+        """See ``first_not_finite``; the exchange may wait for its result, so ranks agree before."""
+        agreed = agreement() if is_elastic() and self._compressor is not None else None
+        with tf.control_dependencies([] if agreed is None else [agreed]):
+            gradients = [_identity(gradient) for gradient in gradients]
+        return first_not_finite(gradients, name, self._allreduce.process_set)
 
     def _reduce(self, gradients: list[Any], variables: list[Any]) -> Reduced:
         name = unique_name(self._name)
@@ -120,9 +128,7 @@ class Reduction:
         unchecked = self._unchecked(gradients, variables, binding)
         if not unchecked:
             return self._exchange(gradients, variables, binding, name)
-        first = first_not_finite(
-            [gradients[i] for i in unchecked], f"{name}.finite", self._allreduce.process_set
-        )
+        first = self._first_not_finite([gradients[i] for i in unchecked], f"{name}.finite")
         names = [_name_of(variables[i]) for i in unchecked]
         if not self.scales_loss and not self.may_skip:
             with tf.control_dependencies([raise_not_finite(first, names)]):
@@ -171,7 +177,7 @@ class Reduction:
             i
             for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
             if gradient is not None
-            if self.scales_loss or _elastic() or not _takes_part(binding, gradient, variable)
+            if self.scales_loss or is_elastic() or not _takes_part(binding, gradient, variable)
         ]
 
     def _exchange(
@@ -228,9 +234,10 @@ def _accepted(gradients: list[Any], variables: list[Any], binding: Binding) -> t
     return tf.constant(True)
 
 
-def _elastic() -> bool:
-    """Whether the number of ranks may change while a traced function stays."""
-    return bool(int(os.environ.get("HOROVOD_ELASTIC", 0)))
+def _identity(gradient: Any) -> Any:
+    if not isinstance(gradient, tf.IndexedSlices):
+        return tf.identity(gradient)
+    return tf.IndexedSlices(tf.identity(gradient.values), gradient.indices, gradient.dense_shape)
 
 
 def _name_of(variable: Any) -> str:

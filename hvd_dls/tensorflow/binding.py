@@ -10,15 +10,18 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from hvd_dls.adapter import BaseBinding, World
+from hvd_dls.adapter import BaseBinding, World, is_elastic
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection.backend import Backend
 from hvd_dls.core.session.baselines import BASELINES
+from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
+from hvd_dls.tensorflow import single_process
 from hvd_dls.tensorflow.deferred_error import DeferredError
 from hvd_dls.tensorflow.executors import HOST, DeviceExecutor, Executor
 from hvd_dls.tensorflow.handles import handle_of, identity
+from hvd_dls.tensorflow.lost_ranks import refuse_horovods_run
 from hvd_dls.tensorflow.on_device import TOO_LARGE, Device
 from hvd_dls.tensorflow.step_lock import StepLock
 from hvd_dls.tensorflow.variables import checked_variables, layer_specs_of, stays_on_device
@@ -39,6 +42,8 @@ class Binding(BaseBinding):
         devices: backends of the layers whose gradients stay on a device, by name.
         marks_skipped: whether gradients of a skipped step are to be Inf, for whoever applies them
             to see; else they are zero.
+        left_out_alone: whether Horovod applies gradients as they are, without the compressor, while
+            there is one rank only.
 
     Raises:
         DLSError: something else was given, or a gradient would not be floating point.
@@ -62,6 +67,7 @@ class Binding(BaseBinding):
         self.deferred = DeferredError()
         self.devices: dict[str, Device] = {}
         self.marks_skipped = False
+        self.left_out_alone = False
 
     @property
     def alive(self) -> bool:
@@ -91,32 +97,65 @@ class Binding(BaseBinding):
         """
         self.process_set, self._op = process_set, op
         if not self.agreed:
+            if is_elastic():
+                refuse_horovods_run()
             with tf.init_scope():  # arrays made on a device must not become part of a graph
                 self._agree()
 
     def _agree(self) -> None:
         process_set = self.process_set
+        whole = process_set.process_set_id == 0
+        if is_elastic() and not whole:
+            raise DLSError(
+                "a process set in an elastic job: Horovod does not form process sets anew when "
+                "workers come and go; leave process_set out"
+            )
         world = World(
-            rank=process_set.rank(),
-            size=process_set.size(),
+            rank=hvd.rank() if whole else process_set.rank(),
+            size=hvd.size() if whole else process_set.size(),
             local_size=hvd.local_size(),
             set_id=process_set.process_set_id,
             global_rank=hvd.rank(),
             local_rank=hvd.local_rank(),
             averages=self._op == hvd.Average,
         )
+        if world.size == 1 and self.left_out_alone:
+            single_process.refuse_options(self.config)
         self.abandon()  # Horovod was shut down: nobody waits any more
         self.agree(world)
 
+    @property
+    def _planned_for(self) -> int | None:
+        """See ``BaseBinding``: a traced function outlives a change in the number of ranks.
+
+        What it sends, and in how many operations, must suit those that ranks trace that come later.
+        So in an elastic job the same layers are compressed, with whatever number of ranks.
+        """
+        return 2 if is_elastic() else None
+
+    def go_back(self, session: Session | None) -> None:
+        """See ``BaseBinding``; traced functions go on with the names of their operations."""
+        label = self._label
+        super().go_back(session)
+        self._label = label
+        self._run_of.clear()
+        self.deferred.begin_step()
+
+    def agree_anew(self) -> None:
+        """Compares with the other ranks if ``hvd.init()`` was called since that was done last."""
+        with self.lock:
+            if not self.agreed:
+                self._agree()
+
     def begin_step(self) -> int:
         """Prepares for the first gradient of a step, which may still be some way off.
+
+        The ranks have to agree: see ``agree_anew``.
 
         Returns:
             A number of this run of the traced call, for ``enter``.
         """
         with self.lock:
-            if not self.agreed:  # ``hvd.init()`` was called since the function was traced
-                self._agree()
             session = self.session
             assert session is not None
             self.deferred.begin_step()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
+import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
+from hvd_dls.adapter import BaseCompressor, InstanceOrDefault, is_elastic
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow import single_process
 from hvd_dls.tensorflow.binding import Binding
@@ -63,6 +63,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
     """
 
     _bindings: list[Binding]
+    _made: ClassVar[list[weakref.ref[DLSCompressor]]] = []
 
     def __init__(
         self,
@@ -78,6 +79,13 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
         self._warned_of_unknown = False
         if self._given is not None:
             self._add(self._given)
+        self._made[:] = [made for made in self._made if made() is not None]
+        self._made.append(weakref.ref(self))
+
+    @classmethod
+    def living(cls) -> list[DLSCompressor]:
+        """All compressors of this process, in the order in which they were made."""
+        return [compressor for made in cls._made if (compressor := made()) is not None]
 
     # What Horovod calls -------------------------------------------------------------------------
 
@@ -148,13 +156,14 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
             return None
         if call.process_set.size() == 1:
             single_process.refuse_options(self.config)
-            if not _elastic():  # or others may join, with this graph
+            if not is_elastic():  # or others may join, with this graph
                 if self._loss_scale is None:  # or whoever scales the loss looks for Inf
                     single_process.check_finite(
                         self.config, call.dense_variables, call.dense_gradients
                     )
                 return None
         binding = self.binding_of(variables)
+        binding.left_out_alone = True
         binding.start(call.process_set, call.op)
         return Exchange(binding, call.dense_variables, call.dense_gradients, call.grouped)
 
@@ -177,11 +186,6 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
                 "others like it (said once)",
                 tuple(gradient.shape),
             )
-
-
-def _elastic() -> bool:
-    """Whether the number of ranks may change; Horovod asks in the same way."""
-    return bool(int(os.environ.get("HOROVOD_ELASTIC", 0)))
 
 
 def _refuse_keras3() -> None:

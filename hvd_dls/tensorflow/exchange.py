@@ -14,12 +14,14 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
+from hvd_dls.adapter import is_elastic
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.executors import HOST
 from hvd_dls.tensorflow.handles import graph_of, handle_of, handle_on_cpu, identity
 from hvd_dls.tensorflow.on_device import N_PARTS, DeviceFuture
+from hvd_dls.tensorflow.traced_models import agree_on, models_of_function
 
 _OTHER_MODEL = (
     "a traced function of Horovod that DLSCompressor took part in runs with other variables of the "
@@ -69,9 +71,14 @@ class Exchange:
         self.layers = frozenset(members)
         self.n_gradients = len(variables)
         self.grouped = grouped
-        self.may_go_dense = self.session.dense_step
+        # Not whether this step does: a state of an earlier one may be loaded, and in an elastic job
+        # the function may run beside those of ranks that have traced theirs in other steps.
+        self.may_go_dense = self.session.dense_step or self.session.dense_steps > 0
         with graph_of(gradients), tf.device("CPU:0"):
             in_graph = tf.is_symbolic_tensor(gradients[0])
+            self._models = models_of_function() if in_graph else []
+            if not any(model is binding for model in self._models):
+                self._models.append(binding)
             self.checked = self._check({n: v for n, (v, _) in members.items()}, in_graph)
             buckets: dict[int | None, dict[str, tf.Tensor]] = {}
             for name, (_, gradient) in members.items():
@@ -88,6 +95,18 @@ class Exchange:
         assert self.binding.session is not None
         return self.binding.session
 
+    def one(self, dtype: tf.DType) -> tf.Tensor:
+        """Returns 1.0, (1,), for Horovod to reduce.
+
+        TensorFlow takes a Horovod operation with a constant input for a constant: it runs it once,
+        when it optimises a traced function, and never again.  In an elastic job ranks that come
+        later would wait for the others there, and these would go on with the scale of a number of
+        ranks that has passed.  So there it is computed, from the number of the run.
+        """
+        if not is_elastic():
+            return tf.ones([1], dtype)
+        return tf.cast(tf.reshape(tf.minimum(self.checked, 1), [1]), dtype)
+
     def _check(self, variables: dict[str, Any], in_graph: bool) -> tf.Tensor:
         """Compares a step's variables with those traced, and begins the step."""
         handles = [
@@ -100,6 +119,7 @@ class Exchange:
         def check(*current: tf.Tensor) -> np.int64:
             if [identity(handle) for handle in current] != traced:
                 raise DLSError(_OTHER_MODEL)
+            agree_on(self._models)
             return np.int64(self.binding.begin_step())
 
         if in_graph:

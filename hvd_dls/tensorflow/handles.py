@@ -49,3 +49,14 @@ def graph_of(gradients: Sequence[tf.Tensor]) -> AbstractContextManager[Any]:
         graph: AbstractContextManager[Any] = gradients[0].graph.as_default()
         return graph
     return nullcontext()
+
+
+def outermost_graph() -> tf.Graph:
+    """Returns the graph of the outermost function that is being traced.
+
+    Functions within it and branches of a condition have graphs of their own.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    while hasattr(getattr(graph, "outer_graph", None), "outer_graph"):
+        graph = graph.outer_graph
+    return graph

@@ -155,7 +155,7 @@ def compress_gradient(
         # Not before the gradient is there: if a step fails in forward or backward, no rank must be
         # left with an operation that others never began.
         with tf.control_dependencies([exchange.checked, gradient]):
-            sent = tf.identity(tf.ones([1], dtype), name=operation_name)
+            sent = tf.identity(exchange.one(dtype), name=operation_name)
     return sent, SparseContext(exchange, name, gradient.dtype)
 
 

@@ -13,10 +13,13 @@ from tests.jobs import needs
 def test_network_counts_what_telemetry_claims_and_headers(tmp_path):
     files = ["--json", str(tmp_path / "n.json"), "--picture", str(tmp_path / "n.png")]
     options = ["--hosts", "2", "--rates", "1gbit", "--density", "0.05", *files]
-    output = run("-m", "benchmarks.network", *QUICK, *options)
+    peers = ["--peers", "ddp", "powersgd:1"]
+    output = run("-m", "benchmarks.network", *QUICK, *options, *peers)
     assert "2 hosts, 1gbit: tiny" in output
     (job,) = json.loads((tmp_path / "n.json").read_text())["jobs"]
     assert [row["method"] for row in job["rows"]][3:] == [
+        "ddp",
+        "powersgd:1",
         "layerwise:0.05",
         "dls:0.05",
         "dls:0.05:bfloat16",

@@ -1,16 +1,27 @@
-"""examples/torch_elastic.py while a worker comes, and one dies."""
+"""The elastic examples while a worker comes, and one dies."""
 
 import re
 
-from tests.elastic.job import ElasticJob, host, needs_gloo
+import pytest
+
+from tests.elastic.job import CHANGE, ElasticJob, host, needs_gloo
 from tests.jobs import needs
 
-pytestmark = [needs("torch", "sklearn"), needs_gloo]
+pytestmark = [needs("sklearn"), needs_gloo]
 
 
-def test_torch_elastic():
-    command = ["examples/torch_elastic.py", "--epochs", "100000", "--density", "0.05"]
-    with ElasticJob(command, {host(0): 1}) as job:
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param("torch_elastic.py", marks=needs("torch")),
+        pytest.param("keras_elastic.py", marks=needs("tensorflow")),
+    ],
+)
+def test_an_example(example):
+    command = [f"examples/{example}", "--epochs", "100000", "--density", "0.05"]
+    # Two workers notice a death at once; and one may be long in importing its framework.
+    patience = {"HOROVOD_GLOO_TIMEOUT_SECONDS": str(CHANGE)}
+    with ElasticJob(command, {host(0): 1}, patience) as job:
 
         def losses(workers):
             epochs = rf"epoch \d+, {workers} workers, loss ([\d.]+)"

@@ -19,7 +19,8 @@ HERE = "tests/keras/with_ranks"
 def test_keras_3_on_two_ranks():
     """In one job, since importing TensorFlow takes longer than many a file's tests."""
     files = sorted((ROOT / HERE).glob("test_*.py"))
-    files.sort(key=lambda file: file.name == "test_lifecycle.py")  # starts Horovod anew
+    # Last, those that start Horovod anew.
+    files.sort(key=lambda file: file.name in ("test_elastic.py", "test_lifecycle.py"))
     output = pytest_on_ranks(2, *map(str, files))
     assert output.count(" passed") == 2, output
 

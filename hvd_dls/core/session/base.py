@@ -34,10 +34,13 @@ class SessionBase:
         norms: Mapping[str, float] | None = None,
         backends: Mapping[str, Backend] | None = None,
         groups: Groups | None = None,
+        planned_for: int | None = None,
     ) -> None:
         self.config = config
+        self.planned_for = planned_for
+        self._norms = norms
         self.groups = groups or Groups.of_one(world_size, rank)
-        self.plan = make_plan(layers, config, self.groups.count)
+        self.plan = make_plan(layers, config, planned_for or self.groups.count)
         self.routing = Routing(self.plan, config, self.groups)
         self.memory = Memory(self.plan, config, self.groups, self.routing, norms, backends)
         self._layers = {layer.name: layer for layer in self.plan.sparse}
@@ -113,6 +116,11 @@ class SessionBase:
         Without payloads nothing else tells of NaN and Inf.
         """
         return self.memory.controller.dense or not self.routing.buckets
+
+    @property
+    def dense_steps(self) -> int:
+        """Number of steps at first that send whole gradients."""
+        return self.memory.controller.dense_steps
 
     @property
     def corrects(self) -> bool:

@@ -37,6 +37,8 @@ class Session(Settling):
         groups: ranks that average their gradients before one of them sends for all, and this one's
             place among them; None: each rank sends for itself.  ``world_size`` and ``rank`` are
             the groups' then.
+        planned_for: number of ranks by which it is decided which layers are compressed; None: as
+            many as send.
 
     Attributes:
         residuals: (n,) of each compressed layer, by name.
@@ -153,7 +155,13 @@ class Session(Settling):
         """
         self._check_whole("a copy")
         other = Session(
-            self.plan.layers, self.config, self.world_size, self.rank, groups=self.groups
+            self.plan.layers,
+            self.config,
+            self.world_size,
+            self.rank,
+            self._norms,
+            groups=self.groups,
+            planned_for=self.planned_for,
         )
         other.inherit(self)
         return other

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from hvd_dls import DLSError
+from hvd_dls import DLSConfig, DLSError
+from hvd_dls.core.session.session import Session
 from tests.core.options import each_option
-from tests.core.ranks import frozen, run, same
+from tests.core.ranks import LAYERS, frozen, run, same
 from tests.core.session.test_inherit import heirs, trained
 
 
@@ -44,3 +45,9 @@ def test_what_is_half_written_is_not_copied():
     session._writing = "residuals"
     with pytest.raises(DLSError, match="residuals were being written"):
         session.copy()
+
+
+def test_the_copy_of_a_session_whose_ratios_began_with_norms_of_weights():
+    norms = {layer.name: float(number + 1) for number, layer in enumerate(LAYERS)}
+    session = Session(LAYERS, DLSConfig(prior="weight_norm", cost_rule=False), 2, 0, norms)
+    assert frozen(session.copy()) == frozen(session)

@@ -86,7 +86,7 @@ def test_options_of_a_rank_s_own_may_differ():
         check_facts(sent(facts(), other))
 
 
-@pytest.mark.parametrize("option", OTHER.keys() - set(OWN_OPTIONS))
+@pytest.mark.parametrize("option", sorted(OTHER.keys() - set(OWN_OPTIONS)))
 def test_other_options_are_told_with_the_rank_and_both_values(option):
     other = dataclasses.replace(CONFIG, **{option: OTHER[option]})
     told = disagreement(facts(), facts(), facts(other), facts())

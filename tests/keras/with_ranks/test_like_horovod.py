@@ -20,7 +20,7 @@ from hvd_dls.tensorflow import DLSCompressor
 from tests.keras.with_ranks.training import SPARSE, assert_same_on_all_ranks, data, flat, net
 
 # What docs/tensorflow.md says that is left out, and the modules that Horovod imports for itself.
-LEFT_OUT = {"PartialDistributedOptimizer", "elastic", "BestModelCheckpoint"}
+LEFT_OUT = {"PartialDistributedOptimizer", "BestModelCheckpoint"}
 THEIR_OWN = {"K", "inspect", "is_version_greater_equal_than", "keras", "tf", "version", "warnings"}
 THEIRS = [horovod.keras, horovod.tensorflow.keras]
 

@@ -13,7 +13,7 @@ if os.environ.get("TF_USE_LEGACY_KERAS") != "1":
     pytest.skip("needs TF_USE_LEGACY_KERAS=1", allow_module_level=True)
 
 from hvd_dls.keras import callbacks
-from hvd_dls.tensorflow import DLSCompressor
+from hvd_dls.tensorflow import DLSCompressor, elastic
 from tests.keras.with_ranks.training import (
     SPARSE,
     assert_nothing_is_lost,
@@ -161,3 +161,24 @@ def test_a_training_goes_on_from_a_checkpoint_bit_for_bit():
     train(compression, 2, 4, first=first, model=model)
     assert np.array_equal(flat(model), flat(expected))
     assert compression.last_step().step == 16
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "legacy.SGD"])
+def test_elastic_state(optimizer):
+    """Horovod's own calls optimizer.variables(), a property by now; more is in test_elastic.py."""
+    kind = keras.optimizers.legacy.SGD if optimizer == "legacy.SGD" else keras.optimizers.SGD
+    compression = DLSCompressor(density=0.05, **SPARSE)
+    model = compiled(compression, kind(0.05, momentum=0.5))
+    state = elastic.TensorFlowKerasState(model, compression=compression, epoch=0)
+    assert len(state._tracked()) > 2 * len(model.trainable_variables)  # with its momentum
+    model.fit(*data(32), 8, verbose=0, shuffle=False)
+    state.save()
+    saved = flat(model)
+    model.fit(*data(32, 1), 8, verbose=0, shuffle=False)
+    once = flat(model)
+    state.restore()
+    np.testing.assert_array_equal(flat(model), saved)
+    state.sync()
+    model.fit(*data(32, 1), 8, verbose=0, shuffle=False)
+    np.testing.assert_array_equal(flat(model), once)
+    assert_same_on_all_ranks(once)

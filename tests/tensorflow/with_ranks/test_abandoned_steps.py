@@ -96,13 +96,14 @@ class Ledger:
 
 
 @pytest.mark.parametrize(
-    ("options", "fails"),
+    ("mode", "options", "fails"),
     [
-        ({}, "backward"),
-        ({"bucket_bytes": 1000}, "forward"),
-        ({"bucket_bytes": 1000}, "backward"),
-        ({"bucket_bytes": 1000}, "behind"),
-        ({"dense_steps": 2}, "behind"),
+        ("tf.function", {}, "backward"),
+        ("eager", {"bucket_bytes": 1000}, "forward"),
+        ("eager", {"bucket_bytes": 1000}, "backward"),
+        ("tf.function", {"bucket_bytes": 1000}, "backward"),
+        ("tf.function", {"bucket_bytes": 1000}, "behind"),
+        ("eager", {"dense_steps": 2}, "behind"),
     ],
     ids=str,
 )

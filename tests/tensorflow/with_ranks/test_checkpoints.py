@@ -29,8 +29,16 @@ def saved_of(model):
     return tf.train.Checkpoint(model=model)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one disk", "a disk for each rank"])
-@pytest.mark.parametrize("known", [True, False], ids=["trained before", "new"])
+@pytest.mark.parametrize(
+    ("mode", "shared", "known"),
+    [
+        ("eager", True, True),
+        ("tf.function", False, True),
+        ("eager", False, False),
+        ("tf.function", True, False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value:d}",
+)
 def test_a_training_goes_on_bit_for_bit(mode, shared, known):
     folder = tempfile.mkdtemp()
     if shared:

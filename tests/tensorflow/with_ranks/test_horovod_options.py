@@ -47,8 +47,7 @@ def test_gradient_types(mode, dtype):
 
 @pytest.mark.parametrize(
     ("mode", "dtype", "groups"),
-    [("eager", "float16", 2), ("tf.function", "bfloat16", "lists"), ("tf.function", "float32", 2),
-     ("eager", "float32", "lists")],
+    [("eager", "float16", 2), ("tf.function", "bfloat16", "lists"), ("tf.function", "float32", 2)],
 )  # fmt: skip
 def test_groups_give_the_same_as_no_groups(mode, groups, dtype):
     trained = []
@@ -153,8 +152,7 @@ def test_indexed_slices_keep_horovods_path(mode, sparse_as_dense):
 
 @pytest.mark.parametrize(
     ("mode", "shared"),
-    [("eager", "class"), ("tf.function", "class"), ("eager", "instance"),
-     ("tf.function", "two instances")],
+    [("eager", "class"), ("eager", "instance"), ("tf.function", "two instances")],
 )  # fmt: skip
 def test_two_models_of_different_shapes(mode, shared, bare_class):
     models = [Net(), [tf.Variable(tf.ones([48, 64])), tf.Variable(tf.ones([64, 9]))]]

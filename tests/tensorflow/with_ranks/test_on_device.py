@@ -47,28 +47,27 @@ def places_of(compression):
 
 
 OPTIONS = [
-    {},
-    {"values": "bfloat16", "index_code": "plain", "bucket_bytes": 2000},
-    {"momentum": 0.5, "nesterov": True, "clip_value": 0.05, "warmup_steps": 3},
-    {"clip_norm": 0.1, "strategy": "layerwise"},
-    {"prior": "measured", "dense_steps": 2, "measure_every": 2},
-    {"strategy": "norm"},
-    {"strategy": "global", "momentum": 0.5},
+    (all_of_them, {}),
+    (some_of_them, {"values": "bfloat16", "index_code": "plain", "bucket_bytes": 2000}),
+    (all_of_them, {"momentum": 0.5, "nesterov": True, "clip_value": 0.05, "warmup_steps": 3}),
+    (all_of_them, {"clip_norm": 0.1, "strategy": "layerwise"}),
+    (some_of_them, {"prior": "measured", "dense_steps": 2, "measure_every": 2}),
+    (all_of_them, {"strategy": "global", "momentum": 0.5}),
 ]
 
 
 @pytest.mark.parametrize(
-    ("mode", "options"),
-    [("eager", {}), *zip(cycle(["tf.function", "eager"]), OPTIONS)],
-    ids=str,
+    ("mode", "there", "options"),
+    [(mode, *case) for mode, case in zip(cycle(["tf.function", "eager"]), OPTIONS)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_training_is_the_same_to_the_bit_wherever_the_passes_are(mode, options, backend):
+def test_training_is_the_same_to_the_bit_wherever_the_passes_are(mode, there, options, backend):
     trained = []
-    for chosen in (none_of_them, all_of_them, some_of_them):
+    for chosen in (none_of_them, there):
         backend(chosen)
         model, compression = Net(), DLSCompressor(**{"density": 0.05} | SPARSE | options)
         trainer = Trainer(model, compression, mode)
-        trainer.train(range(6))
+        trainer.train(range(5))
         trained.append(flat(model))
         assert_same_on_all_ranks(trained[-1])
         kinds = {type(p) for p in places_of(compression).values()}
@@ -76,12 +75,11 @@ def test_training_is_the_same_to_the_bit_wherever_the_passes_are(mode, options, 
         assert (Device in kinds) == (not on_host)
         assert len(kinds) == 1 + (chosen is some_of_them and not on_host)
         assert np.isfinite(compression.last_step().thresholds).all()
-        assert trainer.traces == (1 if mode == "tf.function" else 6)
+        assert trainer.traces == (1 if mode == "tf.function" else 5)
     if "clip_norm" in options:  # norms are summed up in another order
         np.testing.assert_allclose(trained[0], trained[1], rtol=1e-5, atol=1e-6)
     else:
         assert np.array_equal(trained[0], trained[1])
-        assert np.array_equal(trained[0], trained[2])
 
 
 @pytest.mark.parametrize(
@@ -90,7 +88,6 @@ def test_training_is_the_same_to_the_bit_wherever_the_passes_are(mode, options, 
         ("eager", "float16", {}),
         ("tf.function", "bfloat16", {"momentum": 0.5, "dense_steps": 2}),
         ("eager", "float64", {}),
-        ("tf.function", "float64", {}),
     ],
     ids=str,
 )
