@@ -79,6 +79,14 @@ class SimulatedJob:
         Raises:
             NonFiniteGradientError: see ``Session.decompress``.
         """
+        gradients, mean_loss = self.gradients(loss_of)
+        reduced = self.reduced(gradients)
+        for name, parameter in self._parameters.items():
+            parameter.grad = torch.from_numpy(reduced[name]).view_as(parameter)
+        return mean_loss
+
+    def gradients(self, loss_of: Callable[[int], torch.Tensor]) -> tuple[list[Gradients], float]:
+        """Computes all workers' gradients, and the mean of their losses: see ``backward``."""
         gradients, losses, buffers = [], [], []
         for worker in range(self.workers):
             start = time.perf_counter()
@@ -92,10 +100,7 @@ class SimulatedJob:
                 buffers = [buffer.clone() for buffer in self._model.buffers()]
         for buffer, first in zip(self._model.buffers(), buffers, strict=True):
             buffer.copy_(first)
-        reduced = self.reduced(gradients)
-        for name, parameter in self._parameters.items():
-            parameter.grad = torch.from_numpy(reduced[name]).view_as(parameter)
-        return float(np.mean(losses))
+        return gradients, float(np.mean(losses))
 
     def reduced(self, gradients: list[Gradients]) -> Gradients:
         """Exchanges all workers' gradients, which are overwritten; returns what each gets."""

@@ -1,0 +1,378 @@
+"""Ways to train sparsely with Adam, beside dense Adam, in the simulation.
+
+    python -m benchmarks.convergence.adam                            # all ways, one seed
+    python -m benchmarks.convergence.adam --ways dense scaled --seeds 0 1 2
+    python -m benchmarks.convergence.adam --small                    # short trainings: to scout
+    python -m benchmarks.convergence.adam --minutes 8                # goes on where it stopped
+    python -m benchmarks.convergence.adam --report                   # only prints the table
+
+One run after the other, of one thread. Each is kept in build/convergence-adam/WAY-STEPS-SEED.json
+and not made again unless its description has changed; one that is interrupted by --minutes is
+kept, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.paths import ROOT
+from benchmarks.convergence.models import Transformer
+from benchmarks.convergence.preconditioning import Moments, Preconditioner
+from benchmarks.convergence.simulation import Gradients, SimulatedJob
+from benchmarks.convergence.tasks import TASKS, evaluate, rate_at
+from benchmarks.convergence.training import data_of, worker_loss
+from hvd_dls.config import DLSConfig
+
+KEPT = ROOT / "build" / "convergence-adam"
+TASK = "code"
+WORKERS = 4
+VERSION = 1  # of what a run does and keeps
+BETAS = (0.9, 0.999)
+
+
+class Way(NamedTuple):
+    """A way to train.
+
+    Attributes:
+        title: its name in the table.
+        options: of the compressor; None: dense.
+        moments: how updates are made in front of the selection; None: Adam is behind it.
+        rate: factor on the learning rate.
+        rate_when: a waiting update has the learning rate of when it "arrives" (it waits without
+            one), or of when it "leaves" the worker.
+        kept: share of what waits that is still there in the next step; 1: all.
+        warmup: share of the steps in which the density falls from 25 %; with "frozen", in which
+            whole gradients are sent.
+        sign: whether only the sign of what arrives counts (DeMo, arXiv:2411.19870).
+        first: β₁ of Adam behind the compressor, where that is.
+        amsgrad: whether that one is AMSGrad (COMP-AMS, arXiv:2205.05632).
+    """
+
+    title: str
+    options: dict[str, Any] | None = {"density": 0.01}  # noqa: RUF012 (never changed)
+    moments: Moments | None = None
+    rate: float = 1.0
+    rate_when: str = "arrives"
+    kept: float = 1.0
+    warmup: float = 0.1
+    sign: bool = False
+    first: float = BETAS[0]
+    amsgrad: bool = False
+
+
+def _in_front(momentum: float, nesterov: bool = False) -> dict[str, Any]:
+    """Options that keep the first moment in the compressor."""
+    options = {"density": 0.01, "momentum": momentum, "momentum_masking": False}
+    return options | ({"nesterov": True} if nesterov else {})
+
+
+def _ways() -> Iterator[tuple[str, Way]]:
+    """Yields names and ways; in a title, β₁ is 0.9 where nothing is said."""
+    for first in (0.9, 0.7, 0.5, 0.0):
+        beta = "" if first == 0.9 else f"-{first:g}"
+        said = "" if first == 0.9 else f", β₁ = {first:g}"
+        yield f"dense{beta}", Way(f"dense{said}", None, first=first)
+        if first:
+            options = _in_front(first)
+            title = f"first moment in front, second behind{said}"
+            yield f"momentum{beta}", Way(title, options, first=0.0)
+        title = f"both moments behind the compressor{said}"
+        yield f"behind{beta}", Way(title, first=first)
+        own = Moments("own", first=first)
+        title = f"own second moment in front, twice the learning rate{said}"
+        yield f"own-double{beta}", Way(title, moments=own, rate=2.0)
+        title = f"own second moment in front, scaled to the averaged gradient's{said}"
+        yield f"scaled{beta}", Way(title, moments=Moments("scaled", first=first))
+        title = f"the averaged gradient's in front, which no worker knows{said}"
+        yield f"oracle{beta}", Way(title, moments=Moments("oracle", first=first))
+    title = "first moment in front, second behind, half the learning rate"
+    yield "momentum-half", Way(title, _in_front(0.9), first=0.0, rate=0.5)
+    title = "first moment in front with Nesterov's, second behind"
+    for first in (0.9, 0.7):
+        said = "" if first == 0.9 else f", β₁ = {first:g}"
+        name = "nesterov" if first == 0.9 else f"nesterov-{first:g}"
+        yield name, Way(title + said, _in_front(first, nesterov=True), first=0.0)
+    yield "amsgrad", Way("AMSGrad behind the compressor", amsgrad=True)
+    yield "own", Way("own second moment in front", moments=Moments("own"))
+    leaves = Way("own, twice, with the learning rate of when it left", moments=Moments("own"))
+    yield "own-double-leaves", leaves._replace(rate=2.0, rate_when="leaves")
+    scaled = Way("", moments=Moments("scaled"))
+    fades = "scaled, what waits fades by 0.2 % a step"
+    yield "scaled-kept", scaled._replace(title=fades, kept=0.998)
+    yield "scaled-warmup", scaled._replace(title="scaled, twice the warm-up", warmup=0.2)
+    yield "scaled-sign", scaled._replace(title="scaled, sign of what arrives", sign=True)
+    yield "shared", Way("shared, refreshed every 100 steps", moments=Moments("shared"))
+    yield "frozen", Way("frozen after a dense warm-up", moments=Moments("frozen"))
+
+
+WAYS = dict(_ways())
+
+
+class Run(NamedTuple):
+    """One training.
+
+    Attributes:
+        way: name of it.
+        steps: of the training.
+        seed: of first weights and the order of examples.
+        small: whether it is a Transformer of half the width with three times the density, which
+            wants a third of the steps: to scout.
+    """
+
+    way: str
+    steps: int
+    seed: int
+    small: bool = False
+
+    def file(self, folder: Path) -> Path:
+        """Returns where its result is kept in a folder of results."""
+        return folder / f"{self.way}-{self.steps}-{self.seed}{'-small' * self.small}.json"
+
+    def description(self) -> dict[str, Any]:
+        """Returns all that its result follows from, as JSON has it."""
+        way = WAYS[self.way]._asdict() | {"title": None}
+        moments = WAYS[self.way].moments
+        way["moments"] = None if moments is None else moments._asdict()
+        about = {"version": VERSION, "task": TASK, "way": way, **self._asdict()}
+        result: dict[str, Any] = json.loads(json.dumps(about))
+        return result
+
+    def result(self, folder: Path) -> dict[str, Any] | None:
+        """Reads its result; None if there is none, or if the run would do something else now."""
+        if not self.file(folder).exists():
+            return None
+        result: dict[str, Any] = json.loads(self.file(folder).read_text())
+        return result if result["about"] == self.description() else None
+
+    def make_model(self) -> torch.nn.Module:
+        """Makes the model, with weights that follow from the seed."""
+        if not self.small:
+            return TASKS[TASK].make_model(self.seed)
+        torch.manual_seed(self.seed)
+        return Transformer(width=48)
+
+    def config(self) -> DLSConfig | None:
+        """Makes the compressor's options; None: dense."""
+        way = WAYS[self.way]
+        if way.options is None:
+            return None
+        frozen = way.moments is not None and way.moments.second == "frozen"
+        stairs = {"dense_steps" if frozen else "warmup_steps": round(way.warmup * self.steps)}
+        options = way.options | ({"density": 3 * way.options["density"]} if self.small else {})
+        return DLSConfig.from_options(**options, **stairs)
+
+
+class Training:
+    """A training that may be interrupted between two steps, and kept by ``pickle``.
+
+    Args:
+        run: to be made.
+
+    Attributes:
+        losses: of the steps so far, mean over workers.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._way = run, WAYS[run.way]
+        self._model = run.make_model()
+        self._job = SimulatedJob(self._model, WORKERS, run.config())
+        self._updater = Updater(self._model, self._job, self._way)
+        self._preconditioner = None
+        if self._way.moments is not None:
+            frozen_at = round(self._way.warmup * run.steps)
+            self._preconditioner = Preconditioner(self._way.moments, WORKERS, frozen_at)
+        self.losses: list[float] = []
+        self._bytes: list[float] = []
+        self._seconds = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps have been made, or the last loss is not finite."""
+        diverged = bool(self.losses) and not math.isfinite(self.losses[-1])
+        return diverged or len(self.losses) == self._run.steps
+
+    def step(self) -> None:
+        """Makes a step."""
+        begun, task, way, step = time.perf_counter(), TASKS[TASK], self._way, len(self.losses)
+        about = {"seed": self._run.seed, "workers": WORKERS}
+        loss_of = worker_loss(task, self._model, data_of(TASK), about, step)
+        gradients, loss = self._job.gradients(loss_of)
+        self.losses.append(loss)
+        if not math.isfinite(loss):
+            return
+        rate = way.rate * task.adam_rate / task.rate * rate_at(task, step, self._run.steps)
+        if self._preconditioner is not None:
+            self._precondition(gradients, rate if way.rate_when == "leaves" else 1.0)
+        self._updater.apply(gradients, rate)
+        if self._job.sessions and (record := self._job.sessions[0].last_step) is not None:
+            self._bytes.append(record.sparse_bytes + record.dense_bytes)
+        self._seconds += time.perf_counter() - begun
+
+    def _precondition(self, gradients: list[Gradients], factor: float) -> None:
+        assert self._preconditioner is not None
+        sparse = {n for n in gradients[0] if self._job.sessions[0].may_be_sparse(n)}
+        updates = self._preconditioner.updates([_part(own, sparse) for own in gradients])
+        for own, update in zip(gradients, updates, strict=True):
+            own |= {n: u * np.float32(factor) for n, u in update.items()}
+        for session in self._job.sessions if self._way.kept < 1 else []:
+            for residual in session.residuals.values():
+                residual *= np.float32(self._way.kept)
+
+    def result(self) -> dict[str, Any]:
+        """Returns description, held-out loss in nats, losses of the last tenth, bytes a step."""
+        whole = len(self.losses) == self._run.steps and math.isfinite(self.losses[-1])
+        entries = sum(p.numel() for p in self._model.parameters())
+        return {
+            "about": self._run.description(),
+            "loss": evaluate(self._model, data_of(TASK).validation)[0] if whole else None,
+            "training_loss": float(np.mean(self.losses[-max(1, self._run.steps // 10) :])),
+            "bytes": float(np.mean(self._bytes)) if self._bytes else 4.0 * entries,
+            "seconds": self._seconds,
+        }
+
+
+def _part(gradients: Gradients, names: set[str]) -> Gradients:
+    return {name: gradient for name, gradient in gradients.items() if name in names}
+
+
+class Updater:
+    """Exchanges what workers accumulate, and applies it to the weights.
+
+    Updates that were made in front of the selection are subtracted as they come; all else, such as
+    layers that go dense, goes through Adam.
+
+    Args:
+        model: that trains.
+        job: its workers.
+        way: to train.
+    """
+
+    def __init__(self, model: torch.nn.Module, job: SimulatedJob, way: Way) -> None:
+        self._job, self._way = job, way
+        self._parameters = dict(model.named_parameters())
+        sessions = job.sessions[:1] if way.moments is not None else []
+        self._plain = {n for n in self._parameters for s in sessions if s.may_be_sparse(n)}
+        rest = [p for n, p in self._parameters.items() if n not in self._plain]
+        betas = (way.first if way.moments is None else way.moments.first, BETAS[1])
+        self._adam = torch.optim.Adam(rest, betas=betas, amsgrad=way.amsgrad)
+
+    def apply(self, gradients: list[Gradients], rate: float) -> None:
+        """Makes a step of what each worker accumulates; overwrites it."""
+        way, reduced = self._way, self._job.reduced(gradients)
+        for name, parameter in self._parameters.items():
+            arrived = torch.from_numpy(reduced[name]).view_as(parameter)
+            if name not in self._plain:
+                parameter.grad = arrived
+                continue
+            if way.sign:
+                arrived = arrived.sign()
+            factor = rate if way.rate_when == "arrives" else 1.0
+            parameter.data.sub_(arrived, alpha=factor)
+        # In front of the selection, the factor on the rate is for what goes through it alone.
+        self._adam.param_groups[0]["lr"] = rate if way.moments is None else rate / way.rate
+        self._adam.step()
+
+
+def make(run: Run, folder: Path, until: float = math.inf) -> bool:
+    """Makes one run, or goes on with one that was interrupted, unless it is there.
+
+    Args:
+        run: to be made.
+        folder: of results; files are there whole or not at all.
+        until: when to interrupt it, by ``time.monotonic``.
+
+    Returns:
+        Whether it is there now.
+    """
+    if run.result(folder) is not None:
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = run.file(folder).with_suffix(".interrupted")
+    training = None
+    if kept.exists():
+        about, training = pickle.loads(kept.read_bytes())
+        training = training if about == run.description() else None
+    training = training or Training(run)
+    while not training.done and time.monotonic() < until:
+        training.step()
+    if not training.done:
+        _write(kept, pickle.dumps((run.description(), training)))
+        return False
+    _write(run.file(folder), json.dumps(training.result()).encode())
+    kept.unlink(missing_ok=True)
+    return True
+
+
+def _write(file: Path, content: bytes) -> None:
+    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, file)
+
+
+def table(runs: Sequence[Run], folder: Path) -> str:
+    """Makes the table of those of the runs that are there."""
+    lines = ["| way | loss | above dense | kB a step and rank |", "| --- | --- | --- | --- |"]
+    for name in dict.fromkeys(run.way for run in runs):
+        pairs = []
+        for each in (run for run in runs if run.way == name):
+            result, dense = (r.result(folder) for r in (each, each._replace(way="dense")))
+            if result is not None and result["loss"] is not None:
+                pairs.append((result["loss"], dense and dense["loss"], result["bytes"]))
+        if not pairs:
+            continue
+        losses = [loss for loss, _, _ in pairs]
+        spread = f" ± {np.std(losses, ddof=1):.3f} ({len(losses)})" if len(losses) > 1 else ""
+        # Of the same seeds: much of the noise is common to both.
+        above = [loss / dense - 1 for loss, dense, _ in pairs if dense]
+        gap = f"{100 * np.mean(above):+.2f} %" if above and name != "dense" else "-"
+        size = np.mean([size for _, _, size in pairs]) / 1000
+        lines.append(f"| {WAYS[name].title} | {np.mean(losses):.4f}{spread} | {gap} | {size:.1f} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = make_parser("convergence.adam", __doc__)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--small", action="store_true", help="a smaller model, 3 %, 800 steps")
+    parser.add_argument("--steps", type=int, help="(default: 2400, or 800 with --small)")
+    parser.add_argument("--folder", type=Path, default=KEPT, help="where results are kept")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="to stop after")
+    parser.add_argument("--report", action="store_true", help="only print the table")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the runs that are missing and prints the table; returns the exit status."""
+    args = parse(arguments)
+    torch.set_num_threads(1)
+    steps = args.steps or TASKS[TASK].steps // (3 if args.small else 1)
+    pairs = itertools.product(args.seeds, args.ways)
+    runs = [Run(way, steps, seed, args.small) for seed, way in pairs]
+    until = time.monotonic() + 60 * args.minutes
+    for run in runs if not args.report else ():
+        if not make(run, args.folder, until):
+            print("stopped: the same command goes on", file=sys.stderr)
+            break
+        print(f"{run.way}, seed {run.seed}: done", file=sys.stderr, flush=True)
+    print(table(runs, args.folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
