@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -77,6 +78,8 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_had_not_been(monkeypatch):
     from benchmarks.convergence import adam
 
     monkeypatch.setattr(adam, "TASK", "digits")
+    trained = dataclasses.replace(adam.TASKS["digits"], adam_rate=0.01)  # it has none of its own
+    monkeypatch.setitem(adam.TASKS, "digits", trained)
     whole, interrupted = (adam.Training(adam.Run("scaled", 3, 0)) for _ in range(2))
     interrupted.step()
     interrupted = pickle.loads(pickle.dumps(interrupted))
