@@ -90,7 +90,7 @@ def test_an_exception_within_join_ends_the_loops_of_all(culprit):
                 optimizer.step()
 
     raised = KeyError if hvd.rank() == culprit else RanksDisagreeError
-    with pytest.raises(raised, match="user|rank"):
+    with pytest.raises(raised, match=r"user|rank"):
         loop()
     compression.abandon_step()
     with join(optimizer) as joined:
