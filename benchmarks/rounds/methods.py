@@ -72,6 +72,7 @@ class RunningMethod:
     Attributes:
         method: which one.
         compression: what Horovod's optimizer has been given; None for "nothing".
+        optimizer: what steps; Horovod's, but for "nothing".
         records: what the compressor sent in each step; empty if it is not ours.
         first_steps: that are unlike all others.
     """
@@ -90,7 +91,7 @@ class RunningMethod:
         named = {f"{method.name}/{name}": shape for name, shape in shapes.items()}
         self._model: Any = SyntheticModel(named, gradients.last_drawn, stand_in=True)
         self._parameters = [p for _, p in self._model.named_parameters()]
-        self._optimizer: Any = NoUpdate(self._parameters)
+        self.optimizer: Any = NoUpdate(self._parameters)
         self.compression: Any = None
         self.records: list[dict[str, float]] = []
         if method.compression != "nothing":
@@ -111,8 +112,8 @@ class RunningMethod:
             }
             options |= {"bucket_bytes": bucket_bytes} if bucket_bytes else {}
         compression = make_compression(self.method.compression, **options)
-        self._optimizer = hvd.DistributedOptimizer(
-            self._optimizer,
+        self.optimizer = hvd.DistributedOptimizer(
+            self.optimizer,
             named_parameters=self._model.named_parameters(),
             compression=compression,
         )
@@ -136,7 +137,7 @@ class RunningMethod:
         before = interface_bytes(interface)
         start, cpu_start = time.perf_counter(), time.process_time()
         loss.backward()
-        self._optimizer.step()
+        self.optimizer.step()
         taken = [time.perf_counter() - start, time.process_time() - cpu_start]
         wait_for_all()
         counted = interface_bytes(interface) - before

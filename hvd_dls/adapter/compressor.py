@@ -69,23 +69,32 @@ class BaseCompressor:
         return max(records, key=lambda record: record.time, default=None)
 
     @InstanceOrDefault
-    def stats(self, window: int = 100) -> Stats | None:
+    def stats(self, window: int = 100, model: int | None = None) -> Stats | None:
         """What compression did on this rank: in the last step, in a window, and in all steps.
 
         Args:
             window: number of last steps, 1 to 1000.
+            model: number of the model, from 0, of those that have trained with this compressor and
+                still exist, in the order in which they began; None: the one that trained last.
 
         Returns:
-            Of the model that trained last; None before a step has ended.  ``print`` shows a table.
+            Of this model; None before a step has ended.  ``print`` shows a table.
 
         Raises:
-            DLSError: window is something else.
+            DLSError: window is something else, or there is no such model.
         """
-        sessions = [binding.session for binding in self._bindings if binding.session]
+        bindings = self._bindings if model is None else self._living()
+        sessions = [binding.session for binding in bindings if binding.session]
         trained = [session for session in sessions if session.tally.steps]
+        if model is not None and model not in range(max(len(trained), 1)):
+            raise DLSError(
+                f"stats(model={model!r}): {len(trained)} model(s) have trained with this "
+                f"compressor; accepted are None and 0 to {max(len(trained), 1) - 1}"
+            )
         if not trained:
             return None
-        session = max(trained, key=lambda session: session.last_step.time)
+        last = max(trained, key=lambda session: session.last_step.time)
+        session = last if model is None else trained[model]
         stats: Stats = session.tally.stats(session.last_step, session.skipped, window)
         return stats
 

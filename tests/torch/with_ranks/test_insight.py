@@ -15,7 +15,7 @@ from hvd_dls.errors import DLSError
 from hvd_dls.insight.reading import read_run
 from hvd_dls.torch import DLSCompressor
 from tests.torch.with_ranks.test_training_options import poisoned
-from tests.torch.with_ranks.training import SPARSE, net, train, wrap
+from tests.torch.with_ranks.training import SPARSE, net, net_without_vectors, train, wrap
 
 
 @pytest.fixture
@@ -161,6 +161,20 @@ def test_what_cannot_be_logged_to_is_refused(options, told):
     with pytest.raises(DLSError) as error:
         DLSCompressor(density=0.05).log_to(**options)
     assert told in str(error.value)
+
+
+def test_each_of_several_models_can_be_asked_for():
+    compression = DLSCompressor(density=0.05, **SPARSE)
+    assert compression.stats(model=0) is None
+    models = [net(), net_without_vectors()]
+    optimizers = [wrap(model, compression) for model in models]
+    for count, model, optimizer in zip((3, 2), models, optimizers, strict=True):
+        train(model, optimizer, range(count))
+    assert [compression.stats(model=number).step for number in (0, 1)] == [3, 2]
+    assert compression.stats().step == 2
+    for model in (2, -1, "net"):
+        with pytest.raises(DLSError, match=r"2 model\(s\) have trained .* 0 to 1"):
+            compression.stats(model=model)
 
 
 @pytest.mark.parametrize("window", [0, 1001, 1.5, True])
