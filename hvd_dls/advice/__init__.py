@@ -11,12 +11,6 @@ Modules, each importing only those before it:
     turns: Operations are timed, candidates take turns.
     trying: All of it.
 
-Knows no framework; ``hvd_dls.torch.advising`` and ``hvd_dls.tensorflow.advising`` provide a lab.
+Nothing is imported here: the head of the command needs ``plan`` alone, also without NumPy. Knows no
+framework; ``hvd_dls.torch.advising`` and ``hvd_dls.tensorflow.advising`` provide a lab.
 """
-
-from hvd_dls.advice.advice import Advice
-from hvd_dls.advice.candidates import Candidate
-from hvd_dls.advice.deciding import Prediction
-from hvd_dls.advice.plan import Plan
-
-__all__ = ["Advice", "Candidate", "Plan", "Prediction"]

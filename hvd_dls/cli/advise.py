@@ -13,10 +13,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hvd_dls.advice import Advice, Plan
+from hvd_dls.advice.plan import Plan
 from hvd_dls.errors import DLSError
+
+if TYPE_CHECKING:
+    from hvd_dls.advice.advice import Advice
 
 FRAMEWORKS = ("torch", "tensorflow")
 _DEFAULTS = Plan()

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from hvd_dls.advice import Advice, Candidate, Plan
+from hvd_dls.advice.advice import Advice
+from hvd_dls.advice.candidates import Candidate
 from hvd_dls.advice.lab import Lab, Subject, Trial
-from hvd_dls.advice.plan import plan_of
+from hvd_dls.advice.plan import Plan, plan_of
 from hvd_dls.advice.trying import find_out
 from hvd_dls.core.session.stats import Stats
 from hvd_dls.core.wire.agreement import Facts

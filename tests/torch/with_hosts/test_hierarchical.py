@@ -216,6 +216,8 @@ def test_hvd_init_again_keeps_what_waits():
         optimizer = wrap(model, compression, plain_sgd(model))
         train(model, optimizer, range(4))
         if again:
+            # The other host may still be handing on what came in: a shutdown would cut that off.
+            hvd.allreduce(torch.zeros(1), name="all ranks have made their steps")
             hvd.shutdown()
             hvd.init()
         train(model, optimizer, range(4, 7))
