@@ -339,9 +339,14 @@ class World:
 
 
 def _held(session: Session) -> Gradients:
-    """What waits on a rank: of its own, and of the sums that it owns."""
+    """What waits on a rank: of its own, and of the sums that it owns.
+
+    What goes dense is divided by the number of ranks, not of groups, and weighs as much less.
+    """
     memory = session.memory
     held = copies(memory.residuals | memory.leftovers)
+    for name in held.keys() - {layer.name for layer in session.plan.sparse}:
+        held[name] *= held[name].dtype.type(session.groups.weight)
     for layer, begin, kept in memory.owners.pieces() if memory.owners else ():
         held[layer.name][begin : begin + len(kept)] += kept
     return held

@@ -74,6 +74,7 @@ OTHER = {
     "values": "float16",
     "index_code": "plain",
     "bucket_bytes": 1,
+    "exchange": "sparse_allreduce",
     "threads": 3,
     "measure_every": 1,
 }
