@@ -133,7 +133,7 @@ def test_ranks_may_call_other_operations_in_different_orders():
 def test_a_name_still_in_use_by_a_step_given_up_is_freed_without_this_rank():
     """Twice in a row, while others are late: what waits for the name goes out by itself.
 
-    Late enough for the step not to be complete on rank 1, whose thread sends, before it is given up.
+    Late enough for the step not to be complete on rank 1, whose thread sends, when it is given up.
     """
     model = nn.Sequential(*(nn.Linear(48, 48) for _ in range(3)))
     compression = DLSCompressor(density=0.05, bucket_bytes=8000, **HIERARCHICAL)
