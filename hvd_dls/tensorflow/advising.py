@@ -45,7 +45,7 @@ def advise(
         optimizer: makes an optimizer, so that the time of its update counts, too; None: there is
             no update.
         quiet: say nothing meanwhile.
-        **options: see ``hvd_dls.advice.Plan``.
+        **options: see ``hvd_dls.advice.plan.Plan``.
 
     Returns:
         The advice: ``print`` it; ``.recommended.code`` is what to write.

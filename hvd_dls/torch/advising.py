@@ -48,7 +48,7 @@ def advise(
         optimizer: makes torch's optimizer from parameters, so that the time of its update counts,
             too; None: plain SGD with a learning rate of 0.
         quiet: say nothing meanwhile.
-        **options: see ``hvd_dls.advice.Plan``.
+        **options: see ``hvd_dls.advice.plan.Plan``.
 
     Returns:
         The advice: ``print`` it; ``.recommended.code`` is what to write.
