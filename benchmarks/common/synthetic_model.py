@@ -17,6 +17,7 @@ import torch
 from benchmarks.common.noise import make_noise
 from benchmarks.common.shapes import Shapes
 from hvd_dls.torch import DLSCompressor
+from hvd_dls.torch.synthetic import GivenGradient
 
 COMPRESSIONS = ("none", "fp16", "dls", "layerwise", "hierarchical")
 
@@ -110,27 +111,14 @@ class SyntheticModel(torch.nn.Module):
         """Returns the loss, which is 0."""
         out = torch.zeros((), requires_grad=True)
         for position, parameter in enumerate(self._parameters_in_order):
-            out = _Layer.apply(out, parameter, self, position)
+            out = GivenGradient.apply(out, parameter, self, position)
         return out
 
-    def gradient_of(self, position: int) -> torch.Tensor:
+    def gradient(self, position: int) -> torch.Tensor:
         """Does one layer's part of backward and returns its gradient."""
         if self._seconds[position] > 0:
             time.sleep(self._seconds[position])
         return self._gradient(position)
-
-
-class _Layer(torch.autograd.Function):
-    """Passes its input on, and gives its parameter a gradient from elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, parameter: Any, model: Any, position: int) -> Any:
-        ctx.model, ctx.position = model, position
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        return upstream[0], ctx.model.gradient_of(ctx.position), None, None
 
 
 class NoUpdate(torch.optim.Optimizer):

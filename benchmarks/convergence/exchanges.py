@@ -11,9 +11,7 @@ is kept in build/convergence-exchanges; what is there is not run again.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,6 +31,7 @@ from benchmarks.common.paths import ROOT
 from benchmarks.common.reporting import markdown
 from benchmarks.convergence.schemes import SCHEMES, Scheme, density_for, received
 from benchmarks.convergence.settings import MOMENTUM
+from benchmarks.convergence.sweep import keep, result_of
 from benchmarks.convergence.tasks import TASKS, Examples, Task, batch, evaluate, rate_at
 from benchmarks.convergence.training import data_of, finite, machine
 from hvd_dls.config import DLSConfig
@@ -158,14 +157,6 @@ def _gradients_of(task: Task, model: nn.Module) -> Callable[[Examples, int], np.
     return gradients
 
 
-def result_of(about: dict[str, Any], file: Path) -> dict[str, Any] | None:
-    """Reads a run's result; None if there is none, or if a run would do something else now."""
-    if not file.exists():
-        return None
-    result: dict[str, Any] = json.loads(file.read_text())
-    return result if result["about"] == about else None
-
-
 def table(results: Sequence[dict[str, Any]], limit: float) -> str:
     """Formats what came out, for each task, layout and scheme: means over seeds."""
     rows = []
@@ -223,11 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     runs.append((about, args.folder / task / name))
     missing = [] if args.table else [each for each in runs if result_of(*each) is None]
     for about, file in tqdm(missing, unit="run"):
-        result = train(about)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
-        unfinished.write_text(json.dumps(result, allow_nan=False))
-        os.replace(unfinished, file)
+        keep(train(about), file)
     print(table([r for each in runs if (r := result_of(*each))], args.limit))
     return 0
 

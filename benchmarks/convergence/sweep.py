@@ -20,13 +20,17 @@ from benchmarks.convergence.training import train
 
 
 def run_and_keep(about: dict[str, Any], file: Path) -> None:
-    """Makes one run; its file is there whole or not at all.
+    """Makes one run.
 
     Args:
         about: the ``description`` of the run.
         file: where its result is kept.
     """
-    result = train(about)
+    keep(train(about), file)
+
+
+def keep(result: dict[str, Any], file: Path) -> None:
+    """Writes a result; its file is there whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
     unfinished.write_text(json.dumps(result, allow_nan=False))

@@ -42,7 +42,7 @@ class ShapesOnly(nn.Module):
         _wait_until(time.perf_counter() + self._forward_seconds, self._busy)
         out = torch.zeros((), requires_grad=True)
         for position, layer in enumerate(self._layers):
-            out = _Layer.apply(out, layer, self, position)
+            out = GivenGradient.apply(out, layer, self, position)
         return out
 
     def gradient(self, position: int) -> torch.Tensor:
@@ -67,8 +67,8 @@ def _wait_until(end: float, busy: bool) -> None:
         pass
 
 
-class _Layer(torch.autograd.Function):
-    """Passes its input on, and gives its parameter a gradient from elsewhere."""
+class GivenGradient(torch.autograd.Function):
+    """Passes its input on, and gives its parameter the model's ``gradient(position)``."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, parameter: Any, model: Any, position: int) -> Any:
