@@ -40,7 +40,7 @@ def test_all_commands_are_named_somewhere():
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_files_and_modules_that_a_page_names_exist(path):
-    for name in re.findall(r"\bbenchmarks/[\w/.]*\w", TEXTS[path]):
+    for name in re.findall(r"(?:\btests/)?\bbenchmarks/[\w/.]*\w", TEXTS[path]):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(benchmarks(?:\.\w+)+)`", TEXTS[path]):
         place = ROOT / name.replace(".", "/")
