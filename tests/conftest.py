@@ -1,4 +1,4 @@
-"""What is collected, and how workers share it (``make test``; pytest-xdist, --dist loadgroup)."""
+"""What is collected, how workers share it by pytest-xdist, Hypothesis's settings."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Tests in folders named with_... run inside horovodrun jobs only: see tests/jobs.py.
 if not {"HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):  # Gloo, MPI
     collect_ignore_glob = ["*/with_*", "*/with_*/*"]
+
+# The same examples in every run, however slow the machine is.
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "deterministic", derandomize=True, deadline=None, max_examples=60, suppress_health_check=SLOW
+)
+# To look for more: HYPOTHESIS_PROFILE=explore pytest tests/core
+settings.register_profile(
+    "explore", deadline=None, max_examples=1000, suppress_health_check=SLOW, print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "deterministic"))
 
 # What takes longest begins first, so that workers end at about the same time.
 LONGEST_FIRST = ("tensorflow", "keras", "elastic", "multihost", "examples", "torch", "benchmarks")

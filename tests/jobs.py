@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = ROOT / "tests" / "launcher.py"
 
 # Seconds, each of them a sign of something that hangs: on a machine that is busy with other things,
 # all takes ten times as long.  What is inside ends first, so that its output is seen:
@@ -61,13 +62,12 @@ class Job:
         per_host: Sequence[int] | None = None,
         options: Sequence[str] = (),
     ) -> None:
-        launcher = Path(sys.executable).with_name("horovodrun")
         self._ranks = ranks
         # Not a pipe: a process that outlives the job would keep it open.
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [
-                *(str(launcher), "-np", str(ranks), f"--{controller()}"),
+                *(sys.executable, str(LAUNCHER), "-np", str(ranks), f"--{controller()}"),
                 *(() if per_host is None else pretended(per_host)),
                 *options,
                 *(sys.executable, *command),

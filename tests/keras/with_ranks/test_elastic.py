@@ -15,7 +15,7 @@ import hvd_dls.keras as hvd
 from hvd_dls import DLSError
 from hvd_dls.tensorflow import DLSCompressor
 from tests.keras.with_ranks.training import SPARSE, assert_same_on_all_ranks, data, flat, net
-from tests.tensorflow.with_ranks.restart import restart_horovod
+from tests.restart import restart_horovod
 
 
 def compiled(compression, **options):
@@ -39,7 +39,7 @@ def test_training_goes_on_from_what_was_saved(compressed):
     once = flat(model)
     state.restore()
     assert not np.array_equal(flat(model), once)
-    restart_horovod()
+    restart_horovod(hvd)
     state.sync()
     model.fit(*data(32, 1), 8, verbose=0, shuffle=False)
     np.testing.assert_array_equal(flat(model), once)
@@ -79,7 +79,7 @@ def test_fit_that_looks_for_nan_goes_on_beside_a_newcomer_that_traces(monkeypatc
     model, compression, state = started()
     model.fit(*data(32), 8, verbose=0, shuffle=False)
     monkeypatch.delenv("HOROVOD_ELASTIC")  # horovodrun would be asked for a rank in a new job
-    restart_horovod()
+    restart_horovod(hvd)
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
     if hvd.rank() == 1:
         model, compression, state = started()

@@ -13,7 +13,7 @@ import keras
 import hvd_dls.keras as hvd
 from hvd_dls.tensorflow import DLSCompressor
 from tests.keras.with_ranks.training import SPARSE, assert_same_on_all_ranks, data, flat, net
-from tests.tensorflow.with_ranks.restart import restart_horovod
+from tests.restart import restart_horovod
 
 
 @pytest.mark.parametrize("eagerly", [False, True])
@@ -33,7 +33,7 @@ def test_training_goes_on_as_if_nothing_had_happened(compressed, eagerly):
         for step in range(4):
             model.train_on_batch(*data(16, step))
             if restarts and step == 1:
-                restart_horovod()
+                restart_horovod(hvd)
         if compressed:
             assert compression.last_step().step == 4
         assert_same_on_all_ranks(flat(model))

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_dls.tensorflow import DLSCompressor
-from tests.tensorflow.with_ranks.restart import restart_horovod
+from tests.restart import restart_horovod
 from tests.tensorflow.with_ranks.training import SPARSE, whole_numbers
 
 SHAPES = [(30, 40), (3, 3, 4, 8), (20, 11)]
@@ -137,7 +137,7 @@ def test_horovod_begun_anew_between_steps(mode):
     ledger = Ledger(mode)
     for step in range(6):
         if step in (2, 4):
-            restart_horovod()
+            restart_horovod(hvd)
         ledger.step(step)
         ledger.assert_nothing_is_lost()
     assert ledger.compression.last_step().step == 6
@@ -147,6 +147,6 @@ def test_horovod_begun_anew_in_the_middle_of_a_step(mode):
     ledger = Ledger(mode)
     ledger.step(0)
     ledger.step(1, "backward")
-    restart_horovod()
+    restart_horovod(hvd)
     ledger.step(2)
     ledger.assert_nothing_is_lost()

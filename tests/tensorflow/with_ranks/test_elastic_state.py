@@ -13,7 +13,7 @@ from hvd_dls.adapter import World
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.tensorflow import DLSCompressor, elastic
 from hvd_dls.tensorflow.lost_ranks import tells_of_a_lost_rank
-from tests.tensorflow.with_ranks.restart import restart_horovod
+from tests.restart import restart_horovod
 from tests.tensorflow.with_ranks.training import (
     SPARSE,
     Net,
@@ -54,7 +54,7 @@ def test_training_goes_on_from_what_was_saved(mode, options):
         state.step = 6
         state.restore()
         assert state.step == saved_after
-        restart_horovod()
+        restart_horovod(hvd)
         trainer.train(range(saved_after, 6))
         np.testing.assert_array_equal(flat(model), once[0])
         np.testing.assert_array_equal(residuals(compression), once[1])
@@ -195,7 +195,7 @@ def test_two_models_in_a_function_that_runs_beside_a_newcomer_that_traces(monkey
     for number in range(3):
         step(*batch(number))
     monkeypatch.delenv("HOROVOD_ELASTIC")  # horovodrun would be asked for a rank of the new world
-    restart_horovod()
+    restart_horovod(hvd)
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
     if hvd.rank() == 1:
         step, nets, compressions, state = started()

@@ -9,6 +9,7 @@ from torch import nn
 
 from hvd_dls import DLSError
 from hvd_dls.torch import DLSCompressor
+from tests.restart import restart_horovod
 from tests.torch.with_ranks.training import (
     SPARSE,
     assert_same_on_all_ranks,
@@ -218,8 +219,7 @@ def test_hvd_init_again_keeps_what_waits():
         if again:
             # The other host may still be handing on what came in: a shutdown would cut that off.
             hvd.allreduce(torch.zeros(1), name="all ranks have made their steps")
-            hvd.shutdown()
-            hvd.init()
+            restart_horovod(hvd)
         train(model, optimizer, range(4, 7))
         assert compression.last_step().step == 7
         trained.append(flat(model))

@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import itertools
 import os
-
-import horovod.tensorflow as hvd
+from types import ModuleType
 
 from tests.store import request, wait_for_all
 
 _restarts = itertools.count()
 
 
-def restart_horovod() -> None:
-    """Shuts Horovod down and starts it again, on all ranks."""
+def restart_horovod(hvd: ModuleType) -> None:
+    """Shuts Horovod down and starts it again, on all ranks.
+
+    Args:
+        hvd: ``horovod.torch`` or ``horovod.tensorflow``.
+    """
     rank, size, number = hvd.rank(), hvd.size(), next(_restarts)
-    scopes = ["global", f"cross_{hvd.local_rank()}", f"local_{os.environ.get('HOROVOD_HOSTNAME')}"]
+    scopes = [f"cross_{hvd.local_rank()}"]
+    scopes += [f"local_{os.environ.get('HOROVOD_HOSTNAME')}"] if hvd.local_rank() == 0 else []
+    scopes += ["global"] if rank == 0 else []
     hvd.shutdown()
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
         wait_for_all(f"down.{number}", rank, size)
         for scope in scopes:
-            if rank == 0 or scope.startswith("cross"):
-                _clear(scope)
+            _clear(scope)
         wait_for_all(f"cleared.{number}", rank, size)
     hvd.init()
 
