@@ -13,6 +13,7 @@ import numpy as np
 
 import hvd_dls
 from hvd_dls.adapter.hosts import HostSets, check_exchange, groups_of, host_sets, known_sets, row_of
+from hvd_dls.adapter.leaving import meet_at_exit
 from hvd_dls.adapter.states import take_state_of
 from hvd_dls.adapter.world import World, epoch
 from hvd_dls.config import ALLGATHER, DLSConfig
@@ -29,6 +30,7 @@ from hvd_dls.core.wire.agreement import Claim
 # Names of the operations in which ranks compare notes.  They depend on nothing that may differ
 # between ranks; where a rank is missing, Horovod's stall report shows them.
 _HOSTS, _AGREE, _LOAD = "hvd_dls.hosts", "hvd_dls.agree", "hvd_dls.load_state_dict"
+_LEAVE = "hvd_dls.leave"
 _labels: set[str] = set()  # of operations, of all models so far
 
 
@@ -143,6 +145,8 @@ class BaseBinding(ABC):
         assert session is not None
         exchanges_by_hosts = session.grouped and session.routing.buckets
         self.host_sets = host_sets(groups, hosts, world, sets) if exchanges_by_hosts else None
+        if exchanges_by_hosts:
+            meet_at_exit(session, world.set_id, self._meet)
         session.agree(np.array(claims[0].numbers, np.int64))
         self._label = claims[0].label
         session.observers = self.observers
@@ -151,6 +155,10 @@ class BaseBinding(ABC):
         if old is None:
             session.announce()
         return session
+
+    def _meet(self) -> None:
+        """Returns when all ranks have called it."""
+        self._gather(_LEAVE, np.zeros(1, np.uint8))
 
     def _new_session(self, world: World, groups: Groups) -> Session:
         threads.use(self._config.threads or threads.to_spare(world.local_size))

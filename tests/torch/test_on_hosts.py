@@ -101,3 +101,33 @@ def test_all_ranks_on_one_host_train_densely(program):
 def test_one_rank_on_each_host_is_as_without_hosts(program):
     output = horovodrun(2, [program], env=STATIC, per_host=(1, 1))
     assert output.count("made by (1, 1) of 4 layers") == 2, output
+
+
+AHEAD = """
+import time
+import horovod.torch as hvd
+import torch
+from hvd_dls.torch import DLSCompressor
+from hvd_dls.torch.delivery import Delivery
+from tests.torch.with_ranks.training import SPARSE, net, train, wrap
+
+hvd.init()
+torch.manual_seed(1)
+model = net()
+optimizer = wrap(model, DLSCompressor(density=0.05, hierarchical=True, **SPARSE))
+train(model, optimizer, range(2))
+if hvd.rank() == 2:  # the other host is through meanwhile
+
+    def late(*arguments):
+        time.sleep(2)
+        hand_on(*arguments)
+
+    hand_on, Delivery._hand_on = Delivery._hand_on, late
+train(model, optimizer, [2])
+print("made all steps on rank", hvd.rank(), flush=True)
+"""
+
+
+def test_a_host_that_is_through_waits_with_its_end_for_another_that_hands_on():
+    output = horovodrun(4, ["-c", AHEAD], per_host=(2, 2))
+    assert output.count("made all steps on rank") == 4, output

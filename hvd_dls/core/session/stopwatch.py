@@ -49,10 +49,12 @@ class Stopwatch:
     Attributes:
         seconds: so far, of each of PARTS.  Written by whoever works, with the session's lock held
             where there are several threads; "wait" by the thread that waits.
+        ended: when the last step ended, as ``perf_counter`` tells; minus infinity before one.
     """
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.ended = float("-inf")
         self._total = 0.0
         self._entered: float | None = None
         self._sent: float | None = None
@@ -92,8 +94,8 @@ class Stopwatch:
 
     def lap(self) -> Seconds:
         """The step ends: its seconds, and the next one begins."""
+        self.ended = now = perf_counter()
         if self._entered is not None:
-            now = perf_counter()
             self._total, self._entered = self._total + now - self._entered, now
         parts = self.seconds
         taken = Seconds(**parts, total=self._total or sum(parts.values()))
