@@ -53,6 +53,7 @@ from hvd_dls.keras import callbacks, elastic
 from hvd_dls.keras.collectives import allgather, allreduce, broadcast, reducescatter
 from hvd_dls.keras.loading import load_model
 from hvd_dls.keras.optimizer import DistributedOptimizer
+from hvd_dls.keras.uneven import join
 from hvd_dls.tensorflow import DLSCompressor
 from hvd_dls.tensorflow.broadcasting import broadcast_global_variables, broadcast_variables
 
@@ -83,6 +84,7 @@ __all__ = [
     "gloo_enabled",
     "init",
     "is_initialized",
+    "join",
     "load_model",
     "local_rank",
     "local_size",

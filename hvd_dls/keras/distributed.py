@@ -16,6 +16,7 @@ from hvd_dls.keras.accumulation import apply_accumulated, inner_optimizer
 from hvd_dls.keras.conditions import run_either
 from hvd_dls.keras.reduction import Reduction
 from hvd_dls.keras.xla import NotCompiled
+from hvd_dls.tensorflow.zeroing import zeroed
 
 
 class Distributed(NotCompiled):
@@ -48,9 +49,10 @@ class Distributed(NotCompiled):
         if (accumulates or self._reduction.may_skip) and not getattr(self, "built", True):
             with tf.init_scope():
                 base.build(variables)
-        if accumulates:
-            return apply_accumulated(self, self._reduction, grads, variables, apply)
-        reduced = self._reduction(grads, variables)
+        with zeroed(grads, variables) as grads:
+            if accumulates:
+                return apply_accumulated(self, self._reduction, grads, variables, apply)
+            reduced = self._reduction(grads, variables)
         if not self._reduction.may_skip:
             return apply(reduced.gradients)
         return run_either(reduced.accepted, lambda: apply(reduced.gradients), lambda: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
@@ -19,6 +20,7 @@ from hvd_dls.keras.gradient_allreduce import Allreduce
 from hvd_dls.keras.layers import is_compressed, make_layers
 from hvd_dls.keras.names import unique_name
 from hvd_dls.keras.xla import refuse_jit
+from hvd_dls.tensorflow import zeroing
 from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.compressor import DLSCompressor
 from hvd_dls.tensorflow.traced_models import agreement
@@ -73,6 +75,11 @@ class Reduction:
         self._traced: dict[tuple[int, ...], Any] = {}
 
     @property
+    def process_set(self) -> hvd.ProcessSet:
+        """The ranks that exchange gradients."""
+        return self._allreduce.process_set
+
+    @property
     def active(self) -> bool:
         """Whether gradients go through Horovod or a compressor at all.
 
@@ -94,7 +101,7 @@ class Reduction:
             refuse_jit()
             return self._reduce(gradients, variables)
         # Traced, so that all gradients are on their way at once.
-        key = tuple(map(id, variables))
+        key = (zeroing.is_seen_to(), *map(id, variables))
         if key not in self._traced:
 
             @tf.function(autograph=False)

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from hvd_dls.adapter import BaseCompressor, InstanceOrDefault, is_elastic
 from hvd_dls.errors import DLSError
-from hvd_dls.tensorflow import single_process
+from hvd_dls.tensorflow import single_process, zeroing
 from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.exchange import Exchange
 from hvd_dls.tensorflow.handles import handle_of
@@ -26,6 +26,11 @@ from hvd_dls.tensorflow.reduction import Context, compress_gradient, send_uncomp
 from hvd_dls.tensorflow.summaries import SummaryScalars
 
 _log = logging.getLogger("hvd_dls")
+_SLICES = (
+    "join(...): gradients that are IndexedSlices (of embeddings) do not come to the compressor, so "
+    "those of ranks without data would not become zeros. Accepted are tensors: pass "
+    "sparse_as_dense=True to hvd.DistributedGradientTape, or use hvd_dls.keras"
+)
 _do_not_convert = tf.autograph.experimental.do_not_convert
 
 
@@ -109,7 +114,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
         variable = call and call.take_variable(tensor)
         if call is None or variable is None:
             self._warn_of_unknown(tensor)
-            return send_uncompressed(tensor)
+            return send_uncompressed(zeroing.zero(tensor))
         if call is not self._call:
             self._call, self._exchange = call, self._prepare(call)
         exchange = self._exchange
@@ -162,6 +167,8 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
                         self.config, call.dense_variables, call.dense_gradients
                     )
                 return None
+        if zeroing.applies() and any(isinstance(g, tf.IndexedSlices) for g in call.gradients):
+            raise DLSError(_SLICES)
         binding = self.binding_of(variables)
         binding.left_out_alone = True
         binding.start(call.process_set, call.op)

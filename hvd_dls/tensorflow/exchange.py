@@ -17,6 +17,7 @@ import tensorflow as tf
 from hvd_dls.adapter import is_elastic
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
+from hvd_dls.tensorflow import zeroing
 from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.executors import HOST
 from hvd_dls.tensorflow.handles import graph_of, handle_of, handle_on_cpu, identity
@@ -82,7 +83,8 @@ class Exchange:
             self.checked = self._check({n: v for n, (v, _) in members.items()}, in_graph)
             buckets: dict[int | None, dict[str, tf.Tensor]] = {}
             for name, (_, gradient) in members.items():
-                buckets.setdefault(self.session.bucket_of(name), {})[name] = gradient
+                own = zeroing.zero(gradient)
+                buckets.setdefault(self.session.bucket_of(name), {})[name] = own
             gathered = {
                 bucket: self._gather(bucket, of_bucket)
                 for bucket, of_bucket in sorted(buckets.items(), key=str)
@@ -115,10 +117,12 @@ class Exchange:
             if self.session.may_be_sparse(name) or self.session.corrects
         ]
         traced = [identity(handle) for handle in handles]
+        seen_to = zeroing.is_seen_to()
 
         def check(*current: tf.Tensor) -> np.int64:
             if [identity(handle) for handle in current] != traced:
                 raise DLSError(_OTHER_MODEL)
+            zeroing.exchange_begins(seen_to)
             agree_on(self._models)
             return np.int64(self.binding.begin_step())
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from hvd_dls.tensorflow.exchange import Exchange
 from hvd_dls.tensorflow.executors import HOST
+from hvd_dls.tensorflow.zeroing import zero
 
 
 class Context(Protocol):
@@ -133,15 +134,15 @@ def compress_gradient(
         gradient, after clipping and momentum.  And the context of the gradient.
     """
     if not exchange.layers:
-        return send_uncompressed(gradient)
+        return send_uncompressed(zero(gradient))
     if name is None or name not in exchange.layers:
         with tf.control_dependencies([exchange.checked]):
-            sent, _ = send_uncompressed(tf.identity(gradient))
+            sent, _ = send_uncompressed(tf.identity(zero(gradient)))
         return sent, DenseContext(exchange, None, gradient.dtype)
     if not exchange.session.may_be_sparse(name):
-        whole = gradient
+        whole = zero(gradient)
         if exchange.session.corrects:
-            whole = _corrected(gradient, name, exchange)
+            whole = _corrected(whole, name, exchange)
         if exchange.grouped:
             whole = tf.cast(whole, gradient.dtype)
         with tf.control_dependencies([exchange.checked]):
@@ -149,7 +150,9 @@ def compress_gradient(
         return sent, DenseContext(exchange, name, gradient.dtype)
     operation_name = exchange.binding.scale_name(name)
     if exchange.may_go_dense:
-        sent = tf.identity(_placeholder_or_whole(gradient, name, exchange), name=operation_name)
+        sent = tf.identity(
+            _placeholder_or_whole(zero(gradient), name, exchange), name=operation_name
+        )
     else:
         dtype = horovod_dtype(gradient.dtype) if exchange.grouped else tf.float64
         # Not before the gradient is there: if a step fails in forward or backward, no rank must be
