@@ -72,6 +72,7 @@ class Exchange:
         self.layers = frozenset(members)
         self.n_gradients = len(variables)
         self.grouped = grouped
+        self._seen_to = zeroing.is_seen_to()
         # Not whether this step does: a state of an earlier one may be loaded, and in an elastic job
         # the function may run beside those of ranks that have traced theirs in other steps.
         self.may_go_dense = self.session.dense_step or self.session.dense_steps > 0
@@ -103,9 +104,10 @@ class Exchange:
         TensorFlow takes a Horovod operation with a constant input for a constant: it runs it once,
         when it optimises a traced function, and never again.  In an elastic job ranks that come
         later would wait for the others there, and these would go on with the scale of a number of
-        ranks that has passed.  So there it is computed, from the number of the run.
+        ranks that has passed.  And where ranks have different data, they trace functions anew, for
+        a smaller batch, in different steps.  So there it is computed, from the number of the run.
         """
-        if not is_elastic():
+        if not is_elastic() and not self._seen_to:
             return tf.ones([1], dtype)
         return tf.cast(tf.reshape(tf.minimum(self.checked, 1), [1]), dtype)
 
@@ -117,7 +119,7 @@ class Exchange:
             if self.session.may_be_sparse(name) or self.session.corrects
         ]
         traced = [identity(handle) for handle in handles]
-        seen_to = zeroing.is_seen_to()
+        seen_to = self._seen_to
 
         def check(*current: tf.Tensor) -> np.int64:
             if [identity(handle) for handle in current] != traced:

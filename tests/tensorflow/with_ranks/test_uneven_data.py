@@ -109,6 +109,17 @@ def test_nothing_is_lost_and_residuals_of_ranks_without_data_are_sent(options):
     assert_same_on_all_ranks(compression.last_step().k)
 
 
+def test_last_batches_are_smaller_at_different_times():
+    """So ranks trace the step anew at different times, and one must not wait for the others."""
+    trainer = Trainer(Net(), DLSCompressor(density=0.05, **SPARSE), "tf.function")
+    sizes = [6, 6, 6, 2] if hvd.rank() == 0 else [6, 3]
+    for epoch in range(2):
+        own = [batch(10 * epoch + number, size=size) for number, size in enumerate(sizes)]
+        train(lambda of: trainer._step(*of), own)
+        assert_same_on_all_ranks(flat(trainer.model))
+    assert trainer.traces == 2
+
+
 def train(step, batches):
     with join(batches) as joined:
         for one in joined:
