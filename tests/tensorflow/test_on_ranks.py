@@ -9,6 +9,8 @@ pytestmark = needs("tensorflow")
 
 HERE = "tests/tensorflow/with_ranks"
 KERAS = "tests/keras/with_ranks/test_keras3.py"
+KERAS_UNEVEN = "tests/keras/with_ranks/test_uneven_data.py"
+UNEVEN = "test_density_1_trains_as_horovod_does_with_zeros"
 
 
 def test_tensorflow_and_keras_3_in_a_process_of_their_own():
@@ -35,10 +37,12 @@ def test_tensorflow_and_keras_3_on_four_ranks_with_one_thread_for_operations():
         f"{HERE}/test_laws.py::test_at_density_one_training_equals_dense_training[eager-average]",
         f"{HERE}/test_horovod_options.py::test_process_sets",
         f"{HERE}/test_horovod_options.py::test_two_models_in_one_function",
+        f"{HERE}/test_uneven_data.py::{UNEVEN}[tf.function-first]",
         f"{KERAS}::test_fit_with_a_smaller_last_batch[dls]",
         f"{KERAS}::test_custom_loop[dls-eager-apply_gradients]",
         f"{KERAS}::test_nothing_is_lost",
         f"{KERAS}::test_process_sets[dls]",
+        f"{KERAS_UNEVEN}::{UNEVEN}[convolution-last-False-options1]",
         env={"TF_NUM_INTEROP_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"},
     )
     assert output.count(" passed") == 4, output
