@@ -14,7 +14,6 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from hvd_dls.adapter import is_elastic
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow import zeroing
@@ -101,14 +100,11 @@ class Exchange:
     def one(self, dtype: tf.DType) -> tf.Tensor:
         """Returns 1.0, (1,), for Horovod to reduce.
 
-        TensorFlow takes a Horovod operation with a constant input for a constant: it runs it once,
-        when it optimises a traced function, and never again.  In an elastic job ranks that come
-        later would wait for the others there, and these would go on with the scale of a number of
-        ranks that has passed.  And where ranks have different data, they trace functions anew, for
-        a smaller batch, in different steps.  So there it is computed, from the number of the run.
+        Not a constant: TensorFlow would run Horovod's operation once, when it optimises a traced
+        function, and never again.  A rank that traces it anew in a step of its own, for a smaller
+        batch, would wait there for all others; and where workers come and go, those that stay would
+        go on with the scale of a number of ranks that has passed.  So it is computed in each run.
         """
-        if not is_elastic() and not self._seen_to:
-            return tf.ones([1], dtype)
         return tf.cast(tf.reshape(tf.minimum(self.checked, 1), [1]), dtype)
 
     def _check(self, variables: dict[str, Any], in_graph: bool) -> tf.Tensor:

@@ -208,6 +208,15 @@ def test_several_steps_in_one_function():
     assert_same_on_all_ranks(flat(model))
 
 
+def test_ranks_trace_a_function_anew_in_different_steps():
+    """As for a smaller batch, which they have at different times; none must wait for the others."""
+    trainer = Trainer(Net(), compressor(), "tf.function")
+    for step, size in enumerate([6, 6, 3, 6] if hvd.rank() else [6, 6, 6, 3]):
+        trainer._step(*batch(step, size=size))
+    assert trainer.traces == 2
+    assert_same_on_all_ranks(flat(trainer.model))
+
+
 def test_functions_run_eagerly_for_debugging():
     trained = []
     for eagerly in (False, True):
