@@ -4,9 +4,9 @@
     python -m benchmarks.network --hosts 2 --model resnet50
     python -m benchmarks.network --hosts 4 --per-host 4 --density 0.01
 
-With several ranks on each host it compares DLS as it is with hierarchical=True. Beside Horovod's
-own methods stand those of torch's DistributedDataParallel over Gloo, which exchanges dense
-gradients faster than Horovod does: dense, fp16, and PowerSGD.
+With one rank on each host it also compares exchange="sparse_allreduce"; with several, DLS as it is
+with hierarchical=True. Beside Horovod's own methods stand those of torch's DistributedDataParallel
+over Gloo, which exchanges dense gradients faster than Horovod does: dense, fp16, and PowerSGD.
 
 Makes hosts out of this machine, with links of the given rate in each direction (benchmarks.hosts;
 needs root), and runs one job for each number of hosts and each rate. In a job,
@@ -17,8 +17,9 @@ and the most that a whole training step can win.
 
 Bytes are those that a host's interface sent in a step, as the kernel counted them, beside what the
 telemetry says: payloads times (P - 1), for a ring allgather, and what goes to allreduce times
-2 (P - 1) / P; with hierarchical=True, a host's payloads times (hosts - 1). The difference is of
-what is left when that of a step with nothing to exchange (our barrier) is subtracted: headers
+2 (P - 1) / P; with hierarchical=True, a host's payloads times (hosts - 1); where owners add up,
+what the busiest host receives, and so the difference is of that. The difference is of what is left
+when that of a step with nothing to exchange (our barrier) is subtracted: headers
 (4.6 %; less on fast links, where the kernel joins packets and counts one header),
 acknowledgements, and Horovod's coordination, which goes on every millisecond, so that slow steps
 have more of it.
@@ -65,6 +66,8 @@ TARGETS = {
 
 def methods_of(args: argparse.Namespace) -> list[str]:
     """Returns the methods to compare, as ``Method.parse`` takes them."""
+    if args.methods:
+        return ["nothing", "dense", *(m for m in args.methods if m not in ("nothing", "dense"))]
     methods = ["nothing", "dense", "fp16", *args.peers]
     for density in args.density:
         if args.per_host > 1:
@@ -72,6 +75,7 @@ def methods_of(args: argparse.Namespace) -> list[str]:
             continue
         methods += [f"{kind}:{density:g}" for kind in ("layerwise", "dls")]
         methods.append(f"dls:{density:g}:{args.values}")
+        methods.append(f"sparse_allreduce:{density:g}")
     return methods
 
 
@@ -119,20 +123,25 @@ def row_of(job: dict[str, Any], method: str) -> dict[str, Any]:
     """Computes the figures of a method."""
     figures = job["methods"][method]
     counted = float(np.median(steps_of(job, method, "sent_bytes")))
-    ours = float(np.median(steps_of(job, "nothing", "sent_bytes")))
+    busiest = float(np.median(steps_of(job, method, "most_received_bytes")))
     claimed = figures["claimed_wire_bytes"]
+    # Where owners add up, that is of the busiest host.
+    what = "most_received_bytes" if method.startswith("sparse_allreduce") else "sent_bytes"
+    theirs, ours = (float(np.median(steps_of(job, m, what))) for m in (method, "nothing"))
     row = {
         "method": method,
         "step": quartiles(steps_of(job, method)),
         "processor": float(np.median(steps_of(job, method, "cpu_seconds"))),
         "counted_bytes": counted,
+        "busiest_bytes": busiest,
         "claimed_bytes": claimed,
-        "difference": (counted - ours) / claimed - 1 if claimed else None,
+        "difference": (theirs - ours) / claimed - 1 if claimed else None,
         "unchanged_lengths": figures["unchanged_lengths"],
     }
     if method != "nothing":
         row["dense_over_this"] = ratio(job, method)
-        row["fp16_over_this"] = ratio(job, method, "fp16")
+        if "fp16" in job["methods"]:
+            row["fp16_over_this"] = ratio(job, method, "fp16")
         if "ddp" in job["methods"]:
             row["ddp_over_this"] = ratio(job, method, "ddp")
     return row
@@ -155,6 +164,7 @@ def show(job: dict[str, Any]) -> None:
                 format_range(row.get("fp16_over_this")),
                 format_range(row.get("ddp_over_this")),
                 f"{row['counted_bytes'] / 1e3:,.0f}",
+                f"{row['busiest_bytes'] / 1e3:,.0f}",
                 f"{row['claimed_bytes'] / 1e3:,.0f}",
                 "-" if difference is None else f"{difference:+.1%}",
                 f"{1e3 * row['processor']:.0f}",
@@ -162,7 +172,7 @@ def show(job: dict[str, Any]) -> None:
             ]
         )
     head = ["", "step, ms", "dense / this", "fp16 / this", "torch DDP / this", "kB sent, kernel"]
-    head += ["kB, telemetry", "difference", "processor, ms", "lengths unchanged"]
+    head += ["received, busiest", "telemetry", "difference", "processor, ms", "lengths unchanged"]
     print(markdown(head, lines))
     cores = os.cpu_count() or 1
     if job["ranks"] > cores:
@@ -224,6 +234,11 @@ def parse() -> argparse.Namespace:
         nargs="*",
         default=["ddp", "ddp-fp16", "powersgd:1", "powersgd:4"],
         help="methods of torch's DistributedDataParallel",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        help="what to compare with dense, as in dls:0.001:bfloat16, instead of all of these",
     )
     parser.add_argument("--values", default="bfloat16", help="the 16-bit type that is tried")
     parser.add_argument(

@@ -8,6 +8,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
+
 from benchmarks.common.shapes import Shapes
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.controller import Controller
@@ -18,6 +20,7 @@ from hvd_dls.core.selection import threads
 from hvd_dls.core.selection.passes import Found, find, settle, sum_up
 from hvd_dls.core.session import averaging, ending, gathering, owning, settling, stopwatch
 from hvd_dls.core.session.groups import Groups
+from hvd_dls.core.session.owners import Owners
 from hvd_dls.core.session.planning import make_plan
 from hvd_dls.core.session.session import Session
 from hvd_dls.core.session.stopwatch import Stopwatch
@@ -49,6 +52,7 @@ __all__ = [
     "layer_spec",
     "pack",
     "payload_bytes",
+    "received_from_ranks",
     "settle",
     "step_size",
     "sum_up",
@@ -86,6 +90,36 @@ def step_size(shapes: Shapes, config: DLSConfig, ranks: int) -> StepSize:
     shares = (round(entries * bucket.size / plan.sizes.sum()) for bucket in buckets)
     payloads = sum(payload_bytes(b, share) for b, share in zip(buckets, shares, strict=True))
     return StepSize(entries, payloads, plan.dense_bytes)
+
+
+def received_from_ranks(session: Session) -> np.ndarray:
+    """Computes the payload bytes that each rank receives from all others in the step to come.
+
+    Args:
+        session: with exchange="sparse_allreduce", and in no step.
+
+    Returns:
+        (P,): of each rank's own region from the others, and of theirs, what they hand out.
+    """
+    owners = session.owners
+    assert owners is not None
+    totals = [int(session.k[rows].sum()) for rows in session.routing.rows]
+    return _received(owners, totals)
+
+
+def _received(owners: Owners, totals: list[int]) -> np.ndarray:
+    """(P,) payload bytes, where the owners of each bucket hand so many sums out."""
+    ranks = len(owners.regions[0]) if owners.regions else 1
+    received = np.zeros(ranks)
+    for bucket, total in enumerate(totals):
+        regions = owners.regions[bucket]
+        room, shares = owners.shares.room(bucket, total), owners.shares.of(bucket, total)
+        parts = [payload_bytes(r.sent, n) for r, n in zip(regions, room.tolist(), strict=True)]
+        out = [
+            payload_bytes(r.handed_out, n) for r, n in zip(regions, shares.tolist(), strict=True)
+        ]
+        received += (ranks - 1) * np.array(parts) + sum(out) - np.array(out)
+    return received
 
 
 def clocked_modules() -> list[ModuleType]:

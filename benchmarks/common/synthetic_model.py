@@ -19,7 +19,7 @@ from benchmarks.common.shapes import Shapes
 from hvd_dls.torch import DLSCompressor
 from hvd_dls.torch.synthetic import GivenGradient
 
-COMPRESSIONS = ("none", "fp16", "dls", "layerwise", "hierarchical")
+COMPRESSIONS = ("none", "fp16", "dls", "layerwise", "hierarchical", "sparse_allreduce")
 
 
 class Gradients:
@@ -142,4 +142,6 @@ def make_compression(name: str, **options: Any) -> Any:
         return getattr(hvd.Compression, name)
     if name == "hierarchical":
         return DLSCompressor(hierarchical=True, **options)
+    if name == "sparse_allreduce":
+        return DLSCompressor(exchange=name, **options)
     return DLSCompressor(strategy=name, **options)

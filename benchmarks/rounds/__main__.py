@@ -45,7 +45,7 @@ def warm_up(running: RunningMethod, steps: int, seconds: float) -> int:
     first = running.first_steps + (seconds >= 10)
     taken = [running.step()[0] for _ in range(steps if sparse else first)]
     longest = float(gather([taken[-1]], "warm").max())
-    running.records.clear()
+    running.forget_records()
     return int(np.clip(round(seconds / longest), 1, MOST_STEPS))
 
 
@@ -55,13 +55,15 @@ def measure_turn(
     """Measures some steps of a method.
 
     Returns:
-        Of each step, the slowest rank's seconds, and means over ranks of all else.
+        Of each step, the slowest rank's seconds, the most bytes that a rank received, and means
+        over ranks of all else.
     """
     taken = gather([running.step(interface) for _ in range(steps)], f"taken.{steps}")
     return {
         "seconds": taken[:, :, 0].max(axis=0).tolist(),
         "cpu_seconds": taken[:, :, 1].mean(axis=0).tolist(),
         "received_bytes": taken[:, :, 2].mean(axis=0).tolist(),
+        "most_received_bytes": taken[:, :, 2].max(axis=0).tolist(),
         "sent_bytes": taken[:, :, 3].mean(axis=0).tolist(),
     }
 

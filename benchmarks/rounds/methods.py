@@ -10,6 +10,7 @@ from typing import Any
 import horovod.torch as hvd
 import numpy as np
 
+from benchmarks.common.internals import received_from_ranks
 from benchmarks.common.shapes import Shapes
 from benchmarks.common.synthetic_model import (
     Gradients,
@@ -20,6 +21,8 @@ from benchmarks.common.synthetic_model import (
 from benchmarks.rounds.measuring import gather, interface_bytes, wait_for_all
 from hvd_dls.torch import DLSCompressor
 
+SPARSE = ("layerwise", "dls", "hierarchical", "sparse_allreduce")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -27,8 +30,9 @@ class Method:
 
     Attributes:
         compression: "nothing" (no exchange at all), "none" (dense, as they are), "fp16",
-            "layerwise", "dls", or "hierarchical" (DLS between hosts, behind averages inside); with
-            torch's DistributedDataParallel: "ddp" (dense), "ddp-fp16" or "powersgd".
+            "layerwise", "dls", "hierarchical" (DLS between hosts, behind averages inside) or
+            "sparse_allreduce" (DLS where owners add up); with torch's DistributedDataParallel:
+            "ddp" (dense), "ddp-fp16" or "powersgd".
         density: of the sparse ones.
         values: type of the values they send.
         rank: of PowerSGD's matrices.
@@ -45,7 +49,7 @@ class Method:
         kind, *rest = text.split(":")
         if kind == "powersgd":
             return cls(kind, rank=int(rest[0]))
-        if kind in ("layerwise", "dls", "hierarchical") and rest:
+        if kind in SPARSE and rest:
             return cls(kind, float(rest[0]), values=rest[1] if rest[1:] else "float32")
         return cls({"dense": "none"}.get(kind, kind))
 
@@ -74,6 +78,7 @@ class RunningMethod:
         compression: what Horovod's optimizer has been given; None for "nothing".
         optimizer: what steps; Horovod's, but for "nothing".
         records: what the compressor sent in each step; empty if it is not ours.
+        received: with owners, (P,) payload bytes that each rank received in each of these steps.
         first_steps: that are unlike all others.
     """
 
@@ -94,6 +99,7 @@ class RunningMethod:
         self.optimizer: Any = NoUpdate(self._parameters)
         self.compression: Any = None
         self.records: list[dict[str, float]] = []
+        self.received: list[np.ndarray] = []
         if method.compression != "nothing":
             self._set_up(bucket_bytes)
 
@@ -133,6 +139,7 @@ class RunningMethod:
         for parameter in self._parameters:
             parameter.grad = None
         loss = self._model()
+        self._note_received()
         wait_for_all()
         before = interface_bytes(interface)
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -144,6 +151,19 @@ class RunningMethod:
         if isinstance(self.compression, DLSCompressor):
             self._record_step()
         return [*taken, *counted]
+
+    def _note_received(self) -> None:
+        """Of the step to come: when it has ended, owners may have moved."""
+        if self.method.compression != "sparse_allreduce":
+            return
+        session = self.compression.binding_of(self.optimizer).session
+        if session is not None:  # or it is the first step
+            self.received.append(received_from_ranks(session))
+
+    def forget_records(self) -> None:
+        """Forgets the steps so far."""
+        self.records.clear()
+        self.received.clear()
 
     def _record_step(self) -> None:
         record = self.compression.last_step()
@@ -181,7 +201,8 @@ class RunningMethod:
         """Returns the bytes a host's link carries each way in a step, without any headers.
 
         By ring algorithms, ranks numbered host by host; with one rank a host, what a rank sends.
-        To be called on all ranks.
+        Where owners add up, what the busiest rank receives: of its own region from the others, and
+        of theirs, what they hand out.  To be called on all ranks.
         """
         handed_over, ranks, hosts = self.handed_over(), hvd.size(), hvd.cross_size()
         gathered = handed_over["allgather"] * (ranks - 1)
@@ -189,4 +210,6 @@ class RunningMethod:
             # One rank of each host sends a bucket, to those of the other hosts.
             name = f"handed over.{self.method.name}"
             gathered = gather([handed_over["allgather"]], name).sum() * (hosts - 1) / hosts
+        if self.method.compression == "sparse_allreduce":
+            gathered = float(np.mean(self.received, axis=0).max())
         return float(gathered + handed_over["allreduce"] * 2 * (ranks - 1) / ranks)

@@ -47,13 +47,18 @@ def title_of(method: str) -> str:
     """Returns a method's name for tables and pictures: "DLS, 1.0%" for "dls:0.01"."""
     kind, *rest = method.split(":")
     names = {"dls": "DLS", "layerwise": "layer-wise top-k", "none": "dense"}
-    names["hierarchical"] = "DLS, two levels"
+    names |= {"hierarchical": "DLS, two levels", "sparse_allreduce": "DLS, sparse allreduce"}
     names |= {"ddp": "torch DDP", "ddp-fp16": "torch DDP, fp16"}
     if kind == "powersgd":
         return f"torch DDP, PowerSGD, rank {rest[0]}"
     words = [names.get(kind, kind)]
-    words += [f"{float(rest[0]):.1%}"] if rest else []
+    words += [_percent(float(rest[0]))] if rest else []
     return ", ".join([*words, *rest[1:]])
+
+
+def _percent(share: float) -> str:
+    """A density as tables have it: "1.0%", and with as many digits as it has below that."""
+    return f"{share:.1%}" if round(share, 3) == share else f"{100 * share:.3g}%"
 
 
 def format_range(values: list[float] | None, factor: float = 1.0) -> str:

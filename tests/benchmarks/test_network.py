@@ -23,6 +23,7 @@ def test_network_counts_what_telemetry_claims_and_headers(tmp_path):
         "layerwise:0.05",
         "dls:0.05",
         "dls:0.05:bfloat16",
+        "sparse_allreduce:0.05",
     ]
     for row in job["rows"]:
         assert row["counted_bytes"] > row["claimed_bytes"]

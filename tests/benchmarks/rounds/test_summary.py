@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.rounds.summary import ratio
+import pytest
+
+from benchmarks.rounds.summary import ratio, title_of
 
 
 def test_ratios_are_of_one_round_each():
@@ -14,3 +16,16 @@ def test_ratios_are_of_one_round_each():
     }
     assert ratio(job, "dls:0.01") == [4, 10, 15]
     assert ratio(job, "dls:0.01", without="off") == [7, 10, 15]
+
+
+@pytest.mark.parametrize(
+    ("method", "title"),
+    [
+        ("dense", "dense"),
+        ("dls:0.001:bfloat16", "DLS, 0.1%, bfloat16"),
+        ("sparse_allreduce:0.01", "DLS, sparse allreduce, 1.0%"),
+        ("dls:0.00028", "DLS, 0.028%"),
+    ],
+)
+def test_titles_tell_method_and_density(method, title):
+    assert title_of(method) == title
