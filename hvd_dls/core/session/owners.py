@@ -15,7 +15,8 @@ from hvd_dls.core.balancing.shares import Shares
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, WINDOW, Sketch, bin_of
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Bucket, Status
 from hvd_dls.core.wire.payload import Payloads
-from hvd_dls.core.wire.regions import Region, bounds_of, regions_of
+from hvd_dls.core.wire.regions import Edges, Region, bounds_of, edges_of, regions_of
+from hvd_dls.core.wire.strips import Frame, Strip
 
 
 class Piece(NamedTuple):
@@ -69,6 +70,9 @@ class Owners:
         )
         self.regions: list[list[Region]] = [[] for _ in buckets]
         self.kept: list[np.ndarray] = [np.empty(0)] * len(buckets)
+        self._edges: dict[int, Edges] = {}
+        self._frames: dict[tuple[int, bool], Frame] = {}
+        self._strips: dict[tuple[int, bool], Strip] = {}
         for bucket in range(len(buckets)):
             self._make(bucket)
 
@@ -76,6 +80,11 @@ class Owners:
         of = self._buckets[bucket]
         self.regions[bucket] = regions_of(of, self.shares.bounds[bucket])
         self.kept[bucket] = np.zeros(self.own(bucket).size, of.layers[0].work_dtype)
+        self._edges[bucket] = edges_of(of, self.regions[bucket])
+        for handed_out in (False, True):
+            self._strips.pop((bucket, handed_out), None)
+            own = [r.handed_out if handed_out else r.sent for r in self.regions[bucket]]
+            self._frames[bucket, handed_out] = Frame(own)
 
     def follow(self, residuals: Mapping[str, np.ndarray] | None) -> None:
         """Takes over where regions are now.
@@ -97,6 +106,24 @@ class Owners:
         """This rank's region of a bucket."""
         return self.regions[bucket][self.rank]
 
+    def edges(self, bucket: int) -> Edges:
+        """Where the pieces of all owners' regions begin."""
+        return self._edges[bucket]
+
+    def strip(self, bucket: int, room: np.ndarray, handed_out: bool) -> Strip:
+        """Where things stand in what all owners get of a rank; or in what they hand out.
+
+        Args:
+            bucket: its number.
+            room: (P,) entries that each owner's payload has room for.
+            handed_out: which.
+        """
+        strip = self._strips.get((bucket, handed_out))
+        if strip is None or not np.array_equal(strip.room, room):
+            strip = Strip(self._frames[bucket, handed_out], room)
+            self._strips[bucket, handed_out] = strip
+        return strip
+
     def merge(self, bucket: int, payloads: Payloads, total: int) -> Merged:
         """Adds up what ranks sent, rank by rank, and chooses what to hand out; keeps nothing yet.
 
@@ -107,10 +134,11 @@ class Owners:
         """
         region, offsets = self.own(bucket), self.own(bucket).sent.offsets
         sums = self.kept[bucket].copy()
-        for row, (indices, values) in enumerate(payloads.entries):
-            starts = payloads.starts[row]
-            where = indices[: starts[-1]] + np.repeat(offsets[:-1], np.diff(starts))
-            sums[where] += values[: starts[-1]]
+        entries, totals = np.diff(payloads.starts, axis=1), payloads.starts[:, -1].tolist()
+        own = [(i[:n], v[:n]) for (i, v), n in zip(payloads.entries, totals, strict=True)]
+        where = np.concatenate([indices for indices, _ in own])
+        where = where + np.repeat(np.tile(offsets[:-1], len(own)), entries.ravel())
+        np.add.at(sums, where, np.concatenate([values for _, values in own]))  # in this order
         status = np.where((payloads.status == SENT).any(axis=0), SENT, ABSENT)
         status[(payloads.status == NOT_FINITE).any(axis=0)] = NOT_FINITE
         watched: dict[str, Status] = {}

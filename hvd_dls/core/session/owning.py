@@ -7,21 +7,39 @@ which are added up in one place.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hvd_dls.core.session.averaging import Averaging
 from hvd_dls.core.session.gathering import Contribution, Farewell
-from hvd_dls.core.session.owners import Owners, Piece
+from hvd_dls.core.session.owners import Owners
 from hvd_dls.core.wire.headers import headers_in
-from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Abandoned, payload_bytes
+from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Abandoned
 from hvd_dls.core.wire.pack import pack, pack_abandoned
 from hvd_dls.core.wire.payload import Payloads, Told, starts_of
+from hvd_dls.core.wire.strips import Pieces, pieces_of
 from hvd_dls.core.wire.unpack import unpack
-from hvd_dls.errors import PayloadError
+from hvd_dls.errors import DLSError, PayloadError
+
+
+class Sent(NamedTuple):
+    """What a rank sends the owners of a bucket, piece by piece: S of them.
+
+    Attributes:
+        entries: (S,) of each.
+        indices: (K,) uint32, in each piece from its own zero.
+        values: (K,).
+        layers: (S,) each one's layer, by its number in the bucket.
+    """
+
+    entries: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    layers: np.ndarray
 
 
 class Owning(Averaging):
@@ -65,72 +83,68 @@ class Owning(Averaging):
         for name in step.working_on(bucket):
             self._heard_of(name, step.futures[name].result())
             del step.futures[name]
-        room = owners.shares.room(bucket, self._total(bucket)).tolist()
-        watched, now = step.status_of_watched(bucket), self._clock.now
-        parts, kept = [], list[list[np.ndarray | None]]()
-        cut = self._cut(bucket, owners)
-        for region, pieces, capacity in zip(owners.regions[bucket], cut, room, strict=True):
-            pieces = _fitted(pieces, capacity)
-            of_owner = watched if region.sent.watched else {}
-            packed = pack(region.sent, capacity, pieces, of_owner, now)
-            parts.append(packed.payload)
-            kept.append(packed.kept)
-            cut[len(kept) - 1] = pieces
-        self._note_sent(bucket, owners, cut, kept)
+        room = owners.shares.room(bucket, self._total(bucket))
+        strip = owners.strip(bucket, room, handed_out=False)
+        sent, stays = self._cut(bucket, owners, room)
+        status = _status(
+            step.found.get(x.name, ABSENT) for x in self.routing.buckets[bucket].layers
+        )
+        watched = step.status_of_watched(bucket)
+        written = strip.write(
+            sent.entries, sent.indices, sent.values, status[sent.layers], watched, self._clock.now
+        )
+        self._note_sent(bucket, stays, written.kept)
         self._close(bucket)
-        step.scattered[bucket] = sum(map(len, parts))
+        step.scattered[bucket] = len(written.payloads)
+        ends = strip.bounds.tolist()
+        parts = [written.payloads[i:j] for i, j in pairwise(ends)]
         self.watch.seconds["pack"] += perf_counter() - begun
         return parts
 
-    def _cut(self, bucket: int, owners: Owners) -> list[list[Any]]:
-        """What was found of each owner's pieces, or None, or ABSENT, as for ``pack``."""
-        step, of = self._step, self.routing.buckets[bucket]
-        cut: list[list[Any]] = []
-        for region in owners.regions[bucket]:
-            pieces: list[Any] = []
-            sizes = np.diff(region.sent.offsets)
-            for layer, begin, size in zip(region.layers, region.begins, sizes, strict=True):
-                found = step.found.get(of.layers[layer].name, ABSENT)
-                if found is None or found is ABSENT:
-                    pieces.append(found)
-                    continue
-                first, last = np.searchsorted(found.indices, [begin, begin + size])
-                indices = found.indices[first:last] - np.uint32(begin)
-                pieces.append(Piece(indices, found.values[first:last]))
-            cut.append(pieces)
-        return cut
+    def _cut(self, bucket: int, owners: Owners, room: np.ndarray) -> tuple[Sent, np.ndarray | None]:
+        """What was found, cut into owners' pieces; and which of it is left, None for all.
 
-    def _note_sent(
-        self,
-        bucket: int,
-        owners: Owners,
-        cut: list[list[Any]],
-        kept: list[list[np.ndarray | None]],
-    ) -> None:
+        Raises:
+            DLSError: indices do not ascend within their layer.
+        """
+        step, of = self._step, self.routing.buckets[bucket]
+        there = [step.found.get(layer.name) for layer in of.layers]
+        lengths = [0 if found is None else len(found.indices) for found in there]
+        found = [x for x in there if x is not None]
+        nothing = np.empty(0, of.layers[0].work_dtype)
+        indices = np.concatenate([nothing.astype(np.uint32), *(x.indices for x in found)])
+        values = np.concatenate([nothing, *(x.values for x in found)])
+        numbers = indices + np.repeat(of.offsets[:-1], lengths)
+        cuts = np.searchsorted(numbers, of.offsets)
+        if (np.diff(cuts) != lengths).any() or (np.diff(numbers) <= 0).any():
+            raise DLSError(f"bucket {of.name!r}: indices do not ascend within their layers")
+        stays, edges = None, owners.edges(bucket)
+        if len(left_out := _left_out(numbers, values, owners.shares.bounds[bucket], room)):
+            stays = np.ones(len(numbers), bool)
+            stays[left_out] = False
+            numbers, values = numbers[stays], values[stays]
+        entries = np.diff(np.searchsorted(numbers, edges.starts))
+        own = (numbers - np.repeat(edges.starts[:-1], entries)).astype(np.uint32)
+        return Sent(entries, own, values, edges.layers), stays
+
+    def _note_sent(self, bucket: int, stays: np.ndarray | None, kept: np.ndarray | None) -> None:
         """Has the step know what was sent of each layer, where some may have found no room."""
         step, of = self._step, self.routing.buckets[bucket]
-        indices: list[list[np.ndarray]] = [[] for _ in of.layers]
-        values: list[list[np.ndarray]] = [[] for _ in of.layers]
-        rounding: list[list[np.ndarray | None]] = [[] for _ in of.layers]
-        for region, pieces, left in zip(owners.regions[bucket], cut, kept, strict=True):
-            for layer, begin, piece, rest in zip(
-                region.layers.tolist(), region.begins, pieces, left, strict=True
-            ):
-                if isinstance(piece, Piece):
-                    indices[layer].append(piece.indices + np.uint32(begin))
-                    values[layer].append(piece.values)
-                    rounding[layer].append(rest)
         step.kept[bucket] = [None] * len(of.layers)
+        before = after = 0
         for position, layer in enumerate(of.layers):
             found = step.found.get(layer.name)
             if found is None:
                 continue
-            step.found[layer.name] = found._replace(
-                indices=np.concatenate(indices[position]), values=np.concatenate(values[position])
-            )
-            if rounding[position] and rounding[position][0] is not None:
-                there = [rest for rest in rounding[position] if rest is not None]
-                step.kept[bucket][position] = np.concatenate(there)
+            stop = before + len(found.indices)
+            if stays is not None:
+                own = stays[before:stop]
+                found = found._replace(indices=found.indices[own], values=found.values[own])
+                step.found[layer.name] = found
+            before, begin = stop, after
+            after += len(found.indices)
+            if kept is not None:
+                step.kept[bucket][position] = kept[begin:after]
 
     def _farewell_of(self, buckets: Collection[int]) -> dict[int, Farewell]:
         owners, step, now = self.owners, self._step, self._clock.now
@@ -210,23 +224,32 @@ class Owning(Averaging):
         told = self._step.told.get(bucket, {})
         if told:
             self._check_clock(told)  # who it was, and not only that the owners have heard of it
-        shares = owners.shares.of(bucket, self._total(bucket)).tolist()
-        regions = [region.handed_out for region in owners.regions[bucket]]
-        lengths = [payload_bytes(r, n) for r, n in zip(regions, shares, strict=True)]
-        if gathered.dtype != np.uint8 or len(gathered) != sum(lengths):
+        shares = owners.shares.of(bucket, self._total(bucket))
+        strip, now = owners.strip(bucket, shares, handed_out=True), self._clock.now
+        if gathered.dtype != np.uint8 or len(gathered) != strip.bounds[-1]:
             raise PayloadError(
                 f"bucket {self.routing.buckets[bucket].name!r}: gathered {gathered.size} items of "
-                f"{gathered.dtype}, expected {sum(lengths)} bytes; are all ranks in the same step?"
+                f"{gathered.dtype}, expected {strip.bounds[-1]} bytes; are all ranks in the same "
+                "step?"
             )
-        ends = np.cumsum([0, *lengths])
-        payloads = [
-            unpack(region, share, gathered[ends[rank] : ends[rank + 1]], [rank])
-            for rank, (region, share) in enumerate(zip(regions, shares, strict=True))
-        ]
-        told = {rank: each.told()[0] for rank, each in enumerate(payloads)}
-        if any(x.clock != self._clock.now or x.abandoned for x in told.values()):
-            self._check_clock(told)
-        return self._joined(bucket, payloads), {}
+        pieces = strip.read(gathered, now)
+        if pieces is None:  # one by one, which tells what is wrong
+            payloads = [
+                unpack(region.handed_out, share, gathered[begin:end], [rank])
+                for rank, (region, share, (begin, end)) in enumerate(
+                    zip(
+                        owners.regions[bucket],
+                        shares.tolist(),
+                        pairwise(strip.bounds.tolist()),
+                        strict=True,
+                    )
+                )
+            ]
+            told = {rank: each.told()[0] for rank, each in enumerate(payloads)}
+            if any(x.clock != now or x.abandoned for x in told.values()):
+                self._check_clock(told)
+            pieces = pieces_of(payloads)
+        return self._joined(bucket, pieces, strip.first), {}
 
     def _told_by_headers(self, bucket: int, gathered: np.ndarray) -> dict[int, Told]:
         owners = self.owners
@@ -234,83 +257,81 @@ class Owning(Averaging):
             return super()._told_by_headers(bucket, gathered)
         return {}
 
-    def _joined(self, bucket: int, payloads: list[Payloads]) -> Payloads:
-        """What all owners hand out of a bucket, as if one rank had sent it."""
+    def _joined(self, bucket: int, pieces: Pieces, first: np.ndarray) -> Payloads:
+        """What all owners hand out of a bucket, as if one rank had sent it.
+
+        Args:
+            bucket: its number.
+            pieces: of all owners.
+            first: (P + 1,) each owner's first piece, and the number of all.
+        """
         owners, of = self.owners, self.routing.buckets[bucket]
         assert owners is not None
-        n = len(of.layers)
-        entries, status = np.zeros(n, np.int64), np.full(n, ABSENT, np.uint8)
-        window = payloads[0].counts.shape[-1]
-        bases, counts = np.zeros(n, np.int64), np.zeros((n, window), np.int64)
-        indices, values = [], []
-        for region, each in zip(owners.regions[bucket], payloads, strict=True):
-            for position, (layer, begin) in enumerate(
-                zip(region.layers.tolist(), region.begins.tolist(), strict=True)
-            ):
-                said = int(each.status[0, position])
-                status[layer] = _worse(int(status[layer]), said)
-                own_indices, own_values = each[0].entries(position)
-                entries[layer] += len(own_indices)
-                indices.append(own_indices + np.uint32(begin))
-                values.append(own_values)
-                if said == SENT:
-                    base = int(each.bases[0, position])
-                    bases[layer], counts[layer] = _together(
-                        int(bases[layer]), counts[layer], base, each.counts[0, position]
-                    )
+        n, edges = len(of.layers), owners.edges(bucket)
+        # A layer is not finite if a piece is not, else it is sent if a piece is.
+        status = np.full(n, ABSENT, np.uint8)
+        status[edges.layers[pieces.status == SENT]] = SENT
+        status[edges.layers[pieces.status == NOT_FINITE]] = NOT_FINITE
+        lengths = np.diff(pieces.starts)
+        entries = np.zeros(n, np.int64)
+        np.add.at(entries, edges.layers, lengths)
+        bases, counts = _together(pieces, edges.layers, n)
+        indices = pieces.indices + np.repeat(edges.begins, lengths).astype(np.uint32)
         self._step.of_regions[bucket] = (
-            np.array([each.bases[0].max() for each in payloads]),
-            np.stack([each.counts[0].sum(axis=0) for each in payloads]),
+            np.maximum.reduceat(pieces.bases, first[:-1]).astype(np.int64),
+            np.add.reduceat(pieces.counts, first[:-1], axis=0),
         )
         return Payloads(
-            payloads[0].headers,
-            payloads[0].watched,
+            pieces.headers[:1],
+            pieces.watched[None],
             status[None],
             bases[None],
             counts[None],
             starts_of(entries[None]),
-            [(np.concatenate(indices), np.concatenate(values))],
+            [(indices, pieces.values)],
             from_owners=True,
         )
 
 
-def _fitted(pieces: list[Any], room: int) -> list[Any]:
-    """Leaves the smallest entries of all pieces out for which there is no room."""
-    there = [piece for piece in pieces if isinstance(piece, Piece)]
-    over = sum(len(piece.indices) for piece in there) - room
-    if over <= 0:
-        return pieces
-    magnitudes = np.abs(np.concatenate([piece.values for piece in there]))
-    stays = np.ones(len(magnitudes), bool)
-    stays[np.argsort(magnitudes, kind="stable")[:over]] = False
-    fitted, start = [], 0
-    for piece in pieces:
-        if isinstance(piece, Piece):
-            own = stays[start : start + len(piece.indices)]
-            start += len(piece.indices)
-            piece = piece._replace(indices=piece.indices[own], values=piece.values[own])
-        fitted.append(piece)
-    return fitted
+def _left_out(
+    numbers: np.ndarray, values: np.ndarray, bounds: np.ndarray, room: np.ndarray
+) -> np.ndarray:
+    """Places of the smallest entries, of those owners that have no room for all.
+
+    Args:
+        numbers: (K,) ascending, of entries of the bucket.
+        values: (K,).
+        bounds: (P + 1,) of the owners' regions.
+        room: (P,) entries.
+    """
+    cuts = np.searchsorted(numbers, bounds)
+    over = np.diff(cuts) - room
+    places = [np.empty(0, np.int64)]
+    for owner in np.flatnonzero(over > 0).tolist():
+        start, stop = cuts[owner : owner + 2].tolist()
+        order = np.argsort(np.abs(values[start:stop]), kind="stable")
+        places.append(start + order[: over[owner]])
+    return np.concatenate(places)
 
 
-def _worse(one: int, other: int) -> int:
-    """What is to be said of a layer whose pieces say this."""
-    if NOT_FINITE in (one, other):
-        return NOT_FINITE
-    return SENT if SENT in (one, other) else ABSENT
+def _status(found: Iterable[Any]) -> np.ndarray:
+    """What is told of layers of which this was found: uint8."""
+    told = [NOT_FINITE if x is None else ABSENT if x is ABSENT else SENT for x in found]
+    return np.array(told, np.uint8)
 
 
-def _together(
-    base: int, counts: np.ndarray, other_base: int, other: np.ndarray
-) -> tuple[int, np.ndarray]:
-    """Two sketches as one, from where both are known; one without counts does not count."""
-    if not counts.any():
-        return other_base, other.copy()
-    if not other.any():
-        return base, counts
-    top = max(base, other_base)
-    total = np.zeros_like(counts)
-    for first, each in ((base, counts), (other_base, other)):
-        moved = min(top - first, len(each) - 1)
-        total[: len(each) - moved] += each[moved:]
-    return top, total
+def _together(pieces: Pieces, layers: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sketches of pieces as one for each of n layers, from where all of them are known.
+
+    Those of pieces that are not sent, or without counts, do not count.
+    """
+    counted = (pieces.status == SENT) & pieces.counts.any(axis=1)
+    own, bases, counts = layers[counted], pieces.bases[counted], pieces.counts[counted]
+    tops, window = np.zeros(n, np.int64), pieces.counts.shape[1]
+    np.maximum.at(tops, own, bases.astype(np.int64))
+    # What lies beyond the window is in its last bin, and stays in sight.
+    moved = np.minimum(tops[own] - bases, window - 1)
+    bins = np.arange(window) - moved[:, None]
+    total, there = np.zeros((n, window), np.int64), bins >= 0
+    np.add.at(total, (np.broadcast_to(own[:, None], bins.shape)[there], bins[there]), counts[there])
+    return tops, total

@@ -46,6 +46,15 @@ def lengths(universe: int, capacity: int) -> tuple[int, int]:
     return -(-capacity * low // 64) * 8, -(-upper // 64) * 8
 
 
+def all_lengths(
+    universes: np.ndarray, capacities: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``low_bits`` and ``lengths`` of (R,) codes at once: int64; no capacity is 0."""
+    low = np.frexp(np.maximum(universes // capacities, 1))[1].astype(np.int64) - 1
+    upper = capacities + (universes >> low) + 1
+    return low, -(-capacities * low // 64) * 8, -(-upper // 64) * 8
+
+
 def encode(
     indices: np.ndarray,
     starts: np.ndarray,
@@ -127,6 +136,92 @@ def decode_all(
             into = indices[row, : start[-1]]
             codes[row] = _decode_numpy(lower[row], upper[row], start, offsets, low, into)
     return codes
+
+
+def encode_side_by_side(
+    numbers: np.ndarray,
+    starts: np.ndarray,
+    low: np.ndarray,
+    lower_at: np.ndarray,
+    upper_at: np.ndarray,
+    words: np.ndarray,
+) -> None:
+    """``encode`` of several codes, of one segment each, into one array; checks nothing.
+
+    Args:
+        numbers: (K,) of all codes, in each ascending.
+        starts: (R + 1,) where each code's begin.
+        low: (R,), see ``low_bits``.
+        lower_at: (R,) where each code's lower part begins.
+        upper_at: likewise, the upper part.
+        words: uint64, zeros there.
+    """
+    numbers = numbers.astype(np.int64, copy=False)
+    if HAVE_NUMBA:
+        loops.encode_side_by_side(numbers, starts, low, lower_at, upper_at, words)
+        return
+    row, at, width = _places(starts, low)
+    bits = np.zeros(64 * len(words), np.uint8)
+    bits[64 * upper_at[row] + (numbers >> width) + at] = 1
+    for bit in range(int(low.max(initial=0))):
+        own = width > bit
+        bits[(64 * lower_at[row] + at * width + bit)[own]] = (numbers[own] >> bit) & 1
+    words |= np.packbits(bits, bitorder="little").view(_WORD)
+
+
+def decode_side_by_side(
+    words: np.ndarray,
+    parts: tuple[np.ndarray, np.ndarray, np.ndarray],
+    low: np.ndarray,
+    starts: np.ndarray,
+    numbers: np.ndarray,
+) -> bool:
+    """Inverse of ``encode_side_by_side``.
+
+    Args:
+        words: uint64.
+        parts: (R,) where each code's lower part begins, its upper part, and where that ends.
+        low: (R,), see ``low_bits``.
+        starts: (R + 1,) where each code's numbers are to begin.
+        numbers: (K,) uint32, overwritten; void unless the answer is yes.
+
+    Returns:
+        Whether there are as many as there should be, in each code ascending, and nothing behind.
+    """
+    lower_at, upper_at, end = parts
+    if HAVE_NUMBA:
+        return bool(loops.decode_side_by_side(words, lower_at, upper_at, end, low, starts, numbers))
+    row, at, width = _places(starts, low)
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    # Which part each word is in: lower parts count -1, upper parts their code, all else nothing.
+    kind = np.full(len(words) + 1, -2, np.int64)
+    for code, (first, middle, last) in enumerate(zip(*map(np.ndarray.tolist, parts), strict=True)):
+        kind[first:middle], kind[middle:last] = -1, code
+    ones = np.flatnonzero(bits)
+    of = kind[ones >> 6]
+    ups = ones[of >= 0]
+    if not np.array_equal(of[of >= 0], row):
+        return False
+    found = (ups - 64 * upper_at[row] - at) << width
+    taken = 0
+    for bit in range(int(low.max(initial=0))):
+        own = width > bit
+        rest = bits[(64 * lower_at[row] + at * width + bit)[own]].astype(np.int64)
+        found[own] |= rest << bit
+        taken += int(rest.sum())
+    ascending = found[1:] > found[:-1]
+    ascending |= row[1:] != row[:-1]
+    if taken != np.count_nonzero(of == -1) or not ascending.all() or (found >> 32).any():
+        return False
+    numbers[:] = found
+    return True
+
+
+def _places(starts: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each number its code, its place there, and how many low bits it has."""
+    counts = np.diff(starts)
+    row = np.repeat(np.arange(len(low)), counts)
+    return row, np.arange(len(row)) - starts[row], low[row]
 
 
 # With NumPy alone -------------------------------------------------------------------------------

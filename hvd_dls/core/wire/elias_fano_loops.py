@@ -119,3 +119,39 @@ def _is_empty(lower, bit):
     for word in lower[at + 1 :]:
         rest |= word
     return rest == np.uint64(0)
+
+
+@jit
+def encode_side_by_side(numbers, starts, low, lower_at, upper_at, words):
+    """See ``elias_fano.encode_side_by_side``."""
+    for row in range(len(low)):
+        width = np.uint64(low[row])
+        mask = (np.uint64(1) << width) - np.uint64(1)
+        word, filled, at = np.uint64(0), np.uint64(0), lower_at[row]
+        first, upper = starts[row], words[upper_at[row] :]
+        for j in range(first, starts[row + 1]):
+            number = numbers[j]
+            bit = (number >> low[row]) + j - first
+            upper[bit >> 6] |= np.uint64(1) << np.uint64(bit & 63)
+            rest = np.uint64(number) & mask
+            word |= rest << filled
+            filled += width
+            if filled >= np.uint64(64):
+                words[at] = word
+                at += 1
+                filled -= np.uint64(64)
+                word = rest >> (width - filled)
+        if filled > np.uint64(0):
+            words[at] = word
+
+
+@jit
+def decode_side_by_side(words, lower_at, upper_at, end, low, starts, numbers):
+    """See ``elias_fano.decode_side_by_side``."""
+    good = True
+    for row in range(len(low)):
+        lower, upper = words[lower_at[row] : upper_at[row]], words[upper_at[row] : end[row]]
+        own = numbers[starts[row] : starts[row + 1]]
+        count, ascending = _decode_numbers(lower, upper, low[row], own)
+        good &= count == len(own) and ascending and _is_empty(lower, len(own) * low[row])
+    return good

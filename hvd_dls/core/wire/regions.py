@@ -42,6 +42,27 @@ class Region(NamedTuple):
         return self.stop - self.start
 
 
+class Edges(NamedTuple):
+    """The S pieces of all regions of a bucket, one after the other.
+
+    Attributes:
+        starts: (S + 1,) where each begins in the whole bucket, and where the last one ends.
+        layers: (S,) each one's layer, by its number there.
+        begins: (S,) where each begins in its layer.
+    """
+
+    starts: np.ndarray
+    layers: np.ndarray
+    begins: np.ndarray
+
+
+def edges_of(bucket: Bucket, regions: Sequence[Region]) -> Edges:
+    """Where the pieces of a bucket's regions are."""
+    layers = np.concatenate([region.layers for region in regions])
+    begins = np.concatenate([region.begins for region in regions])
+    return Edges(np.append(bucket.offsets[layers] + begins, bucket.size), layers, begins)
+
+
 def bounds_of(bucket: Bucket, owners: int, k: np.ndarray) -> np.ndarray:
     """Where regions begin at first: each gets as much of what is sent then, and of all entries.
 

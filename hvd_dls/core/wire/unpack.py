@@ -215,8 +215,11 @@ def _take_values(
                 f"{where - starts[row, layer]} is {values[row, where]}, expected it to be finite"
             )
     room = parts.values.shape[1]
-    for row in np.flatnonzero(totals < room).tolist():
-        if parts.values[row, totals[row] :].view(np.uint8).any():
+    if len(rows := np.flatnonzero(totals < room)):
+        bits = parts.values[rows].view(np.dtype(f"u{parts.values.itemsize}"))
+        in_use = ((np.arange(room) >= totals[rows, None]) & (bits != 0)).any(axis=1)
+        if in_use.any():
+            row = int(rows[np.argmax(in_use)])
             _refuse_payload(bucket, ranks[row], "room for further values", "in use", "zero")
     return values
 
