@@ -52,6 +52,7 @@ __all__ = [
     "layer_spec",
     "pack",
     "payload_bytes",
+    "received_by_owners",
     "received_from_ranks",
     "settle",
     "step_size",
@@ -90,6 +91,26 @@ def step_size(shapes: Shapes, config: DLSConfig, ranks: int) -> StepSize:
     shares = (round(entries * bucket.size / plan.sizes.sum()) for bucket in buckets)
     payloads = sum(payload_bytes(b, share) for b, share in zip(buckets, shares, strict=True))
     return StepSize(entries, payloads, plan.dense_bytes)
+
+
+def received_by_owners(shapes: Shapes, config: DLSConfig, ranks: int) -> int:
+    """Computes the payload bytes that the busiest rank receives in a step where owners add up.
+
+    Args:
+        shapes: of the model's parameters, each of the same density.
+        config: the compressor's options.
+        ranks: number of ranks.
+    """
+    layers = [layer_spec(name, shape) for name, shape in shapes.items()]
+    plan = make_plan(layers, config, ranks)
+    buckets = make_buckets(plan.layers, plan.sparse, config)
+    entries = plan.budget(config.density)
+    k = [
+        np.maximum(np.rint(entries * np.diff(bucket.offsets) / plan.sizes.sum()), 1).astype(int)
+        for bucket in buckets
+    ]
+    owners = Owners(buckets, k, ranks, 0)
+    return int(_received(owners, [int(each.sum()) for each in k]).max())
 
 
 def received_from_ranks(session: Session) -> np.ndarray:

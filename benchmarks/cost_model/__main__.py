@@ -8,23 +8,31 @@ links of B bytes a second:
     dense   start + hop P' + copy N             + wire 2 P'/P 4 N / B
     fp16    start + hop P' + copy N + convert N + wire 2 P'/P 2 N / B
     sparse  start + hop P' + pass N + entry K P + wire (P' payload + 2 P'/P rest) / B
+    owners  start + (hop + scatter) P' + pass N + region N/P + entry 2 K
+                                                + wire (received + 2 P'/P rest) / B
 
 with P' = P - 1, N entries of the model, K entries a rank sends, and `rest` the bytes that go dense.
-All but the last term is time of a processor: where ranks share cores, it counts as often as ranks
+`owners` is exchange="sparse_allreduce", `received` what its busiest rank receives: of its own
+region from all others, and of theirs, what they hand out; the telemetry has it or, in predictions,
+the plan. All but the last term is time of a processor: where ranks share cores, it counts as often as ranks
 share one. `wire` should come out a little above 1: headers. The terms are added up, as if nothing
 overlapped. The first tables show the terms, and what they make beside what was measured. (`start`
 cannot be told from `copy` and `pass` by measurements of a single model, nor `hop` by a single P:
 then they share.)
 
-The predictions are for ranks with as fast a core as measured, and another `hop`: twice P' (dense)
-or once P' (sparse) --latency-us. "Horovod" compares with dense as fitted, on CPUs; "ideal" with an
-allreduce that costs nothing but the wire, as GPUs with NCCL nearly have it, while DLS still pays
+The predictions are for ranks with as fast a core as measured, and another `hop`, and `scatter`: P'
+times --latency-us, twice (dense), three times (sparse: an allgather, and what goes dense) or five
+times (owners: two alltoalls more). "Horovod" compares with dense as fitted, on CPUs; "ideal" with
+an allreduce that costs nothing but the wire, as GPUs with NCCL nearly have it, while DLS still pays
 for passes on a CPU. An allgather grows with P, an allreduce does not: with P density above about
-1.5 (float32), DLS sends more than dense and cannot win on any link.
+1.5 (float32), DLS sends more than dense and cannot win on any link. Where owners add up, what is
+received grows by headers and sketches only, and steps change P times fewer entries: the same
+density is not the same training (docs/scale.md).
 
-With --per-host L, ranks share a host's link, and there are two kinds of DLS: "flat", and "two
-levels" (hierarchical=True). There, P is the number of hosts for all that is sparse, and the dense
-allreduce inside each host costs what `start` and `copy` say.
+With --per-host L, ranks share a host's link, and each exchange comes flat, and in "two levels"
+(hierarchical=True). There, P is the number of hosts for all that is sparse, and the dense
+allreduce inside each host costs what `start` and `copy` say. (Owners behind averages inside hosts
+are not built: the row says what they would be.)
 """
 
 from __future__ import annotations
@@ -36,10 +44,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.command_line import add_output_options, make_parser
-from benchmarks.common.reporting import markdown, pyplot, save_picture, write_json
+from benchmarks.common.reporting import markdown, write_json
 from benchmarks.common.shapes import MODELS
-from benchmarks.cost_model.fit import TERMS, Point, fit, points_of
-from benchmarks.cost_model.predictions import RATES, bits_of, predict
+from benchmarks.cost_model.fit import OWNERS, TERMS, Point, fit, points_of
+from benchmarks.cost_model.picture import draw
+from benchmarks.cost_model.predictions import RATES, predict
 from benchmarks.rounds.summary import title_of
 
 UNITS = {
@@ -49,6 +58,8 @@ UNITS = {
     "convert": (1e9, "ns an entry of the model"),
     "pass": (1e9, "ns an entry of the model"),
     "entry": (1e9, "ns an entry received"),
+    "region": (1e9, "ns an entry of an owner's region"),
+    "scatter": (1e3, "ms a step and rank, with owners"),
     "wire": (1.0, "of the bytes claimed"),
 }
 RANKS = (16, 32, 64, 128, 256, 512, 1024)
@@ -89,6 +100,14 @@ def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
     return rows
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """Returns the exchange of a prediction, in words."""
+    name = "sparse allreduce" if row["exchange"] == OWNERS else "allgather"
+    if row["averaged"] == 1:
+        return name
+    return f"{name}, two levels" + (" (not built)" if row["exchange"] == OWNERS else "")
+
+
 def show_predictions(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Prints the table of predictions, and what they do not know."""
     print(
@@ -103,54 +122,22 @@ def show_predictions(rows: list[dict[str, Any]], args: argparse.Namespace) -> No
         ]
         share = f"{row['bytes_over_dense']:.2%}"
         pays = [row["pays"]["Horovod"], row["pays"]["ideal"]]
-        levels = "two levels" if row["averaged"] > 1 else "flat"
-        lines.append([f"{row['density']:g}", str(row["ranks"]), levels, share, *ratios, *pays])
+        lines.append(
+            [f"{row['density']:g}", str(row["ranks"]), name_of(row), share, *ratios, *pays]
+        )
     head = ["density", "ranks", "exchange", "bytes of dense", *RATES]
     head += ["pays, Horovod", "pays, ideal"]
     print(markdown(head, lines))
     losing = [row for row in rows if row["pays"]["ideal"] == "never"]
     if losing:
         places = ", ".join(
-            f"{row['ranks']} ranks at {row['density']:g}"
-            + (" in two levels" if row["averaged"] > 1 else "")
-            for row in losing
+            f"{row['ranks']} ranks at {row['density']:g}, {name_of(row)}" for row in losing
         )
         print(f"Loses on every link against an ideal allreduce: {places}.")
     print(
         "Not in the model: overlap with backward, Horovod's negotiation among many ranks, "
         "congestion. With so many ranks, take it for an order."
     )
-
-
-def draw(fitted: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws model against measurements, and predictions over the link's speed."""
-    plt = pyplot()
-    densities = sorted({row["density"] for row in rows}, reverse=True)
-    figure, axes = plt.subplots(1, 1 + len(densities), figsize=(5 * (1 + len(densities)), 5))
-    for method in dict.fromkeys(row["method"] for row in fitted):
-        own = [row for row in fitted if row["method"] == method]
-        x, y = ([1e3 * row[what] for row in own] for what in ("measured", "model"))
-        axes[0].plot(x, y, "o", label=title_of(method))
-    ends = [f(1e3 * row["measured"] for row in fitted) for f in (min, max)]
-    axes[0].plot(ends, ends, "k:", lw=1)
-    axes[0].set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="model, ms", title="fit")
-    axes[0].legend(fontsize=7)
-    x = [bits_of(rate) / 1e9 for rate in RATES]
-    for axis, density in zip(axes[1:], densities, strict=True):
-        own = [row for row in rows if row["density"] == density and row["averaged"] == 1]
-        for number, row in enumerate(own):
-            color = plt.get_cmap("viridis")(number / len(own))
-            for kind, style in (("Horovod", "-"), ("ideal", "--")):
-                y = [row["ratio"][kind][rate] for rate in RATES]
-                label = f"{row['ranks']} ranks" if kind == "Horovod" else None
-                axis.plot(x, y, style, color=color, label=label)
-        axis.axhline(1, color="black", lw=1)
-        axis.set(xscale="log", yscale="log", xlabel="link, Gbit/s", title=f"density {density:g}")
-        axis.grid(alpha=0.3)
-    axes[1].set_ylabel("dense over DLS (solid: Horovod's; dashed: ideal)")
-    axes[1].legend(fontsize=7)
-    figure.tight_layout()
-    save_picture(figure, path)
 
 
 def parse() -> argparse.Namespace:
@@ -175,7 +162,7 @@ def main() -> None:
     points = [point for path in args.measured for point in points_of(path)]
     terms = fit(points)
     fitted = show_fit(points, terms)
-    rows = predict(terms, args)
+    rows = predict(terms, args, any(p.method.startswith(OWNERS) for p in points))
     show_predictions(rows, args)
     if args.json:
         result = {"terms": dict(zip(TERMS, terms, strict=True)), "fit": fitted, "predicted": rows}

@@ -11,7 +11,8 @@ import numpy as np
 from benchmarks.hosts import bits_per_second
 from benchmarks.rounds.summary import steps_of
 
-TERMS = ("start", "hop", "copy", "convert", "pass", "entry", "wire")
+TERMS = ("start", "hop", "copy", "convert", "pass", "entry", "region", "scatter", "wire")
+OWNERS = "sparse_allreduce"
 
 
 class Point(NamedTuple):
@@ -70,9 +71,10 @@ def factors_of(
     Returns:
         (T,) factors.
     """
-    sparse = ":" in method
+    sparse, owners = ":" in method, method.startswith(OWNERS)
     own: list[float] = [1, ranks - 1, 0 if sparse else n, n if method == "fp16" else 0]
-    own += [n, k * ranks] if sparse else [0, 0]
+    own += [n, k * (2 if owners else ranks)] if sparse else [0, 0]
+    own += [n / ranks, ranks - 1] if owners else [0, 0]
     return np.array([*(shared * np.array(own, float)), 8 * wire / bits if bits else 0.0])
 
 

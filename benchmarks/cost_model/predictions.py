@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common.internals import step_size
+from benchmarks.common.internals import received_by_owners, step_size
 from benchmarks.common.shapes import MODELS, entries
-from benchmarks.cost_model.fit import TERMS
+from benchmarks.cost_model.fit import OWNERS, TERMS
 from benchmarks.hosts import bits_per_second
 from hvd_dls.config import DLSConfig
 
@@ -85,6 +85,35 @@ def sparse_costs(
     return Costs(fixed, 8 * sent * max(at["wire"], 1.0))
 
 
+def owner_costs(
+    terms: np.ndarray,
+    model: str,
+    density: float,
+    values: str,
+    ranks: int,
+    latency: float,
+    per_host: int = 1,
+) -> Costs:
+    """Predicts the costs of a step with exchange="sparse_allreduce"; arguments: ``sparse_costs``.
+
+    With several ranks on each host, as if owners could add up behind averages inside hosts: that is
+    not built.
+    """
+    hosts = ranks // per_host
+    at = dict(zip(TERMS, terms, strict=True))
+    config = DLSConfig(density=density, values=values, cost_rule=False, exchange=OWNERS)
+    shapes = MODELS[model]()
+    n, size = entries(shapes), step_size(shapes, config, hosts)
+    fixed = at["start"] + at["pass"] * n + at["region"] * n / hosts + at["entry"] * size.entries * 2
+    # One alltoall tells how much comes in the next; an allgather; what goes dense.
+    fixed += 5 * (hosts - 1) * latency
+    if per_host > 1:
+        fixed += at["start"] + at["copy"] * n + 3 * (per_host - 1) * latency
+    received = float(received_by_owners(shapes, config, hosts))
+    received += 2 * (ranks - 1) / ranks * size.dense_bytes
+    return Costs(fixed, 8 * received * max(at["wire"], 1.0))
+
+
 def crossover(dense: Costs, sparse: Costs) -> tuple[float, float]:
     """Computes the link speeds, in bits a second, between which sparse is faster."""
     saved, more = dense.wire_bits - sparse.wire_bits, sparse.fixed - dense.fixed
@@ -111,15 +140,25 @@ def when_it_pays(dense: Costs, sparse: Costs) -> str:
     return "always" if high == np.inf else f"below {format_speed(high)}"
 
 
-def predict(terms: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Predicts dense and sparse steps for all densities and numbers of ranks."""
+def predict(
+    terms: np.ndarray, args: argparse.Namespace, with_owners: bool = True
+) -> list[dict[str, Any]]:
+    """Predicts dense and sparse steps for all densities, numbers of ranks, and exchanges.
+
+    Args:
+        terms: fitted.
+        args: the command line.
+        with_owners: whether what owners cost has been measured.
+    """
     latency, n = args.latency_us * 1e-6, entries(MODELS[args.model]())
     rows = []
-    for density, ranks, per_host in itertools.product(
-        args.density, args.ranks, sorted({1, args.per_host})
+    exchanges = {"allgather": sparse_costs} | ({OWNERS: owner_costs} if with_owners else {})
+    for density, ranks, per_host, exchange in itertools.product(
+        args.density, args.ranks, sorted({1, args.per_host}), exchanges
     ):
         if ranks > per_host:
-            sparse = sparse_costs(terms, args.model, density, args.values, ranks, latency, per_host)
+            costs = exchanges[exchange]
+            sparse = costs(terms, args.model, density, args.values, ranks, latency, per_host)
             both = {
                 kind: dense_costs(terms, n, ranks, latency, kind == "ideal")
                 for kind in ("Horovod", "ideal")
@@ -129,6 +168,9 @@ def predict(terms: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]
                     "density": density,
                     "ranks": ranks,
                     "averaged": per_host,
+                    "exchange": exchange,
+                    "costs": {"own": sparse, **both},
+                    "seconds": {rate: sparse.at(bits_of(rate)) for rate in RATES},
                     "pays": {kind: when_it_pays(dense, sparse) for kind, dense in both.items()},
                     "crossover": {kind: crossover(dense, sparse) for kind, dense in both.items()},
                     "ratio": {

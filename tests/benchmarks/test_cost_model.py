@@ -20,14 +20,15 @@ def test_the_cost_model_reads_measurements_and_draws(exchange_file, tmp_path):
     output = run("-m", "benchmarks.cost_model", str(exchange_file), *options)
     assert re.search(r"^Errors: median \d+%", output, re.M)
     # A hundredth of the entries from 1024 ranks is ten times the model.
-    assert "Loses on every link against an ideal allreduce: 1024 ranks at 0.01" in output
+    assert "Loses on every link against an ideal allreduce: 1024 ranks at 0.01, allgather" in output
     assert (tmp_path / "c.png").read_bytes().startswith(PNG)
 
 
 def test_the_cost_models_fit_finds_the_terms_that_made_the_times():
-    terms = np.array([0.01, 0.002, 4e-9, 2e-9, 1.5e-9, 1e-8, 1.05])
+    terms = np.array([0.01, 0.002, 4e-9, 2e-9, 1.5e-9, 1e-8, 2e-8, 0.001, 1.05])
     points = []
     sizes = {"dense": (0, 1e8), "fp16": (0, 5e7), "dls:0.01": (2e5, 1e6), "dls:0.001": (2e4, 2e5)}
+    sizes |= {"sparse_allreduce:0.01": (2e5, 2e6)}
     for ranks, bits, n in itertools.product((2, 4, 8), (1e8, 1e9, None), (10_000_000, 25_000_000)):
         for method, (k, sent) in sizes.items():
             x = fit.factors_of(method, ranks, n, k, sent, bits, ranks / 2)
@@ -49,3 +50,17 @@ def test_the_crossover_is_where_both_take_as_long(dense, sparse, low, high):
     assert predictions.crossover(dense, sparse) == pytest.approx((low, high))
     for bits in {low, high} - {0, math.inf}:
         assert dense.at(bits) == pytest.approx(sparse.at(bits))
+
+
+def test_what_is_received_where_owners_add_up_hardly_grows_with_ranks_and_else_in_proportion():
+    terms, latency = np.zeros(len(fit.TERMS)), 0.0
+    few, many = (
+        predictions.owner_costs(terms, "mlp10m", 0.01, "float32", ranks, latency).wire_bits
+        for ranks in (4, 64)
+    )
+    assert few < many < 2 * few
+    few, many = (
+        predictions.sparse_costs(terms, "mlp10m", 0.01, "float32", ranks, latency).wire_bits
+        for ranks in (4, 64)
+    )
+    assert many > 15 * few
