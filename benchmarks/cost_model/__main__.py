@@ -14,11 +14,11 @@ links of B bytes a second:
 with P' = P - 1, N entries of the model, K entries a rank sends, and `rest` the bytes that go dense.
 `owners` is exchange="sparse_allreduce", `received` what its busiest rank receives: of its own
 region from all others, and of theirs, what they hand out; the telemetry has it or, in predictions,
-the plan. All but the last term is time of a processor: where ranks share cores, it counts as often as ranks
-share one. `wire` should come out a little above 1: headers. The terms are added up, as if nothing
-overlapped. The first tables show the terms, and what they make beside what was measured. (`start`
-cannot be told from `copy` and `pass` by measurements of a single model, nor `hop` by a single P:
-then they share.)
+the plan. All but the last term is time of a processor: where ranks share cores, it counts as often
+as ranks share one. `wire` should come out a little above 1: headers. The terms are added up, as if
+nothing overlapped. The first tables show the terms, and what they make beside what was measured.
+(`start` cannot be told from `copy` and `pass` by measurements of a single model, nor `hop` by a
+single P, nor what owners cost by a few: then they share.)
 
 The predictions are for ranks with as fast a core as measured, and another `hop`, and `scatter`: P'
 times --latency-us, twice (dense), three times (sparse: an allgather, and what goes dense) or five
