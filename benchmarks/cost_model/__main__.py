@@ -62,7 +62,7 @@ UNITS = {
     "scatter": (1e3, "ms a step and rank, with owners"),
     "wire": (1.0, "of the bytes claimed"),
 }
-RANKS = (16, 32, 64, 128, 256, 512, 1024)
+RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from benchmarks.cost_model.fit import OWNERS
 from benchmarks.cost_model.predictions import RATES, bits_of
 from benchmarks.rounds.summary import title_of
 
-NAMES = {"dense": "dense, Horovod's", "allgather": "allgather", OWNERS: "sparse allreduce"}
+KINDS = ("Horovod", "ideal")  # of dense allreduces
+NAMES = {"dense": "dense", "allgather": "allgather", OWNERS: "sparse allreduce"}
 COLOURS = {"dense": "#bbbbbb", "allgather": "#4c78a8", OWNERS: "#e45756"}
 
 
@@ -27,16 +28,19 @@ def draw(fitted: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -
     flat = [row for row in rows if row["averaged"] == 1]
     densities = sorted({row["density"] for row in rows}, reverse=True)
     columns = 1 + len(densities)
-    figure, axes = pyplot().subplots(2, columns, figsize=(5 * columns, 9), squeeze=False)
+    figure, axes = pyplot().subplots(3, columns, figsize=(5 * columns, 13), squeeze=False)
     _draw_fit(axes[0][0], fitted)
-    axes[1][0].axis("off")
+    for axis in axes[1:, 0]:
+        axis.axis("off")
     for column, density in enumerate(densities, 1):
         own = [row for row in flat if row["density"] == density]
         _draw_ratios(axes[0][column], own, density)
-        _draw_fastest(axes[1][column], own)
+        for axis, kind in zip(axes[1:, column], KINDS, strict=True):
+            _draw_fastest(axis, own, kind)
     axes[0][1].set_ylabel("dense over DLS (solid: allgather; dashed: sparse allreduce)")
     axes[0][1].legend(fontsize=7)
-    axes[1][1].set_ylabel("ranks, one a host")
+    for axis, kind in zip(axes[1:, 1], KINDS, strict=True):
+        axis.set_ylabel(f"ranks, one a host; dense: {kind}")
     marks = [pyplot().Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in NAMES]
     axes[1][0].legend(marks, NAMES.values(), title="fastest", loc="center")
     figure.tight_layout()
@@ -68,19 +72,21 @@ def _draw_ratios(axis: Any, rows: list[dict[str, Any]], density: float) -> None:
             label=f"{row['ranks']} ranks" if gathered else None,
         )
     axis.axhline(1, color="black", lw=1)
-    axis.set(xscale="log", yscale="log", xlabel="link, Gbit/s", title=f"density {density:g}")
+    axis.set(
+        xscale="log", yscale="log", xlabel="link, Gbit/s", title=f"density {density:g}, Horovod"
+    )
     axis.grid(alpha=0.3)
 
 
-def _draw_fastest(axis: Any, rows: list[dict[str, Any]]) -> None:
-    """A map: number of ranks over the link's speed."""
+def _draw_fastest(axis: Any, rows: list[dict[str, Any]], kind: str) -> None:
+    """A map: number of ranks over the link's speed, beside one of KINDS."""
     speeds = np.geomspace(bits_of(RATES[0]), bits_of(RATES[-1]), 200)
     ranks, names = sorted({row["ranks"] for row in rows}), list(NAMES)
     fastest = np.zeros((len(ranks), len(speeds)), int)
     for row in rows:
         of = fastest[ranks.index(row["ranks"])]
         own = row["costs"]["own"].fixed + row["costs"]["own"].wire_bits / speeds
-        dense = row["costs"]["Horovod"].fixed + row["costs"]["Horovod"].wire_bits / speeds
+        dense = row["costs"][kind].fixed + row["costs"][kind].wire_bits / speeds
         others = [
             other["costs"]["own"].fixed + other["costs"]["own"].wire_bits / speeds
             for other in rows
