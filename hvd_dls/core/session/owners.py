@@ -70,6 +70,7 @@ class Owners:
         )
         self.regions: list[list[Region]] = [[] for _ in buckets]
         self.kept: list[np.ndarray] = [np.empty(0)] * len(buckets)
+        self._thresholds = [0.0] * len(buckets)  # where to look first, no part of the state
         self._edges: dict[int, Edges] = {}
         self._frames: dict[tuple[int, bool], Frame] = {}
         self._strips: dict[tuple[int, bool], Strip] = {}
@@ -149,37 +150,10 @@ class Owners:
             elif (said == ABSENT).all():
                 watched[name] = ABSENT
         share = int(self.shares.of(bucket, total)[self.rank])
-        pieces = self._hand_out(sums, status, offsets, share)
+        pieces, self._thresholds[bucket] = _hand_out(
+            sums, status, offsets, share, self._thresholds[bucket]
+        )
         return Merged(sums, status, watched, pieces)
-
-    @staticmethod
-    def _hand_out(
-        sums: np.ndarray, status: np.ndarray, offsets: np.ndarray, share: int
-    ) -> list[Any]:
-        """The largest sums of the pieces that are in the step, ties to the lower index."""
-        magnitudes = np.abs(sums)
-        for position in np.flatnonzero(status != SENT).tolist():
-            magnitudes[offsets[position] : offsets[position + 1]] = 0
-        if not np.isfinite(magnitudes).all():  # the sum went beyond the type
-            beyond = np.add.reduceat(~np.isfinite(magnitudes), offsets[:-1]) > 0
-            status[beyond] = NOT_FINITE
-            return [None if said != ABSENT else ABSENT for said in status.tolist()]
-        chosen, threshold = _largest(magnitudes, share)
-        base = min(max(int(bin_of(threshold)) - BELOW, 0), LAST_BASE)
-        bins = np.clip(bin_of(magnitudes) - base, -1, WINDOW - 1)
-        bins[magnitudes == 0] = -1
-        cuts = np.searchsorted(chosen, offsets).tolist()
-        pieces: list[Any] = []
-        for position, said in enumerate(status.tolist()):
-            if said != SENT:
-                pieces.append(ABSENT if said == ABSENT else None)
-                continue
-            start, stop = offsets[position : position + 2].tolist()
-            counts = np.bincount(bins[start:stop] + 1, minlength=WINDOW + 1)[1:]
-            own = chosen[cuts[position] : cuts[position + 1]]
-            sketch = Sketch(base, counts.astype(np.uint32))
-            pieces.append(Piece((own - start).astype(np.uint32), sums[own], sketch))
-        return pieces
 
     def commit(self, merged: Mapping[int, tuple[Merged, list[np.ndarray | None]]]) -> None:
         """Keeps what was not handed out, of a step that counts.
@@ -214,14 +188,72 @@ class Owners:
             yield whole, int(region.begins[position]), kept[start:stop]
 
 
-def _largest(magnitudes: np.ndarray, share: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ``share`` largest of them that are not zero, ascending; and the smallest of these."""
-    n = len(magnitudes)
-    threshold = np.partition(magnitudes, n - share)[n - share]
-    if threshold == 0:
-        chosen = np.flatnonzero(magnitudes)
-    else:
-        above = np.flatnonzero(magnitudes > threshold)
-        ties = np.flatnonzero(magnitudes == threshold)[: share - len(above)]
-        chosen = np.sort(np.concatenate([above, ties]))
-    return chosen, threshold
+def _hand_out(
+    sums: np.ndarray, status: np.ndarray, offsets: np.ndarray, share: int, before: float
+) -> tuple[list[Any], float]:
+    """The largest sums of the pieces that are in the step, ties to the lower index.
+
+    Args:
+        sums: (n,) of a region.
+        status: (L,) of its pieces; of those with sums beyond the type it becomes NOT_FINITE.
+        offsets: (L + 1,) where they begin.
+        share: how many, at most.
+        before: the threshold of another step, so that most entries need no second look.
+
+    Returns:
+        What is handed out of each piece, as for ``pack``, and the threshold.
+    """
+    magnitudes = np.abs(sums)
+    for position in np.flatnonzero(status != SENT).tolist():
+        magnitudes[offsets[position] : offsets[position + 1]] = 0
+    if not np.isfinite(magnitudes.max()):  # the sum went beyond the type
+        beyond = np.add.reduceat(~np.isfinite(magnitudes), offsets[:-1]) > 0
+        status[beyond] = NOT_FINITE
+        return [None if said != ABSENT else ABSENT for said in status.tolist()], before
+    near, values, threshold = _near(magnitudes, share, before)
+    base = _base_of(threshold)
+    above = np.flatnonzero(values > threshold)
+    ties = np.flatnonzero(values == threshold)[: share - len(above)]
+    chosen = near[np.sort(np.concatenate([above, ties]))]
+    bins = np.clip(bin_of(values) - base, -1, WINDOW - 1)
+    cuts, looked_at = (np.searchsorted(x, offsets).tolist() for x in (chosen, near))
+    pieces: list[Any] = []
+    for position, said in enumerate(status.tolist()):
+        if said != SENT:
+            pieces.append(ABSENT if said == ABSENT else None)
+            continue
+        own = chosen[cuts[position] : cuts[position + 1]]
+        own_bins = bins[looked_at[position] : looked_at[position + 1]]
+        counts = np.bincount(own_bins + 1, minlength=WINDOW + 1)[1:]
+        sketch = Sketch(base, counts.astype(np.uint32))
+        pieces.append(Piece((own - offsets[position]).astype(np.uint32), sums[own], sketch))
+    return pieces, float(threshold)
+
+
+def _near(
+    magnitudes: np.ndarray, share: int, before: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Entries that are not zero, and not too small to be chosen or to be counted in a sketch.
+
+    Returns:
+        Their places, ascending; they themselves; and the smallest of the ``share`` largest of all,
+        zero if there are not so many.
+    """
+    # A sketch begins two octaves below the threshold, which may have moved by one.
+    least = magnitudes.dtype.type(before / 8)
+    if least > 0:
+        near = np.flatnonzero(magnitudes >= least)
+        values = magnitudes[near]
+        if len(values) >= share:
+            threshold = np.partition(values, len(values) - share)[len(values) - share]
+            if bin_of(least) < _base_of(threshold):
+                return near, values, threshold
+    near = np.flatnonzero(magnitudes)
+    values = magnitudes[near]
+    if len(values) < share:
+        return near, values, np.zeros((), magnitudes.dtype)
+    return near, values, np.partition(values, len(values) - share)[len(values) - share]
+
+
+def _base_of(threshold: np.ndarray) -> int:
+    return min(max(int(bin_of(threshold)) - BELOW, 0), LAST_BASE)
