@@ -93,13 +93,14 @@ def step_size(shapes: Shapes, config: DLSConfig, ranks: int) -> StepSize:
     return StepSize(entries, payloads, plan.dense_bytes)
 
 
-def received_by_owners(shapes: Shapes, config: DLSConfig, ranks: int) -> int:
-    """Computes the payload bytes that the busiest rank receives in a step where owners add up.
+def received_by_owners(shapes: Shapes, config: DLSConfig, ranks: int, sharing: int = 1) -> int:
+    """Computes the payload bytes that the busiest host receives in a step where owners add up.
 
     Args:
         shapes: of the model's parameters, each of the same density.
         config: the compressor's options.
         ranks: number of ranks.
+        sharing: of which so many are on each host.
     """
     layers = [layer_spec(name, shape) for name, shape in shapes.items()]
     plan = make_plan(layers, config, ranks)
@@ -110,7 +111,7 @@ def received_by_owners(shapes: Shapes, config: DLSConfig, ranks: int) -> int:
         for bucket in buckets
     ]
     owners = Owners(buckets, k, ranks, 0)
-    return int(_received(owners, [int(each.sum()) for each in k]).max())
+    return int(_received(owners, [int(each.sum()) for each in k], sharing).max())
 
 
 def received_from_ranks(session: Session) -> np.ndarray:
@@ -128,8 +129,12 @@ def received_from_ranks(session: Session) -> np.ndarray:
     return _received(owners, totals)
 
 
-def _received(owners: Owners, totals: list[int]) -> np.ndarray:
-    """(P,) payload bytes, where the owners of each bucket hand so many sums out."""
+def _received(owners: Owners, totals: list[int], sharing: int = 1) -> np.ndarray:
+    """(P,) payload bytes, where the owners of each bucket hand so many sums out.
+
+    Of a rank; or of a host of so many that are like this one: to each of them all ranks of other
+    hosts send, while a ring hands on once what owners hand out.
+    """
     ranks = len(owners.regions[0]) if owners.regions else 1
     received = np.zeros(ranks)
     for bucket, total in enumerate(totals):
@@ -139,7 +144,7 @@ def _received(owners: Owners, totals: list[int]) -> np.ndarray:
         out = [
             payload_bytes(r.handed_out, n) for r, n in zip(regions, shares.tolist(), strict=True)
         ]
-        received += (ranks - 1) * np.array(parts) + sum(out) - np.array(out)
+        received += sharing * (ranks - sharing) * np.array(parts) + sum(out) - np.array(out)
     return received
 
 

@@ -93,11 +93,19 @@ def owner_costs(
     ranks: int,
     latency: float,
     per_host: int = 1,
+    sharing: int = 1,
 ) -> Costs:
-    """Predicts the costs of a step with exchange="sparse_allreduce"; arguments: ``sparse_costs``.
+    """Predicts the costs of a step with exchange="sparse_allreduce".
 
-    With several ranks on each host, as if owners could add up behind averages inside hosts: that is
-    not built.
+    Args:
+        terms: as for ``sparse_costs``, and all others but these.
+        model: likewise.
+        density: likewise.
+        values: likewise.
+        ranks: likewise.
+        latency: likewise.
+        per_host: likewise, as if owners could add up behind averages inside hosts: not built.
+        sharing: ranks on each host that do not average first, and share its link.
     """
     hosts = ranks // per_host
     at = dict(zip(TERMS, terms, strict=True))
@@ -109,7 +117,7 @@ def owner_costs(
     fixed += 5 * (hosts - 1) * latency
     if per_host > 1:
         fixed += at["start"] + at["copy"] * n + 3 * (per_host - 1) * latency
-    received = float(received_by_owners(shapes, config, hosts))
+    received = float(received_by_owners(shapes, config, hosts, sharing))
     received += 2 * (ranks - 1) / ranks * size.dense_bytes
     return Costs(fixed, 8 * received * max(at["wire"], 1.0))
 
@@ -152,13 +160,16 @@ def predict(
     """
     latency, n = args.latency_us * 1e-6, entries(MODELS[args.model]())
     rows = []
-    exchanges = {"allgather": sparse_costs} | ({OWNERS: owner_costs} if with_owners else {})
+    exchanges = ["allgather", *([OWNERS] if with_owners else [])]
     for density, ranks, per_host, exchange in itertools.product(
         args.density, args.ranks, sorted({1, args.per_host}), exchanges
     ):
         if ranks > per_host:
-            costs = exchanges[exchange]
-            sparse = costs(terms, args.model, density, args.values, ranks, latency, per_host)
+            case = (terms, args.model, density, args.values, ranks, latency, per_host)
+            if exchange == OWNERS:
+                sparse = owner_costs(*case, sharing=args.per_host // per_host)
+            else:
+                sparse = sparse_costs(*case)
             both = {
                 kind: dense_costs(terms, n, ranks, latency, kind == "ideal")
                 for kind in ("Horovod", "ideal")
