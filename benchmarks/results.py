@@ -107,7 +107,8 @@ BENCHMARKS = {
         "Does it pay on my network?",
         "{kept}/exchange.json {kept}/network.json",
         "A model of the step's cost, fitted to the measurements above, and what it says of more "
-        "ranks and other links.",
+        'ranks and other links. What it says of `exchange="sparse_allreduce"`, fitted to '
+        "measurements of that: [scale.md](scale.md#which-exchange-when).",
     ),
 }
 
