@@ -12,7 +12,7 @@ SPARSE = {"cost_rule": False, "dense_below": 0}
 
 def net(keras, seed=1):
     """A convolution, batch norm and fully connected layers."""
-    if keras.__version__ < "3":
+    if keras.__name__.startswith("tf_keras"):
         keras.backend.clear_session()
     else:  # without looking for garbage, which takes 0.1 s among all that TensorFlow is
         keras.utils.clear_session(free_memory=False)
