@@ -90,6 +90,25 @@ class Exchange:
                 for bucket, of_bucket in sorted(buckets.items(), key=str)
             }
             self.received = self._receive(gathered) if gathered else self.checked
+            self._graph = tf.compat.v1.get_default_graph() if in_graph else None
+        self._known = len(self._graph.get_operations()) if self._graph else 0
+
+    def let_branches_run_at_once(self) -> None:
+        """Takes the order off Horovod's conditions around gradients, but for the last one's.
+
+        Horovod reduces each gradient in a branch of a condition (``_allreduce_cond`` in its
+        tensorflow/__init__.py), and calls ``decompress`` there, a Python function.  TensorFlow has
+        what it takes for side effects run in order: each branch would wait for the one before, and
+        so each reduction for a round of all ranks.  Any order will do.
+        """
+        manager = getattr(self._graph, "experimental_acd_manager", None)
+        if self._graph is None or manager is None:
+            return
+        operations = self._graph.get_operations()
+        for operation in operations[self._known :]:
+            if operation.type == "If":
+                manager.run_independently(operation)
+        self._known = len(operations)
 
     @property
     def session(self) -> Session:

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_dls.tensorflow import DLSCompressor
+from hvd_dls.tensorflow.exchange import Exchange
 from tests.tensorflow.with_ranks.training import (
     SPARSE,
     Net,
@@ -215,6 +216,23 @@ def test_ranks_trace_a_function_anew_in_different_steps():
         trainer._step(*batch(step, size=size))
     assert trainer.traces == 2
     assert_same_on_all_ranks(flat(trainer.model))
+
+
+def test_gradients_are_reduced_at_once_not_one_after_the_other(monkeypatch):
+    graphs, build = [], Exchange.__init__
+
+    def built(self, *arguments):
+        build(self, *arguments)
+        graphs.append(self._graph)
+
+    monkeypatch.setattr(Exchange, "__init__", built)
+    model = Net()
+    Trainer(model, compressor(), "tf.function").train(range(3))
+    (graph,) = graphs
+    branches = [operation for operation in graph.get_operations() if operation.type == "If"]
+    assert len(branches) == len(model.parameters)
+    for branch in branches:
+        assert not any(before in branches for before in branch.control_inputs)
 
 
 def test_functions_run_eagerly_for_debugging():
