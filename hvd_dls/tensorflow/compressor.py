@@ -122,7 +122,8 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
             self._call = self._exchange = None
         if exchange is None:
             return send_uncompressed(tensor)
-        exchange.let_branches_run_at_once()
+        if exchange.branches is not None:
+            exchange.branches.run_at_once()
         name = exchange.binding.name_of(variable)
         if name is None:
             self._warn_of_unknown(tensor)

@@ -18,6 +18,7 @@ from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow import zeroing
 from hvd_dls.tensorflow.binding import Binding
+from hvd_dls.tensorflow.branches import Branches, freed_in
 from hvd_dls.tensorflow.executors import HOST
 from hvd_dls.tensorflow.handles import graph_of, handle_of, handle_on_cpu, identity
 from hvd_dls.tensorflow.on_device import N_PARTS, DeviceFuture
@@ -50,6 +51,7 @@ class Exchange:
         checked: () int64 tensor, computed once the variables are known to be the model's.
         received: () int64 tensor, computed once all ranks' payloads have arrived.
         grouped: as given.
+        branches: in which Horovod reduces single gradients; None where no function is traced.
         may_go_dense: whether some steps to come may send the gradients of compressed layers whole.
     """
 
@@ -90,25 +92,7 @@ class Exchange:
                 for bucket, of_bucket in sorted(buckets.items(), key=str)
             }
             self.received = self._receive(gathered) if gathered else self.checked
-            self._graph = tf.compat.v1.get_default_graph() if in_graph else None
-        self._known = len(self._graph.get_operations()) if self._graph else 0
-
-    def let_branches_run_at_once(self) -> None:
-        """Takes the order off Horovod's conditions around gradients, but for the last one's.
-
-        Horovod reduces each gradient in a branch of a condition (``_allreduce_cond`` in its
-        tensorflow/__init__.py), and calls ``decompress`` there, a Python function.  TensorFlow has
-        what it takes for side effects run in order: each branch would wait for the one before, and
-        so each reduction for a round of all ranks.  Any order will do.
-        """
-        manager = getattr(self._graph, "experimental_acd_manager", None)
-        if self._graph is None or manager is None:
-            return
-        operations = self._graph.get_operations()
-        for operation in operations[self._known :]:
-            if operation.type == "If":
-                manager.run_independently(operation)
-        self._known = len(operations)
+            self.branches = Branches(gradients[0].graph) if in_graph else None
 
     @property
     def session(self) -> Session:
@@ -144,7 +128,9 @@ class Exchange:
             return np.int64(self.binding.begin_step())
 
         if in_graph:
-            return tf.py_function(check, [handle_on_cpu(handle) for handle in handles], tf.int64)
+            inputs = [handle_on_cpu(handle) for handle in handles]
+            with tf.control_dependencies(freed_in(tf.compat.v1.get_default_graph())):
+                return tf.py_function(check, inputs, tf.int64)
         return tf.constant(check(*handles))
 
     def _gather(self, bucket: int | None, gradients: dict[str, tf.Tensor]) -> tf.Tensor:

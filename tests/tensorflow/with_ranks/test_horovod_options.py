@@ -19,6 +19,7 @@ from tests.tensorflow.with_ranks.training import (
     cross_entropy,
     flat,
     reduced,
+    traced,
     whole_numbers,
 )
 
@@ -218,21 +219,39 @@ def test_ranks_trace_a_function_anew_in_different_steps():
     assert_same_on_all_ranks(flat(trainer.model))
 
 
-def test_gradients_are_reduced_at_once_not_one_after_the_other(monkeypatch):
-    graphs, build = [], Exchange.__init__
+@pytest.fixture
+def branches(monkeypatch):
+    """Horovod's conditions in the graph that was traced last, by call of the compressor."""
+    graphs, check = [], Exchange._check
 
-    def built(self, *arguments):
-        build(self, *arguments)
-        graphs.append(self._graph)
+    def checked(self, variables, in_graph):
+        graphs.append(tf.compat.v1.get_default_graph())
+        return check(self, variables, in_graph)
 
-    monkeypatch.setattr(Exchange, "__init__", built)
+    monkeypatch.setattr(Exchange, "_check", checked)
+    return lambda: [x for x in graphs[-1].get_operations() if x.type == "If"]
+
+
+def test_gradients_are_reduced_at_once_not_one_after_the_other(branches):
     model = Net()
     Trainer(model, compressor(), "tf.function").train(range(3))
-    (graph,) = graphs
-    branches = [operation for operation in graph.get_operations() if operation.type == "If"]
-    assert len(branches) == len(model.parameters)
-    for branch in branches:
-        assert not any(before in branches for before in branch.control_inputs)
+    assert len(branches()) == len(model.parameters)
+    assert not any(set(branch.control_inputs) & set(branches()) for branch in branches())
+
+
+def test_a_step_begins_behind_the_reductions_of_the_one_before_in_the_same_function(branches):
+    trainer = Trainer(Net(), compressor(), "plain")
+
+    @traced
+    def steps(*of):
+        trainer.step(*of)
+        trainer.step(*of)
+
+    steps(*batch(0))
+    n = len(trainer.model.parameters)
+    assert len(branches()) == 2 * n
+    freed, graph = set(branches()[: n - 1]), branches()[0].graph
+    assert any(freed <= set(operation.control_inputs) for operation in graph.get_operations())
 
 
 def test_functions_run_eagerly_for_debugging():
