@@ -84,9 +84,9 @@ class Exchange:
                 self._models.append(binding)
             self.checked = self._check({n: v for n, (v, _) in members.items()}, in_graph)
             buckets: dict[int | None, dict[str, tf.Tensor]] = {}
+            self._own = [(each, tf.identity(zeroing.zero(each))) for each in gradients]
             for name, (_, gradient) in members.items():
-                own = zeroing.zero(gradient)
-                buckets.setdefault(self.session.bucket_of(name), {})[name] = own
+                buckets.setdefault(self.session.bucket_of(name), {})[name] = self.own(gradient)
             gathered = {
                 bucket: self._gather(bucket, of_bucket)
                 for bucket, of_bucket in sorted(buckets.items(), key=str)
@@ -99,6 +99,15 @@ class Exchange:
         """Of the model: another one once ``hvd.init()`` was called again."""
         assert self.binding.session is not None
         return self.binding.session
+
+    def own(self, gradient: tf.Tensor) -> tf.Tensor:
+        """Returns a gradient, or zeros where this rank has no data.
+
+        Not made in Horovod's branch, and not the very gradient: TensorFlow numbers what it makes of
+        branches by their inputs, and these numbers are in the names by which Horovod matches
+        operations of ranks.  So there must be as many, however a rank has traced its function.
+        """
+        return next((own for of, own in self._own if of is gradient), gradient)
 
     def one(self, dtype: tf.DType) -> tf.Tensor:
         """Returns 1.0, (1,), for Horovod to reduce.

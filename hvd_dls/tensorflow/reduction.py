@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from hvd_dls.tensorflow.exchange import Exchange
 from hvd_dls.tensorflow.executors import HOST
-from hvd_dls.tensorflow.zeroing import zero
 
 
 class Context(Protocol):
@@ -134,24 +133,24 @@ def compress_gradient(
         gradient, after clipping and momentum.  And the context of the gradient.
     """
     if not exchange.layers:
-        return send_uncompressed(zero(gradient))
+        return send_uncompressed(exchange.own(gradient))
     if name is None or name not in exchange.layers:
         with tf.control_dependencies([exchange.checked]):
-            sent, _ = send_uncompressed(tf.identity(zero(gradient)))
+            sent, _ = send_uncompressed(exchange.own(gradient))
         return sent, DenseContext(exchange, None, gradient.dtype)
     if not exchange.session.may_be_sparse(name):
-        whole = zero(gradient)
+        whole = exchange.own(gradient)
         if exchange.session.corrects:
             whole = _corrected(whole, name, exchange)
         if exchange.grouped:
             whole = tf.cast(whole, gradient.dtype)
         with tf.control_dependencies([exchange.checked]):
-            sent, _ = send_uncompressed(tf.identity(whole))
+            sent, _ = send_uncompressed(whole)
         return sent, DenseContext(exchange, name, gradient.dtype)
     operation_name = exchange.binding.scale_name(name)
     if exchange.may_go_dense:
         sent = tf.identity(
-            _placeholder_or_whole(zero(gradient), name, exchange), name=operation_name
+            _placeholder_or_whole(exchange.own(gradient), name, exchange), name=operation_name
         )
     else:
         dtype = horovod_dtype(gradient.dtype) if exchange.grouped else tf.float64
@@ -163,8 +162,13 @@ def compress_gradient(
 
 
 def send_uncompressed(gradient: tf.Tensor) -> tuple[tf.Tensor, Context]:
-    """Hands Horovod a gradient as it is, or in a wider type if Horovod does not take its own."""
-    return tf.cast(gradient, horovod_dtype(gradient.dtype)), UncompressedContext(gradient.dtype)
+    """Hands Horovod a gradient as it is, or in a wider type if Horovod does not take its own.
+
+    Horovod names its operation after this tensor, and ranks must have the same name, whatever else
+    they have traced before it.
+    """
+    sent = tf.identity(tf.cast(gradient, horovod_dtype(gradient.dtype)), name="gradient")
+    return sent, UncompressedContext(gradient.dtype)
 
 
 def horovod_dtype(dtype: tf.DType) -> tf.DType:

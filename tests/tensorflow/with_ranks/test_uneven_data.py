@@ -120,6 +120,16 @@ def test_last_batches_are_smaller_at_different_times():
     assert trainer.traces == 2
 
 
+def test_a_function_traced_here_and_one_traced_later_meet_outside():
+    """One rank goes on with the function that it traced in join, another one traces it anew."""
+    trainer = Trainer(Net(), DLSCompressor(density=0.05, **SPARSE), "tf.function")
+    train(lambda of: trainer._step(*of), [batch(number) for number in range(2)])
+    for number in range(2, 4):
+        trainer._step(*batch(number, size=6 + hvd.rank()))
+    assert trainer.traces == 1 + (hvd.rank() > 0)
+    assert_same_on_all_ranks(flat(trainer.model))
+
+
 def train(step, batches):
     with join(batches) as joined:
         for one in joined:
