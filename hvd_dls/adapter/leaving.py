@@ -20,6 +20,7 @@ from hvd_dls.core.session.session import Session
 
 # Seconds after a rank's last step: who is not through by then is not on the way to it.
 LIMIT = 10.0
+_PATIENCE = 2.0  # seconds for the thread to end, once there is nothing to wait for
 
 _models: weakref.WeakKeyDictionary[Session, tuple[int, weakref.WeakMethod[Callable[[], Any]]]]
 _models = weakref.WeakKeyDictionary()
@@ -55,6 +56,11 @@ def _wait() -> None:
         assert _thread is not None
         _leaving.set()
         _thread.join(left)
+        if _thread.is_alive():
+            # Horovod's own next step at exit: it ends what the thread waits for.  Python would end
+            # a thread anywhere, and within Horovod's code that aborts the process.
+            basics.shutdown()
+            _thread.join(_PATIENCE)
 
 
 def _meet_all() -> None:
