@@ -2,8 +2,8 @@
 
 To answer it, horovodrun imports TensorFlow in a process of its own, which takes more processor time
 than many of these jobs do.  The answer is the same for all of them; where a job needs what is not
-there, its ranks say so.  tests/test_jobs.py, the jobs on many hosts, and those of examples and
-benchmarks go through the command as it is.
+there, its ranks say so.  The jobs on many hosts, and those that benchmarks and examples/demo.py
+start by themselves, go through the command as it is.
 """
 
 import sys
