@@ -20,6 +20,7 @@ from hvd_dls.core.checkpoint.redistribution import ARRAYS
 from hvd_dls.errors import CheckpointError
 
 FORMAT = 1  # of parts and manifests
+KEPT = "kept"  # by owners, in the state of a session with exchange="sparse_allreduce"
 
 
 def part_name(rank: int, size: int) -> str:
@@ -29,7 +30,9 @@ def part_name(rank: int, size: int) -> str:
 
 def header_of(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model's state as JSON can hold it: without arrays, but with their names and lengths."""
-    header = {key: _plain(value) for key, value in model.items() if key not in ARRAYS}
+    header = {key: _plain(value) for key, value in model.items() if key not in (*ARRAYS, KEPT)}
+    if KEPT in model:
+        header[KEPT] = {}  # it is in the residuals: see ``write_part``
     for part in ARRAYS:
         header[part] = {name: list(array.shape) for name, array in model[part].items()}
     return header
@@ -37,15 +40,15 @@ def header_of(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_kept(model: Mapping[str, Any], to_host: Callable[[Any], np.ndarray]) -> Mapping[str, Any]:
     """The same with what owners have kept in the residuals: any number of ranks can load that."""
-    if not model.get("kept"):
+    if not model.get(KEPT):
         return model
     residuals = dict(model["residuals"])
-    for key, kept in model["kept"].items():
+    for key, kept in model[KEPT].items():
         name, begin = key.rsplit("@", 1)
         whole, array = np.array(to_host(residuals[name])), to_host(kept)
         whole[int(begin) : int(begin) + len(array)] += array
         residuals[name] = whole
-    return {**model, "residuals": residuals, "kept": {}}
+    return {**model, "residuals": residuals}
 
 
 def _plain(value: Any) -> Any:

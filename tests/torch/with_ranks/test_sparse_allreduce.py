@@ -1,12 +1,15 @@
 """exchange="sparse_allreduce": owners add up, and hand the largest sums out."""
 
+import tempfile
+from pathlib import Path
+
 import horovod.torch as hvd
 import pytest
 import torch
 from torch import nn
 
 from hvd_dls.errors import DLSError, NonFiniteGradientError
-from hvd_dls.torch import DLSCompressor
+from hvd_dls.torch import DLSCompressor, load_checkpoint, save_checkpoint
 from tests.torch.with_ranks.training import (
     SPARSE,
     assert_same_on_all_ranks,
@@ -130,6 +133,24 @@ def test_a_step_that_one_rank_gives_up_is_given_up_by_all():
     assert torch.equal(flat(model), before)
     train(model, optimizer, range(3, 6))
     assert_same_on_all_ranks(flat(model))
+
+
+def test_a_checkpoint_holds_all_that_waits_and_training_goes_on():
+    folder = Path(hvd.broadcast_object(tempfile.mkdtemp(), name="folder"))
+    model, again = net_without_vectors(), net_without_vectors()
+    compressor, loaded = (DLSCompressor(density=0.05, **OWNERS) for _ in range(2))
+    train(model, wrap(model, compressor), range(4))
+    save_checkpoint(folder, model.state_dict(), compressor)
+    again.load_state_dict(load_checkpoint(folder, loaded))
+    optimizer = wrap(again, loaded)
+    (state,) = loaded.state_dict()["models"]
+    for name, shape in state["parameters"]:
+        waits = pending(compressor, name, shape)
+        assert waits.any()
+        assert torch.equal(torch.as_tensor(state["residuals"][name]).reshape(shape), waits)
+    train(again, optimizer, range(4, 7))
+    assert loaded.last_step().step == 7
+    assert_same_on_all_ranks(flat(again))
 
 
 @pytest.mark.parametrize(
