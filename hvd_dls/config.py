@@ -180,11 +180,6 @@ class DLSConfig:
                 f"exchange='sparse_allreduce' with strategy={self.strategy!r}: accepted are 'dls' "
                 "and 'layerwise'; the others are there to compare with, and are gathered"
             )
-        if self.hierarchical:
-            raise DLSError(
-                "exchange='sparse_allreduce' with hierarchical=True: hosts gather each other's "
-                "payloads; leave one of the two out"
-            )
 
     def _require_number(self, name: str, accepted: str, ok: Callable[[Any], bool]) -> None:
         value = getattr(self, name)

@@ -110,7 +110,7 @@ def received_by_owners(shapes: Shapes, config: DLSConfig, ranks: int, sharing: i
         np.maximum(np.rint(entries * np.diff(bucket.offsets) / plan.sizes.sum()), 1).astype(int)
         for bucket in buckets
     ]
-    owners = Owners(buckets, k, ranks, 0)
+    owners = Owners(buckets, k, ranks, 0, [True] * len(buckets))
     return int(_received(owners, [int(each.sum()) for each in k], sharing).max())
 
 
