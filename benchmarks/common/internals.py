@@ -121,7 +121,8 @@ def received_from_ranks(session: Session) -> np.ndarray:
         session: with exchange="sparse_allreduce", and in no step.
 
     Returns:
-        (P,): of each rank's own region from the others, and of theirs, what they hand out.
+        (P,): of each rank's own regions from the others, and of theirs, what they hand out; where
+        hosts average first, of each host.
     """
     owners = session.owners
     assert owners is not None
