@@ -16,7 +16,7 @@ from hvd_dls.adapter.hosts import HostSets, check_exchange, groups_of, host_sets
 from hvd_dls.adapter.leaving import meet_at_exit
 from hvd_dls.adapter.states import take_state_of
 from hvd_dls.adapter.world import World, epoch
-from hvd_dls.config import ALLGATHER, DLSConfig
+from hvd_dls.config import DLSConfig
 from hvd_dls.core import disk_cache
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection import threads
@@ -52,8 +52,6 @@ class BaseBinding(ABC):
         states: saved ones that wait for models; the session takes its own out of them.
         observers: of the session's steps.
     """
-
-    _exchanges: tuple[str, ...] = (ALLGATHER,)  # that the framework's adapter can do
 
     def __init__(self, layers: Sequence[LayerSpec], config: DLSConfig) -> None:
         self.session: Session | None = None
@@ -111,7 +109,7 @@ class BaseBinding(ABC):
         if world.size > 1:
             rows = self._gather(_HOSTS, rows)
         try:
-            check_exchange(self._config.exchange, self._exchanges)
+            check_exchange(self._config.exchange)
             if self._config.hierarchical:
                 groups, hosts = groups_of(rows, world)
                 sets = known_sets()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import zlib
-from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -25,21 +24,15 @@ def row_of(world: World) -> np.ndarray:
     return np.array([world.global_rank, first, name, world.local_size], np.int64).view(np.uint8)
 
 
-def check_exchange(exchange: str, accepted: Sequence[str]) -> None:
-    """Refuses what a framework, or an elastic job, has not got.
+def check_exchange(exchange: str) -> None:
+    """Refuses what an elastic job has not got.
 
     Args:
         exchange: the option.
-        accepted: what the framework's adapter can do.
 
     Raises:
-        DLSError: another one; on every rank alike.
+        DLSError: owners in an elastic job; on every rank alike.
     """
-    if exchange not in accepted:
-        raise DLSError(
-            f"exchange={exchange!r} is there for torch only; here, accepted is "
-            f"{', '.join(map(repr, accepted))}"
-        )
     if exchange == SPARSE_ALLREDUCE and os.environ.get("HOROVOD_ELASTIC") == "1":
         raise DLSError(
             f"exchange={exchange!r} in an elastic job: what owners have added up would be lost "

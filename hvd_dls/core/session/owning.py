@@ -174,6 +174,7 @@ class Owning(Averaging):
         Raises:
             PayloadError: they are not this bucket's.
             RanksDisagreeError: some rank is in another step, and sent another number of entries.
+                After either, this rank's ``payload`` tells the others.
         """
         owners = self.owners
         if owners is None:
@@ -184,6 +185,7 @@ class Owning(Averaging):
         try:
             payloads = unpack(part, room, total, self.world_size)
         except PayloadError:
+            step.abandoned[bucket] = Abandoned.OUT_OF_STEP  # what ``payload`` tells the others
             told, _ = headers_in(part, total)
             if len(told) == self.world_size:
                 self._check_clock(dict(enumerate(told)))
