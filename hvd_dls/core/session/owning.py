@@ -175,7 +175,7 @@ class Owning(Averaging):
         hands out; ``receive`` raises it then.
 
         Raises:
-            PayloadError: they are not this bucket's.
+            PayloadError: they are not this bucket's; ``payload`` tells the others.
         """
         owners, senders = self._required_owners(), self.routing.senders[bucket]
         step, begun, part = self._step, perf_counter(), owners.own(bucket).sent
@@ -189,6 +189,7 @@ class Owning(Averaging):
         except PayloadError:
             told, _ = headers_in(part, total)  # ranks in other steps send other numbers of entries
             if len(told) != len(senders) or all(x.clock == now and not x.abandoned for x in told):
+                step.abandoned[bucket] = Abandoned.OUT_OF_STEP  # what ``payload`` tells the others
                 raise
         if merged is not None:
             step.merged[bucket] = merged
