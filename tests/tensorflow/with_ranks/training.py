@@ -9,6 +9,8 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
+from hvd_dls.core.wire.dealing import places_of
+
 # Layers are small here: nothing but vectors goes dense unless a test wants it to.
 SPARSE = {"cost_rule": False, "dense_below": 0}
 
