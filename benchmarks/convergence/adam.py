@@ -23,7 +23,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,15 +197,16 @@ class Training:
 
     Args:
         run: to be made.
+        make_job: makes the workers.
 
     Attributes:
         losses: of the steps so far, mean over workers.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, make_job: Callable[..., SimulatedJob] = SimulatedJob) -> None:
         self._run, self._way = run, WAYS[run.way]
         self._model = run.make_model()
-        self._job = SimulatedJob(self._model, WORKERS, run.config())
+        self._job = make_job(self._model, WORKERS, run.config())
         self._updater = Updater(self._model, self._job, self._way)
         self._preconditioner = None
         if self._way.moments is not None:
