@@ -113,6 +113,29 @@ def test_each_rank_clips_the_norm_of_its_whole_gradient(dense_steps):
     assert_same_on_all_ranks(flat(model))
 
 
+def test_by_hand_a_rank_s_own_gradient_can_be_clipped_exactly():
+    """With a pass more than there are, gradients stay here until step(): see docs/tuning.md."""
+    model = net()
+    compression = DLSCompressor(model.named_parameters(), density=1.0, **SPARSE)
+    optimizer = wrap(
+        model,
+        compression,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        backward_passes_per_step=2,
+    )
+    for step in range(3):
+        before = flat(model)
+        optimizer.zero_grad()
+        images, labels = batch(step)
+        (10 * nn.functional.cross_entropy(model(images), labels)).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        assert norm > 0.1
+        own = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        optimizer.step()
+        mean = hvd.allreduce(own, name="own")
+        torch.testing.assert_close(before - flat(model), mean.double(), rtol=0, atol=1e-6)
+
+
 def test_dense_steps_send_whole_gradients():
     model = nn.Linear(40, 30, bias=False)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
