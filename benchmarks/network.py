@@ -5,8 +5,9 @@
     python -m benchmarks.network --hosts 4 --per-host 4 --density 0.01
 
 With one rank on each host it also compares exchange="sparse_allreduce"; with several, DLS as it is
-with hierarchical=True. Beside Horovod's own methods stand those of torch's DistributedDataParallel
-over Gloo, which exchanges dense gradients faster than Horovod does: dense, fp16, and PowerSGD.
+with hierarchical=True, by itself and with exchange="sparse_allreduce" between the hosts. Beside
+Horovod's own methods stand those of torch's DistributedDataParallel over Gloo, which exchanges
+dense gradients faster than Horovod does: dense, fp16, and PowerSGD.
 
 Makes hosts out of this machine, with links of the given rate in each direction (benchmarks.hosts;
 needs root), and runs one job for each number of hosts and each rate. In a job,
@@ -71,7 +72,10 @@ def methods_of(args: argparse.Namespace) -> list[str]:
     methods = ["nothing", "dense", "fp16", *args.peers]
     for density in args.density:
         if args.per_host > 1:
-            methods += [f"{kind}:{density:g}" for kind in ("dls", "hierarchical")]
+            methods += [
+                f"{kind}:{density:g}"
+                for kind in ("dls", "hierarchical", "hierarchical_sparse_allreduce")
+            ]
             continue
         methods += [f"{kind}:{density:g}" for kind in ("layerwise", "dls")]
         methods.append(f"dls:{density:g}:{args.values}")
@@ -126,7 +130,7 @@ def row_of(job: dict[str, Any], method: str) -> dict[str, Any]:
     busiest = float(np.median(steps_of(job, method, "most_received_bytes")))
     claimed = figures["claimed_wire_bytes"]
     # Where owners add up, that is of the busiest host.
-    what = "most_received_bytes" if method.startswith("sparse_allreduce") else "sent_bytes"
+    what = "most_received_bytes" if "sparse_allreduce" in method else "sent_bytes"
     theirs, ours = (float(np.median(steps_of(job, m, what))) for m in (method, "nothing"))
     row = {
         "method": method,

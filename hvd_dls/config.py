@@ -17,7 +17,7 @@ MEASURED = "measured"  # no law, but what a dense first step shows
 TAILS = ("gaussian", "laplace", "weibull", "pareto")  # shapes: core/balancing/tails.py
 INDEX_CODES = ("elias-fano", "plain")
 NONFINITE = ("raise", "skip")
-ALLGATHER, SPARSE_ALLREDUCE = EXCHANGES = ("allgather", "sparse_allreduce")
+ALLGATHER, SPARSE_ALLREDUCE, AUTO = EXCHANGES = ("allgather", "sparse_allreduce", "auto")
 DENSE = "dense"  # what ``layer_density`` accepts beside a density
 
 
@@ -54,7 +54,8 @@ class DLSConfig:
 
     # How entries get from rank to rank: "allgather", each rank's to all others; "sparse_allreduce",
     # to owners of parts of the model, who add them up and hand the largest sums out.  What a rank
-    # receives then does not grow with the number of ranks: see docs/scale.md.  torch only.
+    # receives then does not grow with the number of ranks.  "auto": the latter from eight ranks (or
+    # hierarchical hosts) on, where it can be: see docs/scale.md.  torch only.
     exchange: str = "allgather"
 
     # Seldom set --------------------------------------------------------------------------------
@@ -182,11 +183,6 @@ class DLSConfig:
             raise DLSError(
                 f"exchange='sparse_allreduce' with strategy={self.strategy!r}: accepted are 'dls' "
                 "and 'layerwise'; the others are there to compare with, and are gathered"
-            )
-        if self.hierarchical:
-            raise DLSError(
-                "exchange='sparse_allreduce' with hierarchical=True: hosts gather each other's "
-                "payloads; leave one of the two out"
             )
 
     def _require_number(self, name: str, accepted: str, ok: Callable[[Any], bool]) -> None:

@@ -19,7 +19,7 @@ GOOD = {
     "warmup_steps": [0, 1, 1000, np.int64(4)],
     "nonfinite": ["raise", "skip"],
     "hierarchical": [True, False],
-    "exchange": ["allgather", "sparse_allreduce"],
+    "exchange": ["allgather", "sparse_allreduce", "auto"],
     "layer_density": [(), (("*", 1),), (("a.*", 0.1), ("[bc]?", "dense")), (("a", 1e-9),) * 2],
     "warmup_density": [1e-9, 0.5, 1, 1.0, Fraction(1, 3)],
     "nesterov": [True, False],
@@ -49,7 +49,7 @@ BAD = {
     "warmup_steps": [-1, 1.0, "1", None, False],
     "nonfinite": ["ignore", "", None, True],
     "hierarchical": [0, 1, "yes", None],
-    "exchange": ["allreduce", "auto", "", None, True],
+    "exchange": ["allreduce", "Auto", "", None, True],
     "layer_density": [
         None,
         3,

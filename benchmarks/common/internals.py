@@ -110,7 +110,7 @@ def received_by_owners(shapes: Shapes, config: DLSConfig, ranks: int, sharing: i
         np.maximum(np.rint(entries * np.diff(bucket.offsets) / plan.sizes.sum()), 1).astype(int)
         for bucket in buckets
     ]
-    owners = Owners(buckets, k, ranks, 0)
+    owners = Owners(buckets, k, ranks, 0, [True] * len(buckets))
     return int(_received(owners, [int(each.sum()) for each in k], sharing).max())
 
 
@@ -121,7 +121,8 @@ def received_from_ranks(session: Session) -> np.ndarray:
         session: with exchange="sparse_allreduce", and in no step.
 
     Returns:
-        (P,): of each rank's own region from the others, and of theirs, what they hand out.
+        (P,): of each rank's own regions from the others, and of theirs, what they hand out; where
+        hosts average first, of each host.
     """
     owners = session.owners
     assert owners is not None

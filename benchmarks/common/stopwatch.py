@@ -19,8 +19,10 @@ from hvd_dls.torch.exchange import Exchange
 # Where a part of a step is: a class or module, the name of its function, and what to call it.
 PARTS: list[tuple[Any, str, str]] = [
     (Session, "_select", "find"),
-    (Session, "contribution", "contribution: to the host's average, or for owners"),
+    (Session, "contribution", "contribution: to the host's average"),
     (Session, "added_up", "take in contributions"),
+    (Session, "parts", "parts: for owners"),
+    (Session, "collected", "owners add up"),
     (Session, "payload", "pack"),
     (Exchange, "_start", "hand over payloads"),
     (Binding, "_receive_all", "wait for payloads"),

@@ -19,7 +19,8 @@ from benchmarks.common.shapes import Shapes
 from hvd_dls.torch import DLSCompressor
 from hvd_dls.torch.synthetic import GivenGradient
 
-COMPRESSIONS = ("none", "fp16", "dls", "layerwise", "hierarchical", "sparse_allreduce")
+OWNERS, HOSTS_AND_OWNERS = "sparse_allreduce", "hierarchical_sparse_allreduce"
+COMPRESSIONS = ("none", "fp16", "dls", "layerwise", "hierarchical", OWNERS, HOSTS_AND_OWNERS)
 
 
 class Gradients:
@@ -142,6 +143,6 @@ def make_compression(name: str, **options: Any) -> Any:
         return getattr(hvd.Compression, name)
     if name == "hierarchical":
         return DLSCompressor(hierarchical=True, **options)
-    if name == "sparse_allreduce":
-        return DLSCompressor(exchange=name, **options)
+    if name in (OWNERS, HOSTS_AND_OWNERS):
+        return DLSCompressor(exchange=OWNERS, hierarchical=name != OWNERS, **options)
     return DLSCompressor(strategy=name, **options)

@@ -1,4 +1,4 @@
-"""Training on hosts of several ranks: two levels beside ranks that each send for themselves.
+"""Training on hosts of several ranks: two levels, and owners, beside ranks that all send.
 
     python -m benchmarks.convergence.hosts
     python -m benchmarks.convergence.hosts --tasks digits --seeds 0 --steps 100
@@ -23,6 +23,7 @@ from benchmarks.common.reporting import markdown
 from benchmarks.convergence.settings import MOMENTUM, SEEDS, WARMUP
 from benchmarks.convergence.sweep import make_missing, result_of
 from benchmarks.convergence.tasks import TASKS
+from hvd_dls.config import ALLGATHER, SPARSE_ALLREDUCE
 
 KEPT = ROOT / "build" / "convergence-hosts"
 DENSITY = 0.01
@@ -38,6 +39,7 @@ class Way(NamedTuple):
         density: of each payload; None: dense.
         hosts: workers on each, where they average first.
         payloads: that a host receives in a step, in payloads of DENSITY.
+        exchange: of the compressor.
     """
 
     title: str
@@ -45,6 +47,7 @@ class Way(NamedTuple):
     density: float | None
     hosts: tuple[int, ...] | None
     payloads: float
+    exchange: str = ALLGATHER
 
 
 _RANKS, _HOSTS = sum(HOSTS), len(HOSTS)
@@ -60,6 +63,23 @@ WAYS = {
         None,
         _HOSTS - 1,
     ),
+    # Owners get, and hand out, what is not their own.
+    "owners": Way(
+        "two levels, sparse allreduce between hosts",
+        _RANKS,
+        DENSITY,
+        HOSTS,
+        2 * (_HOSTS - 1) / _HOSTS,
+        SPARSE_ALLREDUCE,
+    ),
+    "owners-equal": Way(
+        "the same, as many bytes as two levels",
+        _RANKS,
+        DENSITY * _HOSTS / 2,
+        HOSTS,
+        _HOSTS - 1,
+        SPARSE_ALLREDUCE,
+    ),
 }
 
 
@@ -74,6 +94,7 @@ def description(task: str, way: Way, seed: int, steps: int | None) -> dict[str, 
             "momentum_masking": of.masking,
             "warmup_steps": round(WARMUP[DENSITY] * steps),
             "hierarchical": way.hosts is not None,
+            "exchange": way.exchange,
             "measure_every": 0,
         }
     return {
@@ -105,7 +126,7 @@ def table(tasks: Sequence[str], results: dict[tuple[str, str, int], dict[str, An
             mean, deviation = good.mean(), good.std(ddof=1) if len(good) > 1 else 0.0
             number = f"{100 * mean:.1f} ± {100 * deviation:.1f}"
             cells.append(number if of.accuracy else f"{mean:.3f} ± {deviation:.3f}")
-        payloads = "-" if way.density is None else f"{way.payloads:.0f}"
+        payloads = "-" if way.density is None else f"{way.payloads:g}"
         rows.append([way.title, f"{way.workers}", payloads, *cells])
     head = ["", "ranks", "payloads on a link"]
     head += [f"{task}: {'%' if TASKS[task].accuracy else 'nats'}" for task in tasks]

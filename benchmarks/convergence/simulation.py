@@ -140,8 +140,8 @@ def exchange_all(sessions: list[Session], gradients: list[Gradients]) -> list[Gr
     sparse = [name for name in names if sessions[0].is_sparse(name)]
     sent = [_send(session, own, names) for session, own in zip(sessions, gradients, strict=True)]
     reduced = averages([{n: own[n] for n in names if n not in sparse} for own in gradients])
-    if sessions[0].grouped:
-        _exchange_by_hosts(sessions)
+    if sessions[0].staged:
+        _exchange_in_stages(sessions)
     results = []
     for session, own in zip(sessions, gradients, strict=True):
         for bucket in sent[0]:
@@ -169,7 +169,7 @@ def _send(session: Session, gradients: Gradients, names: list[str]) -> dict[int,
         names: of all layers, in the order in which backward reaches them.
 
     Returns:
-        The payload of each bucket; none where hosts average first.
+        The payload of each bucket; none where hosts average first, or owners add up.
     """
     sent = {}
     for name in names:
@@ -181,25 +181,28 @@ def _send(session: Session, gradients: Gradients, names: list[str]) -> dict[int,
             complete = session.note(name, finite)
             if session.corrects:
                 gradients[name] = session.correct(name, gradient)
-        if complete is not None and not session.grouped:
+        if complete is not None and not session.staged:
             sent[complete] = session.payload(complete)
-    if session.grouped:
+    if session.staged:
         return {}
     return sent | {bucket: session.payload(bucket) for bucket in session.unfinished()}
 
 
-def _exchange_by_hosts(sessions: list[Session]) -> None:
-    """Takes all buckets through their stages: averages of hosts, payloads between them, hand-on."""
+def _exchange_in_stages(sessions: list[Session]) -> None:
+    """Takes all buckets through their stages: averages of hosts, owners, payloads, hand-on."""
     for bucket in sessions[0].unfinished():
-        contributions = [np.asarray(session.contribution(bucket)) for session in sessions]
-        for session in sessions:
-            mates = session.groups.mates
-            total = contributions[mates[0]].copy()
-            for mate in mates[1:]:
-                total += contributions[mate]
-            session.added_up(bucket, total)
         senders = sessions[0].routing.senders[bucket]
+        if sessions[0].grouped:
+            _average_in_hosts(sessions, bucket)
+        if sessions[0].owners is not None:
+            parts = [sessions[rank].parts(bucket) for rank in senders]
+            for number, rank in enumerate(senders):
+                sessions[rank].collected(bucket, np.concatenate([own[number] for own in parts]))
         gathered = np.concatenate([sessions[rank].payload(bucket) for rank in senders])
+        if not sessions[0].grouped:
+            for session in sessions:
+                session.receive(bucket, gathered)
+            continue
         handed_on = [
             session.hand_on(bucket, gathered) if session.sends(bucket) else session.header(bucket)
             for session in sessions
@@ -207,6 +210,16 @@ def _exchange_by_hosts(sessions: list[Session]) -> None:
         for session in sessions:
             mates = session.groups.mates
             session.receive(bucket, np.concatenate([handed_on[mate] for mate in mates]))
+
+
+def _average_in_hosts(sessions: list[Session], bucket: int) -> None:
+    contributions = [session.contribution(bucket) for session in sessions]
+    for session in sessions:
+        mates = session.groups.mates
+        total = contributions[mates[0]].copy()
+        for mate in mates[1:]:
+            total += contributions[mate]
+        session.added_up(bucket, total)
 
 
 def _flat(gradient: torch.Tensor | None) -> np.ndarray:

@@ -31,8 +31,7 @@ density is not the same training (docs/scale.md).
 
 With --per-host L, ranks share a host's link, and each exchange comes flat, and in "two levels"
 (hierarchical=True). There, P is the number of hosts for all that is sparse, and the dense
-allreduce inside each host costs what `start` and `copy` say. (Owners behind averages inside hosts
-are not built: the row says what they would be.)
+allreduce inside each host costs what `start` and `copy` say.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def name_of(row: dict[str, Any]) -> str:
     name = "sparse allreduce" if row["exchange"] == OWNERS else "allgather"
     if row["averaged"] == 1:
         return name
-    return f"{name}, two levels" + (" (not built)" if row["exchange"] == OWNERS else "")
+    return f"{name}, two levels"
 
 
 def show_predictions(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:

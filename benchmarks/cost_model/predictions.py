@@ -104,7 +104,7 @@ def owner_costs(
         values: likewise.
         ranks: likewise.
         latency: likewise.
-        per_host: likewise, as if owners could add up behind averages inside hosts: not built.
+        per_host: likewise; owners add up between hosts, behind these averages.
         sharing: ranks on each host that do not average first, and share its link.
     """
     hosts = ranks // per_host

@@ -17,7 +17,7 @@ from benchmarks.rounds.methods import RunningMethod
 
 DDP = ("ddp", "ddp-fp16", "powersgd")
 # With several buckets, PowerSGD's hook over Gloo crashes with four ranks (torch 2.13).
-_ONE_BUCKET_MB = 1 << 20
+ONE_BUCKET_MB = 1 << 20
 _MATRICES_FROM_STEP = 2  # the first that PowerSGD's hook accepts
 
 
@@ -27,12 +27,12 @@ class RunningDDP(RunningMethod):
     first_steps = _MATRICES_FROM_STEP + 2  # DDP makes its buckets anew after the first
 
     def _set_up(self, bucket_bytes: int | None) -> None:
-        _connect()
+        connect()
         named = {name: p.shape for name, p in self._model.named_parameters()}
         model = SyntheticModel(named, self._gradients.last_drawn)
         self._parameters = [p for _, p in model.named_parameters()]
         powersgd = self.method.compression == "powersgd"
-        options: dict[str, Any] = {"bucket_cap_mb": _ONE_BUCKET_MB} if powersgd else {}
+        options: dict[str, Any] = {"bucket_cap_mb": ONE_BUCKET_MB} if powersgd else {}
         self._model = DistributedDataParallel(model, **options)
         if powersgd:
             self._state = powerSGD_hook.PowerSGDState(
@@ -61,7 +61,7 @@ class RunningDDP(RunningMethod):
         return int(factors if pays else whole)
 
 
-def _connect() -> None:
+def connect() -> None:
     """Makes DDP's group of all processes, over the network interface that Horovod uses."""
     if dist.is_initialized():
         return

@@ -13,6 +13,8 @@ import numpy as np
 from benchmarks.common.internals import received_from_ranks
 from benchmarks.common.shapes import Shapes
 from benchmarks.common.synthetic_model import (
+    HOSTS_AND_OWNERS,
+    OWNERS,
     Gradients,
     NoUpdate,
     SyntheticModel,
@@ -21,7 +23,7 @@ from benchmarks.common.synthetic_model import (
 from benchmarks.rounds.measuring import gather, interface_bytes, wait_for_all
 from hvd_dls.torch import DLSCompressor
 
-SPARSE = ("layerwise", "dls", "hierarchical", "sparse_allreduce")
+SPARSE = ("layerwise", "dls", "hierarchical", OWNERS, HOSTS_AND_OWNERS)
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class Method:
 
     Attributes:
         compression: "nothing" (no exchange at all), "none" (dense, as they are), "fp16",
-            "layerwise", "dls", "hierarchical" (DLS between hosts, behind averages inside) or
-            "sparse_allreduce" (DLS where owners add up); with torch's DistributedDataParallel:
-            "ddp" (dense), "ddp-fp16" or "powersgd".
+            "layerwise", "dls", "hierarchical" (DLS between hosts, behind averages inside),
+            "sparse_allreduce" (DLS where owners add up) or "hierarchical_sparse_allreduce" (both);
+            with torch's DistributedDataParallel: "ddp" (dense), "ddp-fp16" or "powersgd".
         density: of the sparse ones.
         values: type of the values they send.
         rank: of PowerSGD's matrices.
@@ -78,7 +80,8 @@ class RunningMethod:
         compression: what Horovod's optimizer has been given; None for "nothing".
         optimizer: what steps; Horovod's, but for "nothing".
         records: what the compressor sent in each step; empty if it is not ours.
-        received: with owners, (P,) payload bytes that each rank received in each of these steps.
+        received: with owners, (P,) payload bytes that each rank received in each of these steps,
+            or where hosts average first, each host.
         first_steps: that are unlike all others.
     """
 
@@ -154,7 +157,7 @@ class RunningMethod:
 
     def _note_received(self) -> None:
         """Of the step to come: when it has ended, owners may have moved."""
-        if self.method.compression != "sparse_allreduce":
+        if self.method.compression not in (OWNERS, HOSTS_AND_OWNERS):
             return
         session = self.compression.binding_of(self.optimizer).session
         if session is not None:  # or it is the first step
@@ -201,8 +204,8 @@ class RunningMethod:
         """Returns the bytes a host's link carries each way in a step, without any headers.
 
         By ring algorithms, ranks numbered host by host; with one rank a host, what a rank sends.
-        Where owners add up, what the busiest rank receives: of its own region from the others, and
-        of theirs, what they hand out.  To be called on all ranks.
+        Where owners add up, what the busiest rank or host receives: of its own regions from the
+        others, and of theirs, what they hand out.  To be called on all ranks.
         """
         handed_over, ranks, hosts = self.handed_over(), hvd.size(), hvd.cross_size()
         gathered = handed_over["allgather"] * (ranks - 1)
@@ -210,6 +213,6 @@ class RunningMethod:
             # One rank of each host sends a bucket, to those of the other hosts.
             name = f"handed over.{self.method.name}"
             gathered = gather([handed_over["allgather"]], name).sum() * (hosts - 1) / hosts
-        if self.method.compression == "sparse_allreduce":
+        if self.received:
             gathered = float(np.mean(self.received, axis=0).max())
         return float(gathered + handed_over["allreduce"] * 2 * (ranks - 1) / ranks)

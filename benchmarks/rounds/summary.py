@@ -48,6 +48,7 @@ def title_of(method: str) -> str:
     kind, *rest = method.split(":")
     names = {"dls": "DLS", "layerwise": "layer-wise top-k", "none": "dense"}
     names |= {"hierarchical": "DLS, two levels", "sparse_allreduce": "DLS, sparse allreduce"}
+    names["hierarchical_sparse_allreduce"] = "DLS, two levels, sparse allreduce"
     names |= {"ddp": "torch DDP", "ddp-fp16": "torch DDP, fp16"}
     if kind == "powersgd":
         return f"torch DDP, PowerSGD, rank {rest[0]}"

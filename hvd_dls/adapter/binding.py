@@ -6,17 +6,19 @@ import functools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import numpy as np
 
 import hvd_dls
-from hvd_dls.adapter.hosts import HostSets, check_exchange, groups_of, host_sets, known_sets, row_of
+from hvd_dls.adapter.exchanges import exchange_of
+from hvd_dls.adapter.hosts import HostSets, groups_of, host_sets, known_sets, row_of
 from hvd_dls.adapter.leaving import meet_at_exit
 from hvd_dls.adapter.states import take_state_of
 from hvd_dls.adapter.world import World, epoch
-from hvd_dls.config import ALLGATHER, DLSConfig
+from hvd_dls.config import ALLGATHER, AUTO, DLSConfig
 from hvd_dls.core import disk_cache
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection import threads
@@ -80,8 +82,12 @@ class BaseBinding(ABC):
     def _norms(self) -> dict[str, float]:
         """Frobenius norm of each layer's weights, by name."""
 
-    def _backends(self) -> Mapping[str, Backend]:
-        """Where arrays of layers are that are not on the host, by name."""
+    def _backends(self, config: DLSConfig) -> Mapping[str, Backend]:
+        """Where arrays of layers are that are not on the host, by name.
+
+        Args:
+            config: with the exchange in use.
+        """
         return {}
 
     # Agreement ----------------------------------------------------------------------------------
@@ -111,11 +117,10 @@ class BaseBinding(ABC):
         if world.size > 1:
             rows = self._gather(_HOSTS, rows)
         try:
-            check_exchange(self._config.exchange, self._exchanges)
             if self._config.hierarchical:
                 groups, hosts = groups_of(rows, world)
                 sets = known_sets()
-            session = self._new_session(world, groups)
+            session = self._new_session(world, groups, self._with_exchange(groups.count))
             if old is None:
                 loaded = take_state_of(self.parameters_of_state, self.states)
             if loaded is not None:
@@ -125,6 +130,7 @@ class BaseBinding(ABC):
         facts = agreement.facts_of(hvd_dls.__version__, self._config, self._layers)
         facts.insert(1, ("sources of hvd_dls", _sources()))
         facts.append(("ranks on each host", [len(ranks) for ranks in hosts]))
+        facts.append(("exchange in use", session.config.exchange if session else ""))
         facts.append(("saved state", _summary_of(loaded) if loaded else "none"))
         first = world.rank == 0
         own = Claim(
@@ -160,16 +166,27 @@ class BaseBinding(ABC):
         """Returns when all ranks have called it."""
         self._gather(_LEAVE, np.zeros(1, np.uint8))
 
-    def _new_session(self, world: World, groups: Groups) -> Session:
+    def _with_exchange(self, senders: int) -> DLSConfig:
+        """The options, with the exchange that is meant by "auto": owners add up on the host."""
+        on_host = self._config.exchange != AUTO or not self._wants_device
+        exchange = exchange_of(self._config, self._exchanges if on_host else (ALLGATHER,), senders)
+        return replace(self._config, exchange=exchange)
+
+    @property
+    def _wants_device(self) -> bool:
+        """Whether the passes of some layer are made on a device, if they can be."""
+        return False
+
+    def _new_session(self, world: World, groups: Groups, config: DLSConfig) -> Session:
         threads.use(self._config.threads or threads.to_spare(world.local_size))
         norms = self._norms() if self._config.prior == "weight_norm" else None
         session = Session(
             self._layers,
-            self._config,
+            config,
             world.size,
             world.rank,
             norms,
-            self._backends(),
+            self._backends(config),
             groups,
             self._planned_for,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import zlib
-from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ import numpy as np
 from horovod.common import process_sets
 
 from hvd_dls.adapter.world import World
-from hvd_dls.config import SPARSE_ALLREDUCE
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.errors import DLSError
 
@@ -23,28 +21,6 @@ def row_of(world: World) -> np.ndarray:
     first = world.global_rank - world.local_rank
     name = zlib.crc32(socket.gethostname().encode())
     return np.array([world.global_rank, first, name, world.local_size], np.int64).view(np.uint8)
-
-
-def check_exchange(exchange: str, accepted: Sequence[str]) -> None:
-    """Refuses what a framework, or an elastic job, has not got.
-
-    Args:
-        exchange: the option.
-        accepted: what the framework's adapter can do.
-
-    Raises:
-        DLSError: another one; on every rank alike.
-    """
-    if exchange not in accepted:
-        raise DLSError(
-            f"exchange={exchange!r} is there for torch only; here, accepted is "
-            f"{', '.join(map(repr, accepted))}"
-        )
-    if exchange == SPARSE_ALLREDUCE and os.environ.get("HOROVOD_ELASTIC") == "1":
-        raise DLSError(
-            f"exchange={exchange!r} in an elastic job: what owners have added up would be lost "
-            "with a worker that leaves; leave exchange out"
-        )
 
 
 def groups_of(gathered: np.ndarray, world: World) -> tuple[Groups, list[list[int]]]:

@@ -239,9 +239,9 @@ class Binding(BaseBinding):
         work = tf.as_dtype(self.layer(name).work_dtype)
         return gradient if gradient.size == 2 and work == tf.float32 else work
 
-    def _backends(self) -> Mapping[str, Backend]:
+    def _backends(self, config: DLSConfig) -> Mapping[str, Backend]:
         # These strategies look at whole residuals, on the host; and hosts add up there.
-        if self.config.strategy not in BASELINES and not self.config.hierarchical:
+        if config.strategy not in BASELINES and not config.hierarchical:
             for layer, reference in zip(self._layers, self._references, strict=True):
                 variable = reference()
                 if variable is None or layer.size >= TOO_LARGE:

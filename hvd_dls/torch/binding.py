@@ -13,7 +13,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_dls.adapter import BaseBinding, World, on_the_watch
-from hvd_dls.config import ALLGATHER, EXCHANGES, DLSConfig
+from hvd_dls.config import ALLGATHER, SPARSE_ALLREDUCE, DLSConfig
 from hvd_dls.core.selection.backend import Array, Backend, Future
 from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.interrupts import Uninterrupted
@@ -46,7 +46,7 @@ class Binding(BaseBinding):
         DLSError: a gradient would not be floating point.
     """
 
-    _exchanges = EXCHANGES
+    _exchanges = (ALLGATHER, SPARSE_ALLREDUCE)
 
     def __init__(self, named_parameters: Iterable[NamedParameter], config: DLSConfig) -> None:
         pairs = list(named_parameters)
@@ -360,10 +360,13 @@ class Binding(BaseBinding):
 
     # Layers on a device --------------------------------------------------------------------------
 
-    def _backends(self) -> dict[str, Backend]:
+    @property
+    def _wants_device(self) -> bool:
+        return any(stays_on_device(parameter) for _, parameter in self.parameters.named())
+
+    def _backends(self, config: DLSConfig) -> dict[str, Backend]:
         # These strategies look at whole residuals, on the host; hosts and owners add up there.
         self._on_device = {}
-        config = self._config
         on_host = config.strategy in BASELINES or config.hierarchical
         if not on_host and config.exchange == ALLGATHER:
             for name, parameter in self.parameters.named():

@@ -1,9 +1,9 @@
 """The way of a step's buckets through their stages: what is complete goes out, what came in, on.
 
 Without hosts that average first, payloads are gathered, and that is all.  With them, a bucket's
-gradients are added up inside the host; its owner there gathers payloads with those of other hosts;
-and hands on what came in.  With exchange="sparse_allreduce", its entries go to the owners of its
-regions, who add them up; and sums are gathered.
+gradients are added up inside the host; one rank there gathers payloads with those of other hosts;
+and hands on what came in.  With exchange="sparse_allreduce", before a bucket is gathered, its
+entries go to the owners of its regions, who add them up.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class Delivery:
     def send_ready(self) -> None:
         """Sends what is complete, but what a device or the host's ranks are still working on."""
         with self._lock:
-            if self._session.staged:
-                self._add_up(self._session.to_add_up())
-            else:
+            if not self._session.staged:
                 self._send()
+                return
+            self._add_up(self._session.to_add_up())
+            self._scatter(self._session.to_scatter())
+            self._keep_moving()
 
     def wait_for_all(self) -> None:
         """Sends the rest, and waits until all ranks' payloads are there.
@@ -66,7 +68,11 @@ class Delivery:
         session, pause = self._session, Pause()
         if session.staged:
             with self._lock:
-                self._add_up(session.unfinished())
+                if session.grouped:
+                    self._add_up(session.unfinished())
+                else:
+                    self._scatter(session.unfinished())
+                self._keep_moving()
                 self._wait_for_thread()
             return
         self._send(session.unfinished())
@@ -108,7 +114,11 @@ class Delivery:
                 if not self._session.sends(bucket):
                     header = self._session.header(bucket)
                     self.exchange.send(Stage.HAND_ON, bucket, header)
-        self._keep_moving()
+
+    def _scatter(self, buckets: list[int]) -> None:
+        for bucket in buckets:
+            with Uninterrupted():
+                self.exchange.send(Stage.SCATTER, bucket, self._session.parts(bucket))
 
     def _keep_moving(self) -> None:
         """Has a thread move buckets on, if any are on their way."""
@@ -149,6 +159,9 @@ class Delivery:
         """Moves on what can be; returns whether anything could."""
         session, exchange = self._session, self.exchange
         moved = exchange.take(Stage.ADD_UP, session.added_up)
+        if session.grouped:
+            self._scatter(session.to_scatter())
+        moved |= exchange.take(Stage.SCATTER, session.collected)
         self._send()
         if session.grouped:
             moved |= exchange.take(Stage.GATHER, self._hand_on)

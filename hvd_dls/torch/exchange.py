@@ -15,7 +15,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from hvd_dls.adapter import epoch
 from hvd_dls.adapter.hosts import HostSets
-from hvd_dls.core.session.gathering import Contribution, Farewell
+from hvd_dls.core.session.gathering import Farewell
 
 _SHORTEST, _LONGEST, _SHARE = 2e-4, 3e-3, 1 / 8  # seconds between two looks; of the wait so far
 _DONE, _ALONE = -1, -2  # instead of a handle: the result is there; there is nobody else
@@ -91,9 +91,14 @@ def gather(name: str, array: np.ndarray, process_set: hvd.ProcessSet) -> np.ndar
 class Stage(Enum):
     """What an operation of a bucket does."""
 
-    ADD_UP = "add"  # inside the host, gradients; or at owners, entries
+    ADD_UP = "add"  # inside the host, gradients
+    SCATTER = "scatter"  # to a bucket's owners, a part for each
     GATHER = "gather"  # payloads: of all ranks, or of one of each host
     HAND_ON = "hand_on"  # inside the host, what came in
+
+
+# What is sent: parts for a bucket's owners, in their order, or one array.
+_Sent = np.ndarray | list[np.ndarray]
 
 
 class Operation(NamedTuple):
@@ -122,12 +127,13 @@ class Exchange:
         self._sets = dict.fromkeys(Stage, process_set)
         if host_sets is not None:
             inside, across = host_sets
-            self._sets = {Stage.ADD_UP: inside, Stage.GATHER: across, Stage.HAND_ON: inside}
-        self._arrays: dict[Operation, Contribution] = {}  # what was not taken yet
+            self._sets |= {Stage.ADD_UP: inside, Stage.HAND_ON: inside}
+            self._sets |= {Stage.SCATTER: across, Stage.GATHER: across}
+        self._arrays: dict[Operation, _Sent] = {}  # what was not taken yet
         self._handles: dict[Operation, int] = {}
         # Of steps that were abandoned: operations not finished, and arrays not sent.
         self._stale: dict[Operation, int] = {}
-        self._leaving: dict[Operation, list[Contribution]] = {}
+        self._leaving: dict[Operation, list[_Sent]] = {}
 
     @property
     def idle(self) -> bool:
@@ -139,7 +145,7 @@ class Exchange:
         """Whether anything is on its way, or waits for a name that an abandoned step still uses."""
         return bool(self._arrays or self._leaving)
 
-    def send(self, stage: Stage, bucket: int, array: Contribution) -> None:
+    def send(self, stage: Stage, bucket: int, array: _Sent) -> None:
         """Sends something on its way; what the host is to add up is overwritten."""
         self._arrays[Operation(stage, bucket)] = array
         self._start_waiting()
@@ -231,7 +237,7 @@ class Exchange:
             if not begun and self._sets[operation.stage] is not None:
                 self._handles[operation] = self._start(operation, array)
 
-    def _start(self, operation: Operation, array: Contribution) -> int:
+    def _start(self, operation: Operation, array: _Sent) -> int:
         stage, bucket = operation
         name = f"{self._label}.{bucket}"
         if isinstance(array, list):

@@ -1,17 +1,35 @@
-"""Exchanges that a framework's adapter, or an elastic job, has not got."""
+"""Exchanges that an adapter, or an elastic job, has not got; and what "auto" comes to."""
 
 import pytest
 
-from hvd_dls.adapter.hosts import check_exchange
-from hvd_dls.config import EXCHANGES
+from hvd_dls.adapter.exchanges import exchange_of
+from hvd_dls.config import DLSConfig
 from hvd_dls.errors import DLSError
+
+BOTH = ("allgather", "sparse_allreduce")
+
+
+def chosen(exchange, accepted=BOTH, senders=16, **options):
+    return exchange_of(DLSConfig(exchange=exchange, **options), accepted, senders)
+
+
+def test_what_was_asked_for_is_taken():
+    for exchange in BOTH:
+        assert chosen(exchange, senders=2) == exchange
 
 
 def test_what_an_adapter_or_an_elastic_job_has_not_got_is_refused(monkeypatch):
-    check_exchange("sparse_allreduce", EXCHANGES)
     with pytest.raises(DLSError, match="for torch only; here, accepted is 'allgather'"):
-        check_exchange("sparse_allreduce", ("allgather",))
+        chosen("sparse_allreduce", ("allgather",))
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
-    check_exchange("allgather", EXCHANGES)
+    assert chosen("allgather") == "allgather"
     with pytest.raises(DLSError, match="elastic job"):
-        check_exchange("sparse_allreduce", EXCHANGES)
+        chosen("sparse_allreduce")
+
+
+def test_auto_takes_owners_with_many_ranks_where_there_are_any(monkeypatch):
+    assert [chosen("auto", senders=n) for n in (1, 7, 8, 1000)] == [*BOTH[:1] * 2, *BOTH[1:] * 2]
+    assert chosen("auto", ("allgather",)) == "allgather"
+    assert chosen("auto", strategy="global") == "allgather"
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    assert chosen("auto") == "allgather"

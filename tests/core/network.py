@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hvd_dls.core.selection.passes_numpy import widened
-from hvd_dls.core.session.gathering import Contribution, Farewell
+from hvd_dls.core.session.gathering import Farewell
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
@@ -26,11 +26,11 @@ class Network:
         n_ranks = groups.world_size
         self._groups = groups
         self.ranks: list[Rank] = []
-        self._sent, self._added, self._handed = (
-            [defaultdict[int, list[Any]](list) for _ in range(n_ranks)] for _ in range(3)
+        self._sent, self._added, self._scattered, self._handed = (
+            [defaultdict[int, list[Any]](list) for _ in range(n_ranks)] for _ in range(4)
         )
 
-    def contribute(self, rank: int, bucket: int, contribution: Contribution) -> int:
+    def contribute(self, rank: int, bucket: int, contribution: np.ndarray) -> int:
         """Sends a contribution; returns its number, to ask for the sum later."""
         self._added[rank][bucket].append(contribution)
         return len(self._added[rank][bucket]) - 1
@@ -45,9 +45,16 @@ class Network:
         there = self._of(self._added, ranks, bucket, number)
         return None if there is None else sum(there[1:], start=there[0])
 
-    def parts_for(self, owner: int, bucket: int, number: int) -> np.ndarray | None:
-        """What all ranks contributed for an owner; None while some have not."""
-        there = self._of(self._added, range(len(self.ranks)), bucket, number)
+    def scatter(self, rank: int, bucket: int, parts: list[np.ndarray]) -> int:
+        """Sends parts to a bucket's owners; returns their number."""
+        self._scattered[rank][bucket].append(parts)
+        return len(self._scattered[rank][bucket]) - 1
+
+    def parts_for(
+        self, owner: int, ranks: Sequence[int], bucket: int, number: int
+    ) -> np.ndarray | None:
+        """What these ranks sent the owner of this number; None while some have not."""
+        there = self._of(self._scattered, ranks, bucket, number)
         return None if there is None else np.concatenate([parts[owner] for parts in there])
 
     def handed_on(self, ranks: Sequence[int], bucket: int, number: int) -> np.ndarray | None:
@@ -77,9 +84,10 @@ class Network:
             everyone = range(len(self.ranks))
             grouped = not self._groups.trivial
             counts = {len(self._sent[rank][bucket]) for rank in senders}
-            if self.ranks[0].session.staged:
-                counts |= {len(self._added[r][bucket]) for r in everyone}
+            if self.ranks[0].session.owners is not None:
+                counts |= {len(self._scattered[rank][bucket]) for rank in senders}
             if grouped:
+                counts |= {len(self._added[r][bucket]) for r in everyone}
                 counts |= {len(self._handed[r][bucket]) for r in everyone}
             if len(counts) > 1:
                 return False
@@ -102,6 +110,7 @@ class Rank:
         self.whole: Gradients = {}
         self._outstanding: deque[tuple[int, int]] = deque()
         self._adding: dict[int, int] = {}
+        self._collecting: dict[int, int] = {}
         self._across: dict[int, int] = {}
 
     def begin(self, away: Collection[str] = ()) -> None:
@@ -132,16 +141,24 @@ class Rank:
     def _send(self, bucket: int | None) -> None:
         session, network = self.session, self.network
         with Uninterrupted():  # what counts as sent is sent
-            if bucket is not None and not session.staged:
+            if bucket is None:
+                pass
+            elif not session.staged:
                 number = network.send(session.rank, bucket, session.payload(bucket))
                 self._outstanding.append((bucket, number))
-            elif bucket is not None:
+            elif not session.grouped:
+                self._scatter(bucket)
+            else:
                 contribution = session.contribution(bucket)
                 self._adding[bucket] = network.contribute(session.rank, bucket, contribution)
                 if not session.sends(bucket):
                     number = network.hand_on(session.rank, bucket, session.header(bucket))
                     self._outstanding.append((bucket, number))
             self._send_ready()
+
+    def _scatter(self, bucket: int) -> None:
+        parts = self.session.parts(bucket)
+        self._collecting[bucket] = self.network.scatter(self.session.rank, bucket, parts)
 
     def _send_ready(self) -> None:
         """What has been added up inside the group is taken, and sent; what comes in, handed on."""
@@ -150,13 +167,19 @@ class Rank:
             return
         mates, rank = session.groups.mates, session.rank
         for bucket, number in list(self._adding.items()):
-            if session.grouped:
-                total = network.total(mates, bucket, number)
-            else:
-                total = network.parts_for(rank, bucket, number)
+            total = network.total(mates, bucket, number)
             if total is not None:
                 session.added_up(bucket, total)
                 del self._adding[bucket]
+        if session.grouped:
+            for bucket in session.to_scatter():
+                self._scatter(bucket)
+        for bucket, number in list(self._collecting.items()):
+            senders = session.routing.senders[bucket]
+            parts = network.parts_for(senders.index(rank), senders, bucket, number)
+            if parts is not None:
+                session.collected(bucket, parts)
+                del self._collecting[bucket]
         for bucket in session.ready():
             number = network.send(rank, bucket, session.payload(bucket))
             if session.grouped:
@@ -183,11 +206,11 @@ class Rank:
             DLSError: see ``Session.receive``.
         """
         self.send_rest()
-        for _ in range(3):
+        for _ in range(4):
             for rank in self.network.ranks:  # they look by themselves, too
                 with Uninterrupted():
                     rank._send_ready()
-        if self._adding or self._across:
+        if self._adding or self._collecting or self._across:
             raise WaitingError
         while self._outstanding:
             bucket, number = self._outstanding[0]
@@ -222,6 +245,7 @@ class Rank:
         self._tell(farewell)
         self._outstanding.clear()
         self._adding.clear()
+        self._collecting.clear()
         self._across.clear()
         return farewell
 
@@ -242,6 +266,8 @@ class Rank:
         for bucket, last in farewell.items():
             if last.contribution is not None:
                 network.contribute(rank, bucket, last.contribution)
+            if last.parts is not None:
+                network.scatter(rank, bucket, last.parts)
             if last.payload is not None:
                 network.send(rank, bucket, last.payload)
             if last.header is not None:

@@ -248,12 +248,16 @@ class World:
         sums: Gradients,
         dense: bool,
     ) -> None:
-        """Enters a step into the books."""
+        """Enters a step into the books, as sums over those that send compressed layers."""
         for number, name, gradient in self.entering(parts, dense):
             came = contribution(self.sessions[number], before[number][1], name, gradient)
-            self.books[name] += came.astype(float) / self.scale
+            self.books[name] += self.weight_of(name) * came.astype(float) / self.scale
         for name, values in sums.items():
-            self.books[name] -= values.astype(float) / self.scale
+            self.books[name] -= self.weight_of(name) * values.astype(float) / self.scale
+
+    def weight_of(self, name: str) -> float:
+        """What goes dense is divided by the number of ranks, not of groups, and weighs less."""
+        return 1.0 if self.sessions[0].may_be_sparse(name) else self.groups.weight
 
     def sender_for(self, number: int, name: str) -> int:
         """The rank that tells the others of a rank's gradient."""

@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 
 from hvd_dls.core.selection.passes_numpy import widened
-from hvd_dls.core.session.gathering import CLOCK, Contribution, Gathering
+from hvd_dls.core.session.gathering import CLOCK, Gathering
 from hvd_dls.core.wire.headers import pack_header
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, Abandoned, Status
 from hvd_dls.core.wire.pack import pack_abandoned
@@ -45,7 +45,7 @@ class Averaging(Gathering):
         """Buckets that are complete: add their ``contribution`` up inside the group."""
         return self._step.ready() if self.grouped else []
 
-    def contribution(self, bucket: int) -> Contribution:
+    def contribution(self, bucket: int) -> np.ndarray:
         """What this rank adds to its group's sum of a bucket.
 
         Args:

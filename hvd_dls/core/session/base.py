@@ -50,7 +50,8 @@ class SessionBase:
         self._recorder = Recorder(self.plan, config, self.memory, self.watch)
         self.tally = Tally(self.plan, self.groups)
         self.observers: Sequence[Callable[[SessionBase], None]] = ()
-        self._clock = SessionClock(self.memory.controller, not self.groups.trivial)
+        owners, grouped = self.memory.owners is not None, not self.groups.trivial
+        self._clock = SessionClock(self.memory.controller, grouped, owners)
         self._step = Step(self.routing)
         # How often each bucket was exchanged, or is being; and, last, how many steps have begun.
         self._rounds = np.zeros(len(self.routing.buckets) + 1, np.int64)

@@ -20,11 +20,14 @@ class SessionClock:
     Args:
         controller: which counts the steps that ended.
         grouped: whether ranks send for others, too.
+        owners: whether these tell what they have been told.
     """
 
-    def __init__(self, controller: Controller, grouped: bool = False) -> None:
+    def __init__(self, controller: Controller, grouped: bool = False, owners: bool = False) -> None:
         self._controller = controller
         self._where = " there or on a rank it sends for" if grouped else ""
+        if grouped and owners:
+            self._where = " there, on a rank it sends for, or on one that told it so"
         self._attempt = 0
 
     @property

@@ -11,6 +11,9 @@ import numpy as np
 from hvd_dls.core.checkpoint.redistribution import ARRAYS, MOVED
 from hvd_dls.errors import StateMismatchError
 
+_LAYOUT = ("hierarchical", "exchange")  # options that say who holds what
+_OF_OWNERS: dict[str, Any] = {"kept": {}, "shares": []}  # what they have if there were none before
+
 
 def fitted(
     state: Mapping[str, Any],
@@ -54,13 +57,14 @@ def fitted(
         **state,
         "rank": own["rank"],
         "groups": own["groups"],
-        "config": {**state["config"], "hierarchical": own["config"]["hierarchical"]},
+        "config": {**state["config"], **{option: own["config"][option] for option in _LAYOUT}},
         "layers": [[name, saved_layers.get(name, shape)] for name, shape in own["layers"]],
         "ratios": _ratios(state, own, fresh_ratios, saved),
         "thresholds": _by_name(state, own, "thresholds", factor),
         "norms": _by_name(state, own, "norms", factor),
         "residuals": {n: _or_zeros(arrays["residuals"], n, lengths) for n in owned} | leftovers,
         "velocities": {n: _or_zeros(arrays["velocities"], n, lengths) for n in own["velocities"]},
+        **{part: state.get(part, nothing) for part, nothing in _OF_OWNERS.items() if part in own},
     }
 
 

@@ -17,7 +17,7 @@ from hvd_dls.core.session.base import SessionBase
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.step import Step
 from hvd_dls.core.wire.headers import headers_in, pack_header, split
-from hvd_dls.core.wire.layout import ABSENT, Abandoned
+from hvd_dls.core.wire.layout import ABSENT, Abandoned, payload_bytes
 from hvd_dls.core.wire.pack import pack, pack_abandoned
 from hvd_dls.core.wire.payload import Payloads, Told
 from hvd_dls.core.wire.unpack import unpack, unpack_varying
@@ -27,20 +27,18 @@ from hvd_dls.errors import DLSError, PayloadError
 CLOCK = ("ranks", "step", "attempt")
 
 
-# What is to be added up: one array inside the group, or a part for each owner.
-Contribution = np.ndarray | list[np.ndarray]
-
-
 class Farewell(NamedTuple):
     """What tells the other ranks, of a bucket, that this one has given the step up.
 
     Attributes:
-        contribution: to be added up inside the group, or for the bucket's owners; or None.
+        contribution: to be added up inside the group, or None.
+        parts: for the bucket's owners, or None.
         payload: for all ranks that send, or None.
         header: to be handed on inside the group, or None.
     """
 
-    contribution: Contribution | None
+    contribution: np.ndarray | None
+    parts: list[np.ndarray] | None
     payload: np.ndarray | None
     header: np.ndarray | None
 
@@ -236,14 +234,13 @@ class Gathering(SessionBase):
             # Ranks in other steps send other numbers of entries.
             self._check_clock(self._told_by_headers(bucket, gathered))
             raise
-        if told or not payloads.all_of(self._clock.now):
-            senders = self.routing.senders[bucket]
-            self._check_clock(told | dict(zip(senders, payloads.told(), strict=True)))
+        if told:
+            self._check_clock(told)
         self._step.received[bucket] = payloads
         self.watch.seconds["unpack"] += perf_counter() - begun
 
     def _taken_apart(self, bucket: int, gathered: np.ndarray) -> tuple[Payloads, dict[int, Told]]:
-        """A bucket's payloads, and what ranks of the group tell that sent a header alone."""
+        """A bucket's payloads, and what ranks tell, if it must be looked at."""
         of, k, senders = (
             self.routing.buckets[bucket],
             self._k_of(bucket),
@@ -256,11 +253,12 @@ class Gathering(SessionBase):
             payloads = unpack(of, k, gathered, senders)
         else:
             mates, owner = self.groups.mates, senders[self.groups.own]
-            apart = split(
-                of, int(k.sum()), gathered, len(mates), mates.index(owner), self.groups.count
-            )
+            length = self.groups.count * payload_bytes(of, int(k.sum()))
+            apart = split(of, int(k.sum()), gathered, len(mates), mates.index(owner), length)
             payloads = unpack(of, k, apart.payloads, senders)
             told.update(zip((m for m in mates if m != owner), apart.told, strict=True))
+        if told or not payloads.all_of(self._clock.now):
+            told |= zip(senders, payloads.told(), strict=True)
         return payloads, told
 
     def _told_by_headers(self, bucket: int, gathered: np.ndarray) -> dict[int, Told]:
@@ -302,6 +300,7 @@ class Gathering(SessionBase):
             unsent = routing.sends[n] and n not in step.sent
             farewell[n] = Farewell(
                 self.no_contribution(n) if grouped and n not in step.closed else None,
+                None,
                 pack_abandoned(bucket, k, now) if unsent else None,
                 pack_header(bucket, int(k.sum()), now, Abandoned.GIVEN_UP) if grouped else None,
             )

@@ -48,7 +48,7 @@ class Memory:
         loss_scale: what residuals and velocities are multiplied by.
         backends: of all layers, by name.
         averages: whether Horovod divides sums over ranks by their number.
-        owners: what this rank owns, with exchange="sparse_allreduce"; else None.
+        owners: who owns what, with exchange="sparse_allreduce"; else None.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Memory:
         self.thresholds = {x.name: 0.0 for x in plan.sparse}
         self.loss_scale = 1.0
         self.owners: Owners | None = None
-        if config.exchange == SPARSE_ALLREDUCE and groups.world_size > 1:
+        if config.exchange == SPARSE_ALLREDUCE and groups.count > 1:
             first = [self.controller.k[rows] for rows in routing.rows]
-            self.owners = Owners(routing.buckets, first, groups.world_size, groups.rank)
+            self.owners = Owners(routing.buckets, first, groups.count, groups.own, routing.sends)
 
     def scale_to(self, loss_scale: float) -> None:
         """Has residuals and velocities follow the loss scale: exactly, by powers of two.

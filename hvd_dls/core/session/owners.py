@@ -49,12 +49,14 @@ class Owners:
     Args:
         buckets: of the model.
         k: of each bucket, (L,) entries that its layers send at first.
-        world_size: number of ranks: of owners.
-        rank: this one.
+        owners: number of ranks that send each bucket: its owners.
+        own_number: of this rank among them.
+        sends: of each bucket, whether this rank is one of them.
 
     Attributes:
         regions: of each bucket, of each owner.
-        kept: of each bucket, (n,) what this rank keeps of its own region.
+        kept: of each bucket, (n,) what this rank keeps of its own region; () of those that it
+            does not send.
         shares: what each owner hands out.
 
     Raises:
@@ -62,11 +64,16 @@ class Owners:
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket], k: Sequence[np.ndarray], world_size: int, rank: int
+        self,
+        buckets: Sequence[Bucket],
+        k: Sequence[np.ndarray],
+        owners: int,
+        own_number: int,
+        sends: Sequence[bool],
     ) -> None:
-        self.rank, self._buckets = rank, buckets
+        self.own_number, self._buckets, self._sends = own_number, buckets, sends
         self.shares = Shares(
-            [bounds_of(bucket, world_size, first) for bucket, first in zip(buckets, k, strict=True)]
+            [bounds_of(bucket, owners, first) for bucket, first in zip(buckets, k, strict=True)]
         )
         self.regions: list[list[Region]] = [[] for _ in buckets]
         self.kept: list[np.ndarray] = [np.empty(0)] * len(buckets)
@@ -80,7 +87,8 @@ class Owners:
     def _make(self, bucket: int) -> None:
         of = self._buckets[bucket]
         self.regions[bucket] = regions_of(of, self.shares.bounds[bucket])
-        self.kept[bucket] = np.zeros(self.own(bucket).size, of.layers[0].work_dtype)
+        size = self.own(bucket).size if self._sends[bucket] else 0
+        self.kept[bucket] = np.zeros(size, of.layers[0].work_dtype)
         self._edges[bucket] = edges_of(of, self.regions[bucket])
         for handed_out in (False, True):
             self._strips.pop((bucket, handed_out), None)
@@ -104,8 +112,12 @@ class Owners:
             self._make(bucket)
 
     def own(self, bucket: int) -> Region:
-        """This rank's region of a bucket."""
-        return self.regions[bucket][self.rank]
+        """This rank's region of a bucket that it sends."""
+        return self.regions[bucket][self.own_number]
+
+    def share(self, bucket: int, total: int) -> int:
+        """Sums that this rank hands out of a bucket that it sends, of ``total``."""
+        return int(self.shares.of(bucket, total)[self.own_number])
 
     def edges(self, bucket: int) -> Edges:
         """Where the pieces of all owners' regions begin."""
@@ -149,7 +161,7 @@ class Owners:
                 watched[name] = NOT_FINITE
             elif (said == ABSENT).all():
                 watched[name] = ABSENT
-        share = int(self.shares.of(bucket, total)[self.rank])
+        share = self.share(bucket, total)
         pieces, self._thresholds[bucket] = _hand_out(
             sums, status, offsets, share, self._thresholds[bucket]
         )
@@ -181,6 +193,8 @@ class Owners:
             yield from self._pieces_of(bucket)
 
     def _pieces_of(self, bucket: int) -> Iterator[tuple[LayerSpec, int, np.ndarray]]:
+        if not self._sends[bucket]:
+            return
         region, kept = self.own(bucket), self.kept[bucket]
         for position, layer in enumerate(region.layers.tolist()):
             start, stop = region.sent.offsets[position : position + 2].tolist()

@@ -1,8 +1,9 @@
 """Between the halves of a step, where owners add up: see ``docs/scale.md``, "Which exchange when".
 
-When a bucket is complete, each rank sends every owner what it has found of the owner's region.  The
-owner adds that up, rank by rank, and hands out the largest sums.  So all ranks get the same sums,
-which are added up in one place.
+When a bucket is complete, each rank that sends it (where ranks are grouped: one of each group, once
+its group's gradients are added up) sends every owner what it has found of the owner's region.  The
+owner, one of these ranks, adds that up, rank by rank, and hands out the largest sums.  So all ranks
+get the same sums, which are added up in one place.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hvd_dls.core.session.averaging import Averaging
-from hvd_dls.core.session.gathering import Contribution, Farewell
+from hvd_dls.core.session.gathering import Farewell
 from hvd_dls.core.session.owners import Owners
-from hvd_dls.core.wire.headers import headers_in
+from hvd_dls.core.wire.headers import headers_in, split, told_around
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Abandoned
 from hvd_dls.core.wire.pack import pack, pack_abandoned
 from hvd_dls.core.wire.payload import Payloads, Told, starts_of
@@ -43,11 +44,14 @@ class Sent(NamedTuple):
 
 
 class Owning(Averaging):
-    """Has owners add up what ranks send them: see ``Session``."""
+    """Has owners add up what ranks send them: see ``Session``.
+
+    A bucket's owners are the ranks that send it, in this order; without groups, all ranks.
+    """
 
     @property
     def owners(self) -> Owners | None:
-        """With exchange="sparse_allreduce", what this rank owns."""
+        """With exchange="sparse_allreduce", who owns what, and what this rank keeps of its own."""
         return self.memory.owners
 
     @property
@@ -64,26 +68,39 @@ class Owning(Averaging):
         step = self._step
         if self.owners is None:
             return super().ready()
-        return sorted(step.added_up - step.sent.keys())
+        return sorted(step.collected - step.sent.keys())
 
-    def to_add_up(self) -> list[int]:
-        """Buckets that are complete: send their ``contribution`` to their owners."""
-        return super().to_add_up() if self.owners is None else self._step.ready()
+    def to_scatter(self) -> list[int]:
+        """Buckets that this rank ``sends`` and that need not be waited for: scatter ``parts``."""
+        step = self._step
+        if self.owners is None:
+            return []
+        if not self.grouped:
+            return step.ready()
+        added = sorted(step.added_up - step.scattered.keys())
+        return [bucket for bucket in added if self.sends(bucket)]
 
-    def contribution(self, bucket: int) -> Contribution:
-        """What this rank sends the owners of a bucket: uint8, a part for each, in rank order.
+    def parts(self, bucket: int) -> list[np.ndarray]:
+        """What this rank sends the owners of a bucket: uint8, a part for each, in their order.
 
-        Entries for which an owner has no room stay in the residual: the smallest.  Waits for
-        devices that are still working on the bucket.
+        Entries for which an owner has no room stay in the residual: the smallest.  If a rank of its
+        group has given the step up, or is in another one, that is what it says.  Waits for devices
+        that are still working on the bucket.
+
+        Args:
+            bucket: one that is ``to_scatter``, or without groups ``unfinished``.
         """
-        owners = self.owners
-        if owners is None:
-            return super().contribution(bucket)
+        owners = self._required_owners()
         step, begun = self._step, perf_counter()
+        room = owners.shares.room(bucket, self._total(bucket))
+        why = step.abandoned.get(bucket)
+        if why is not None:
+            parts = self._abandoned_parts(bucket, room, why)
+            step.scattered[bucket] = sum(map(len, parts))
+            return parts
         for name in step.working_on(bucket):
             self._heard_of(name, step.futures[name].result())
             del step.futures[name]
-        room = owners.shares.room(bucket, self._total(bucket))
         strip = owners.strip(bucket, room, handed_out=False)
         sent, stays = self._cut(bucket, owners, room)
         status = _status(
@@ -100,6 +117,20 @@ class Owning(Averaging):
         parts = [written.payloads[i:j] for i, j in pairwise(ends)]
         self.watch.seconds["pack"] += perf_counter() - begun
         return parts
+
+    def _required_owners(self) -> Owners:
+        assert self.owners is not None, "there are none without exchange='sparse_allreduce'"
+        return self.owners
+
+    def _abandoned_parts(
+        self, bucket: int, room: np.ndarray, why: Abandoned = Abandoned.GIVEN_UP
+    ) -> list[np.ndarray]:
+        """What tells a bucket's owners that this rank sends them nothing, and why."""
+        regions, now = self._required_owners().regions[bucket], self._clock.now
+        return [
+            pack_abandoned(region.sent, n, now, why)
+            for region, n in zip(regions, room.tolist(), strict=True)
+        ]
 
     def _cut(self, bucket: int, owners: Owners, room: np.ndarray) -> tuple[Sent, np.ndarray | None]:
         """What was found, cut into owners' pieces; and which of it is left, None for all.
@@ -147,54 +178,54 @@ class Owning(Averaging):
                 step.kept[bucket][position] = kept[begin:after]
 
     def _farewell_of(self, buckets: Collection[int]) -> dict[int, Farewell]:
-        owners, step, now = self.owners, self._step, self._clock.now
+        owners, step, farewell = self.owners, self._step, super()._farewell_of(buckets)
         if owners is None:
-            return super()._farewell_of(buckets)
-        farewell = dict[int, Farewell]()
-        for bucket in buckets:
-            total = self._total(bucket)
-            room = owners.shares.room(bucket, total).tolist()
-            share = int(owners.shares.of(bucket, total)[self.rank])
-            regions, own = owners.regions[bucket], owners.own(bucket).handed_out
-            parts = [pack_abandoned(r.sent, n, now) for r, n in zip(regions, room, strict=True)]
-            farewell[bucket] = Farewell(
-                parts if bucket not in step.closed else None,
-                pack_abandoned(own, share, now) if bucket not in step.sent else None,
-                None,
-            )
+            return farewell
+        for bucket, last in farewell.items():
+            if not self.sends(bucket):
+                continue
+            total, parts, payload = self._total(bucket), None, None
+            if bucket not in step.scattered:
+                parts = self._abandoned_parts(bucket, owners.shares.room(bucket, total))
+            if bucket not in step.sent:
+                own, share = owners.own(bucket).handed_out, owners.share(bucket, total)
+                payload = pack_abandoned(own, share, self._clock.now)
+            farewell[bucket] = last._replace(parts=parts, payload=payload)
         return farewell
 
-    def added_up(self, bucket: int, total: np.ndarray) -> None:
-        """Takes what all ranks sent this one of its region, and adds it up.
+    def collected(self, bucket: int, total: np.ndarray) -> None:
+        """Takes what all senders of a bucket sent this one of its region, and adds it up.
 
         Args:
             bucket: its number.
-            total: uint8, all ranks' parts in rank order.
+            total: uint8, all their parts in rank order.
+
+        Where some of them are in another step, or have given this one up, that is what this rank
+        hands out; ``receive`` raises it then.
 
         Raises:
             PayloadError: they are not this bucket's.
-            RanksDisagreeError: some rank is in another step, and sent another number of entries.
         """
-        owners = self.owners
-        if owners is None:
-            super().added_up(bucket, total)
-            return
+        owners, senders = self._required_owners(), self.routing.senders[bucket]
         step, begun, part = self._step, perf_counter(), owners.own(bucket).sent
-        room = int(owners.shares.room(bucket, self._total(bucket))[self.rank])
+        room = int(owners.shares.room(bucket, self._total(bucket))[owners.own_number])
+        now, merged = self._clock.now, None
         try:
-            payloads = unpack(part, room, total, self.world_size)
+            payloads = unpack(part, room, total, senders)
+            told = payloads.told()
+            if payloads.all_of(now):
+                merged = owners.merge(bucket, payloads, self._total(bucket))
         except PayloadError:
-            told, _ = headers_in(part, total)
-            if len(told) == self.world_size:
-                self._check_clock(dict(enumerate(told)))
-            raise
-        if payloads.all_of(self._clock.now):
-            step.merged[bucket] = owners.merge(bucket, payloads, self._total(bucket))
+            told, _ = headers_in(part, total)  # ranks in other steps send other numbers of entries
+            if len(told) != len(senders) or all(x.clock == now and not x.abandoned for x in told):
+                raise
+        if merged is not None:
+            step.merged[bucket] = merged
         else:
-            step.told[bucket] = dict(enumerate(payloads.told()))
-            gone = any(x.abandoned == Abandoned.GIVEN_UP for x in step.told[bucket].values())
+            step.told[bucket] = dict(zip(senders, told, strict=True))
+            gone = any(x.abandoned == Abandoned.GIVEN_UP for x in told)
             step.abandoned[bucket] = Abandoned.GIVEN_UP if gone else Abandoned.OUT_OF_STEP
-        step.added_up.add(bucket)
+        step.collected.add(bucket)
         self.watch.seconds["unpack"] += perf_counter() - begun
 
     def payload(self, bucket: int) -> np.ndarray:
@@ -203,7 +234,7 @@ class Owning(Averaging):
         if owners is None:
             return super().payload(bucket)
         begun, part, now = perf_counter(), owners.own(bucket).handed_out, self._clock.now
-        share = int(owners.shares.of(bucket, self._total(bucket))[self.rank])
+        share = owners.share(bucket, self._total(bucket))
         why = step.abandoned.get(bucket)
         if why is not None:
             payload = pack_abandoned(part, share, now, why)
@@ -211,8 +242,8 @@ class Owning(Averaging):
             merged = step.merged[bucket]
             packed = pack(part, share, merged.pieces, merged.watched, now)
             payload, step.rounding[bucket] = packed.payload, packed.kept
-        # Each of the other ranks gets so much of this one.
-        step.sent[bucket] = step.scattered[bucket] // self.world_size + len(payload)
+        # Each of the other senders gets so much of this one.
+        step.sent[bucket] = step.scattered[bucket] // self.groups.count + len(payload)
         self.watch.seconds["pack"] += perf_counter() - begun
         self.watch.sent()
         return payload
@@ -221,41 +252,59 @@ class Owning(Averaging):
         owners = self.owners
         if owners is None:
             return super()._taken_apart(bucket, gathered)
-        told = self._step.told.get(bucket, {})
-        if told:
-            self._check_clock(told)  # who it was, and not only that the owners have heard of it
-        shares = owners.shares.of(bucket, self._total(bucket))
-        strip, now = owners.strip(bucket, shares, handed_out=True), self._clock.now
-        if gathered.dtype != np.uint8 or len(gathered) != strip.bounds[-1]:
+        if heard := self._step.told.get(bucket, {}):
+            self._check_clock(heard)  # who it was, and not only that the owners have heard of it
+        senders, of_mates = self.routing.senders[bucket], dict[int, Told]()
+        total, now = self._total(bucket), self._clock.now
+        shares = owners.shares.of(bucket, total)
+        strip = owners.strip(bucket, shares, handed_out=True)
+        length = int(strip.bounds[-1])
+        if self.grouped:
+            mates, sender = self.groups.mates, senders[self.groups.own]
+            of = self.routing.buckets[bucket]
+            apart = split(of, total, gathered, len(mates), mates.index(sender), length)
+            gathered = apart.payloads
+            of_mates.update(zip((m for m in mates if m != sender), apart.told, strict=True))
+        elif gathered.dtype != np.uint8 or len(gathered) != length:
             raise PayloadError(
                 f"bucket {self.routing.buckets[bucket].name!r}: gathered {gathered.size} items of "
-                f"{gathered.dtype}, expected {strip.bounds[-1]} bytes; are all ranks in the same "
-                "step?"
+                f"{gathered.dtype}, expected {length} bytes; are all ranks in the same step?"
             )
         pieces = strip.read(gathered, now)
         if pieces is None:  # one by one, which tells what is wrong
             payloads = [
                 unpack(region.handed_out, share, gathered[begin:end], [rank])
-                for rank, (region, share, (begin, end)) in enumerate(
-                    zip(
-                        owners.regions[bucket],
-                        shares.tolist(),
-                        pairwise(strip.bounds.tolist()),
-                        strict=True,
-                    )
+                for rank, region, share, (begin, end) in zip(
+                    senders,
+                    owners.regions[bucket],
+                    shares.tolist(),
+                    pairwise(strip.bounds.tolist()),
+                    strict=True,
                 )
             ]
-            told = {rank: each.told()[0] for rank, each in enumerate(payloads)}
-            if any(x.clock != now or x.abandoned for x in told.values()):
-                self._check_clock(told)
+            told = {rank: each.told()[0] for rank, each in zip(senders, payloads, strict=True)}
+            self._check_clock(of_mates | told)
             pieces = pieces_of(payloads)
-        return self._joined(bucket, pieces, strip.first), {}
+        return self._joined(bucket, pieces, strip.first), of_mates
 
     def _told_by_headers(self, bucket: int, gathered: np.ndarray) -> dict[int, Told]:
-        owners = self.owners
-        if owners is None:
+        if self.owners is None:
             return super()._told_by_headers(bucket, gathered)
-        return {}
+        if not self.grouped:
+            return {}  # the owners have heard of it, and their parts told
+        senders, mates = self.routing.senders[bucket], self.groups.mates
+        sender = senders[self.groups.own]
+        told = told_around(
+            self.routing.buckets[bucket],
+            self.owners.regions[bucket][0].handed_out,
+            gathered,
+            len(mates),
+            mates.index(sender),
+        )
+        if len(told) == len(mates):  # the first payload is that of the first owner
+            others = [mate for mate in mates if mate != sender]
+            return dict(zip([senders[0], *others], told, strict=True))
+        return super()._told_by_headers(bucket, gathered)
 
     def _joined(self, bucket: int, pieces: Pieces, first: np.ndarray) -> Payloads:
         """What all owners hand out of a bucket, as if one rank had sent it.

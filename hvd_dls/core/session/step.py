@@ -46,7 +46,8 @@ class Step:
         sent: length of each payload that went out, by bucket.
         host_bytes: that went to other ranks of the group.
         handed_on: buckets whose payloads, or a header, went to the other ranks of the group.
-        scattered: length of what was sent to a bucket's owners.
+        scattered: length of what was sent to a bucket's owners, by bucket.
+        collected: buckets of which all that send them have sent this owner its part.
         merged: what this rank has made of its region of a bucket, with exchange="sparse_allreduce".
         rounding: what rounding to 16 bits leaves of the sums that it hands out.
         told: what ranks said to it, of those buckets where some is in another step.
@@ -80,6 +81,7 @@ class Step:
         self.host_bytes = 0
         self.handed_on: set[int] = set()
         self.scattered: dict[int, int] = {}
+        self.collected: set[int] = set()
         self.merged: dict[int, Merged] = {}
         self.rounding: dict[int, list[np.ndarray | None]] = {}
         self.told: dict[int, dict[int, Told]] = {}
@@ -186,13 +188,17 @@ class Step:
         return said
 
     def thresholds_in_group(self, group: int) -> dict[str, float]:
-        """The smallest magnitude that a group's other ranks sent of each of their layers."""
+        """The smallest magnitude that a group's other ranks sent of each of their layers.
+
+        Where owners add up, of their sums: only a place to begin to look.
+        """
         thresholds: dict[str, float] = {}
         for number, payloads in self.received.items():
             if self._routing.sends[number]:
                 continue
             for position, layer in enumerate(self._routing.buckets[number].layers):
-                _, values = payloads.received(position)[group]
+                row = 0 if payloads.from_owners else group
+                _, values = payloads.received(position)[row]
                 if len(values):
                     thresholds[layer.name] = float(np.abs(values).min())
         return thresholds

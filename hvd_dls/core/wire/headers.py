@@ -30,7 +30,7 @@ _OWN = ("entries", "step", "attempt", "abandoned")  # what ranks may differ in
 class Split(NamedTuple):
     """What a group's ranks handed on to each other, taken apart."""
 
-    payloads: np.ndarray  # (groups * length,) uint8
+    payloads: np.ndarray  # (length,) uint8
     told: list[Told]  # by the ranks of the group but the one that handed the payloads on
 
 
@@ -52,29 +52,29 @@ def pack_header(
 
 
 def split(
-    bucket: Bucket, capacity: int, gathered: np.ndarray, ranks: int, owner: int, groups: int
+    bucket: Bucket, capacity: int, gathered: np.ndarray, ranks: int, owner: int, length: int
 ) -> Split:
     """Takes apart what the ranks of a group handed on: one all groups' payloads, others a header.
 
     Args:
         bucket: whose payloads these should be.
-        capacity: of each.
+        capacity: that headers tell.
         gathered: uint8, in rank order.
         ranks: in the group.
         owner: number among them of the one that handed on the payloads.
-        groups: number of payloads.
+        length: bytes of all payloads.
 
     Raises:
         PayloadError: the buffer is not that.
     """
-    length, each = payload_bytes(bucket, capacity), HEADER.itemsize
-    if gathered.dtype != np.uint8 or gathered.shape != ((ranks - 1) * each + groups * length,):
+    each = HEADER.itemsize
+    if gathered.dtype != np.uint8 or gathered.shape != ((ranks - 1) * each + length,):
         raise PayloadError(
             f"bucket {bucket.name!r}: gathered {gathered.size} items of {gathered.dtype}, expected "
-            f"{groups} payloads of {length} bytes and {ranks - 1} headers of {each}; are all ranks "
-            "in the same step?"
+            f"{length} bytes of payloads and {ranks - 1} headers of {each}; are all ranks in the "
+            "same step?"
         )
-    start, stop = owner * each, owner * each + groups * length
+    start, stop = owner * each, owner * each + length
     raw = np.concatenate([gathered[:start], gathered[stop:]])
     told = []
     for header in raw.view(HEADER):
@@ -111,6 +111,33 @@ def headers_in(bucket: Bucket, gathered: np.ndarray) -> tuple[list[Told], list[T
         (alone if by_itself else payloads).append(told_by(header))
         start += HEADER.itemsize if by_itself else payload_bytes(bucket, int(header["capacity"]))
     return (payloads, alone) if start == len(gathered) else ([], [])
+
+
+def told_around(
+    bucket: Bucket, first: Bucket, gathered: np.ndarray, ranks: int, owner: int
+) -> list[Told]:
+    """What is told by what ranks of a group handed on, of whatever length payloads are.
+
+    Args:
+        bucket: of the headers alone.
+        first: whose payload comes first of those that were handed on.
+        gathered: uint8, in rank order.
+        ranks: in the group.
+        owner: number among them of the one that handed on payloads.
+
+    Returns:
+        What the first payload tells, then the others' headers alone; nothing if they are none.
+    """
+    each = HEADER.itemsize
+    start, stop = owner * each, len(gathered) - (ranks - 1 - owner) * each
+    if gathered.dtype != np.uint8 or stop < start + each:
+        return []
+    around = np.concatenate([gathered[:start], gathered[stop:]]).view(HEADER)
+    header = gathered[start : start + each].copy().view(HEADER)[0]
+    alone = all(_fits(bucket, x) and bytes(x["magic"]) == ALONE for x in around)
+    if not alone or not _fits(first, header) or bytes(header["magic"]) == ALONE:
+        return []
+    return [told_by(header), *map(told_by, around)]
 
 
 def _fits(bucket: Bucket, header: np.void) -> bool:

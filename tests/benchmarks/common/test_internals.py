@@ -28,7 +28,9 @@ def test_what_each_rank_receives_where_owners_add_up_is_what_the_others_send_it(
             rank.receive()
         network, received = ranks[0].network, np.zeros(n_ranks)
         for bucket in buckets:
-            parts = np.array([[len(p) for p in network._added[r][bucket][-1]] for r in range(5)])
+            parts = np.array(
+                [[len(p) for p in network._scattered[r][bucket][-1]] for r in range(5)]
+            )
             out = np.array([len(network._sent[r][bucket][-1]) for r in range(n_ranks)])
             received += parts.sum(axis=0) - np.diagonal(parts) + out.sum() - out
         assert [each.tolist() for each in foretold] == [received.tolist()] * n_ranks

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from hvd_dls import StateMismatchError
 from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.checkpoint.redistribution import MOVED, redistributed, shares, wanted
+from hvd_dls.core.checkpoint.parts import Part, write_part
+from hvd_dls.core.checkpoint.redistribution import ARRAYS, MOVED, redistributed, shares, wanted
 from hvd_dls.core.session.groups import Groups
 from tests.core.network import connect, outputs
 from tests.core.ranks import draw_gradients, make_sessions
@@ -114,9 +115,13 @@ def effective(sessions, part, averages=True):
     totals = {}
     for session in sessions:
         state = session.memory.state()
-        for name, array in state[part].items():
+        held = {name: array.astype(float) for name, array in state[part].items()}
+        for key, kept in state.get("kept", {}).items() if part == "residuals" else ():
+            name, begin = key.rsplit("@", 1)
+            held[name][int(begin) : int(begin) + len(kept)] += kept
+        for name, array in held.items():
             holders = groups.count if session.may_be_sparse(name) else groups.world_size
-            totals[name] = totals.get(name, 0) + array.astype(float) * sums / holders
+            totals[name] = totals.get(name, 0) + array * sums / holders
     return totals
 
 
@@ -143,8 +148,17 @@ def trained(n_ranks, groups=None, **options):
     return sessions
 
 
-def loaded(sessions, n_ranks, groups=None, averages=True, **options):
+def through_a_file(state, folder):
+    write_part(folder / "part", {}, [state])
+    with Part(folder / "part") as part:
+        (model,) = part.models()
+        return {**model, **{kind: dict(model[kind]) for kind in ARRAYS}}
+
+
+def loaded(sessions, n_ranks, groups=None, averages=True, folder=None, **options):
     states = {session.rank: session.state_dict() for session in sessions}
+    if folder is not None:
+        states = {rank: through_a_file(state, folder) for rank, state in states.items()}
     hosts = groups is not None
     new = make_sessions(n_ranks, LAYERS, groups, **OPTIONS, **options)
     sizes = states[0]["groups"]
@@ -192,6 +206,30 @@ def test_sessions_go_on_with_all_that_waited(before, now, averages):
         assert session.agreed()[0] == 4
         if len(before) > 1 and len(now) > 1:  # the same layers are compressed
             assert session.k.tolist() == old[0].k.tolist()
+    run(new, np.random.default_rng(1), 3)
+    for session in new:
+        assert session.agreed().tolist() == new[0].agreed().tolist()
+
+
+BOTH = ("allgather", "sparse_allreduce")
+
+
+@pytest.mark.parametrize("exchanges", [BOTH, BOTH[::-1], BOTH[1:] * 2], ids="-".join)
+@pytest.mark.parametrize(("before", "now"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_what_owners_had_kept_goes_on_with_other_ranks_and_exchanges(
+    before, now, exchanges, tmp_path
+):
+    """From a file: there, it is in the residuals."""
+
+    def layout(sizes):
+        hosts = max(sizes) > 1
+        return {"groups": sizes if hosts else None, "hierarchical": hosts}
+
+    old = trained(sum(before), **layout(before), exchange=exchanges[0])
+    new = loaded(old, sum(now), folder=tmp_path, **layout(now), exchange=exchanges[1])
+    expected, found = effective(old, "residuals"), effective(new, "residuals")
+    for name in expected.keys() | found.keys():
+        np.testing.assert_allclose(found.get(name, 0), expected.get(name, 0), rtol=1e-6, atol=1e-4)
     run(new, np.random.default_rng(1), 3)
     for session in new:
         assert session.agreed().tolist() == new[0].agreed().tolist()

@@ -11,11 +11,13 @@ def parts(world, rng):
     return [Part(NAMES, set(), set(), world.draw(rng)) for _ in world.ranks]
 
 
+@pytest.mark.parametrize("exchange", ["allgather", "sparse_allreduce"])
 @pytest.mark.parametrize("leaver", range(4))
 @pytest.mark.parametrize("sizes", [(1, 3), (3, 1), (2, 2)])
-def test_a_step_that_one_rank_alone_gives_up_is_told_everywhere_as_that(sizes, leaver):
+def test_a_step_that_one_rank_alone_gives_up_is_told_everywhere_as_that(sizes, leaver, exchange):
     """Others made the step that the rank gave up after all was sent."""
-    world, rng = World(sizes, {"hierarchical": True, "bucket_bytes": 900}), np.random.default_rng(5)
+    options = {"hierarchical": True, "bucket_bytes": 900, "exchange": exchange}
+    world, rng = World(sizes, options), np.random.default_rng(5)
     everyone = range(len(world.ranks))
     world.step(parts(world, rng), [NAMES] * 4)
     for number, part in enumerate(parts(world, rng)):

@@ -28,7 +28,7 @@ def received(n_ranks, steps, **options):
             rank.receive()
         step = sessions[0]._step
         if sessions[0].owners:
-            parts = ranks[0].network._added
+            parts = ranks[0].network._scattered
             sent = [[len(part) for part in parts[r][0][-1]] for r in range(n_ranks)]
             shares = sessions[0].owners.shares.of(0, K)
             room = sessions[0].owners.shares.room(0, K)

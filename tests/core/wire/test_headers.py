@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_dls.core.wire.headers import headers_in, pack_header, split
-from hvd_dls.core.wire.layout import HEADER, Clock, payload_bytes
+from hvd_dls.core.wire.headers import headers_in, pack_header, split, told_around
+from hvd_dls.core.wire.layout import ABSENT, HEADER, Clock, payload_bytes
+from hvd_dls.core.wire.pack import pack
 from hvd_dls.errors import PayloadError
 from tests.core.payloads import bucket_of
 
@@ -28,7 +29,7 @@ def handed_on(ranks, owner, groups, seed=0):
 def test_what_was_handed_on_is_taken_apart_again(ranks, owner, groups):
     owner %= ranks
     gathered, payloads = handed_on(ranks, owner, groups)
-    apart = split(BUCKET, CAPACITY, gathered, ranks, owner, groups)
+    apart = split(BUCKET, CAPACITY, gathered, ranks, owner, groups * LENGTH)
     assert np.array_equal(apart.payloads, payloads)
     others = [rank for rank in range(ranks) if rank != owner]
     assert apart.told == [((rank, 2), rank == 1) for rank in others]
@@ -46,8 +47,8 @@ def test_what_was_handed_on_is_taken_apart_again(ranks, owner, groups):
 )
 def test_another_length_or_type_is_refused(wrong):
     gathered, _ = handed_on(3, 1, 2)
-    with pytest.raises(PayloadError, match=r"expected 2 payloads of \d+ bytes and 2 headers"):
-        split(BUCKET, CAPACITY, wrong(gathered), 3, 1, 2)
+    with pytest.raises(PayloadError, match=r"expected \d+ bytes of payloads and 2 headers"):
+        split(BUCKET, CAPACITY, wrong(gathered), 3, 1, 2 * LENGTH)
 
 
 @pytest.mark.parametrize("byte", range(HEADER.itemsize))
@@ -57,24 +58,39 @@ def test_a_damaged_header_is_refused_or_tells_another_clock(byte, bit):
     gathered[2 * LENGTH + byte] ^= 1 << bit  # of rank 1, which has given up
     names = [name for name in HEADER.names if HEADER.fields[name][1] <= byte]
     if names[-1] in ("step", "attempt") or (names[-1] == "abandoned" and bit == 0):
-        told = split(BUCKET, CAPACITY, gathered, 3, 0, 2).told
+        told = split(BUCKET, CAPACITY, gathered, 3, 0, 2 * LENGTH).told
         assert told[0] != ((1, 2), True)
         assert told[1] == ((2, 2), False)
         return
     with pytest.raises(PayloadError, match="header"):
-        split(BUCKET, CAPACITY, gathered, 3, 0, 2)
+        split(BUCKET, CAPACITY, gathered, 3, 0, 2 * LENGTH)
 
 
 def test_a_header_for_another_capacity_is_refused_but_read():
     other = pack_header(BUCKET, CAPACITY + 1, Clock(5, 0))
     gathered = np.concatenate([handed_on(1, 0, 2)[0], other])
     with pytest.raises(PayloadError, match="header"):
-        split(BUCKET, CAPACITY, gathered, 2, 0, 2)
+        split(BUCKET, CAPACITY, gathered, 2, 0, 2 * LENGTH)
     assert headers_in(BUCKET, other) == ([], [((5, 0), False)])
+
+
+@given(st.integers(1, 5), st.integers(0, 4), st.integers(0, 400))
+def test_headers_are_read_around_payloads_of_any_length(ranks, owner, more):
+    owner %= ranks
+    clocks = [Clock(rank, 2) for rank in range(ranks)]
+    parts = [pack_header(BUCKET, CAPACITY, clock) for clock in clocks]
+    payload = pack(BUCKET, CAPACITY, [ABSENT] * 2, {}, Clock(7, 1)).payload
+    noise = np.random.default_rng(more).integers(256, size=more, dtype=np.uint8)
+    parts[owner] = np.concatenate([payload, noise])
+    others = [clock for rank, clock in enumerate(clocks) if rank != owner]
+    told = told_around(BUCKET, BUCKET, np.concatenate(parts), ranks, owner)
+    assert [each.clock for each in told] == [(7, 1), *others]
+    assert told_around(BUCKET, BUCKET, np.concatenate(parts)[8:], ranks, owner) == []
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 400))
 def test_noise_is_refused(seed, length):
     noise = np.random.default_rng(seed).integers(256, size=length, dtype=np.uint8)
     with pytest.raises(PayloadError):
-        split(BUCKET, CAPACITY, noise, 3, 0, 2)
+        split(BUCKET, CAPACITY, noise, 3, 0, 2 * LENGTH)
+    assert told_around(BUCKET, BUCKET, noise, 3, 0) == []

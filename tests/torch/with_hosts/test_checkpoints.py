@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import horovod.torch as hvd
+import pytest
 import torch
 from torch import nn
 
@@ -43,11 +44,12 @@ def drawn(step, rank):
     return [whole_numbers((30, 40), 10 * step + layer, rank) for layer in range(2)]
 
 
-def test_from_hosts_to_ranks_and_back_nothing_is_lost():
+@pytest.mark.parametrize("exchange", ["allgather", "sparse_allreduce"])
+def test_from_hosts_to_ranks_and_back_nothing_is_lost(exchange):
     folder = Path(hvd.broadcast_object(tempfile.mkdtemp(), name="folder"))
     everything, step = torch.zeros(2, 30, 40), 0
     for options in (HIERARCHICAL, SPARSE, HIERARCHICAL, HIERARCHICAL):
-        model, compression, optimizer = start(**options)
+        model, compression, optimizer = start(**options, exchange=exchange)
         state = load_checkpoint(folder, compression)
         if state is not None:
             model.load_state_dict(state["model"])

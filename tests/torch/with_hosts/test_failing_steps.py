@@ -9,8 +9,8 @@ from torch import nn
 
 from hvd_dls.errors import NonFiniteGradientError, RanksDisagreeError
 from hvd_dls.torch import DLSCompressor
+from tests.torch.with_hosts.test_hierarchical import HIERARCHICAL, OWNERS, residuals_of
 from tests.torch.with_ranks.training import (
-    SPARSE,
     assert_same_on_all_ranks,
     batch,
     flat,
@@ -19,19 +19,15 @@ from tests.torch.with_ranks.training import (
     wrap,
 )
 
-HIERARCHICAL = {**SPARSE, "hierarchical": True}
+EXCHANGES = pytest.mark.parametrize("options", [HIERARCHICAL, OWNERS], ids=["allgather", "owners"])
 
 
-def residuals_of(compression) -> dict[str, torch.Tensor]:
-    (state,) = compression.state_dict()["models"]
-    return state["residuals"]
-
-
+@EXCHANGES
 @pytest.mark.parametrize("culprit", range(3))
 @pytest.mark.parametrize("vector", [False, True])
-def test_nan_on_one_rank_refuses_the_step_on_all(culprit, vector):
+def test_nan_on_one_rank_refuses_the_step_on_all(culprit, vector, options):
     model = net()
-    compression = DLSCompressor(density=0.05, **HIERARCHICAL)
+    compression = DLSCompressor(density=0.05, **options)
     optimizer = wrap(model, compression)
     train(model, optimizer, range(2))
     before, residuals = flat(model), {n: r.clone() for n, r in residuals_of(compression).items()}
@@ -52,9 +48,10 @@ def test_nan_on_one_rank_refuses_the_step_on_all(culprit, vector):
     assert_same_on_all_ranks(flat(model))
 
 
-def test_nan_is_skipped_by_all():
+@EXCHANGES
+def test_nan_is_skipped_by_all(options):
     model = net()
-    compression = DLSCompressor(density=0.05, nonfinite="skip", **HIERARCHICAL)
+    compression = DLSCompressor(density=0.05, nonfinite="skip", **options)
     optimizer = wrap(model, compression)
     train(model, optimizer, range(2))
     before = flat(model)
@@ -69,11 +66,12 @@ def test_nan_is_skipped_by_all():
     assert_same_on_all_ranks(flat(model))
 
 
+@EXCHANGES
 @pytest.mark.parametrize("culprit", range(3))
 @pytest.mark.parametrize("layer", [0, 2, 4], ids="at layer {}".format)
-def test_a_step_that_one_rank_gives_up_is_given_up_by_all(culprit, layer):
+def test_a_step_that_one_rank_gives_up_is_given_up_by_all(culprit, layer, options):
     model = nn.Sequential(*(nn.Linear(48, 48) for _ in range(5)))
-    compression = DLSCompressor(density=0.05, bucket_bytes=8000, **HIERARCHICAL)
+    compression = DLSCompressor(density=0.05, bucket_bytes=8000, **options)
     optimizer = wrap(model, compression)
 
     def backward(seed):
@@ -111,10 +109,11 @@ def test_a_step_that_one_rank_gives_up_is_given_up_by_all(culprit, layer):
     assert_same_on_all_ranks(flat(model))
 
 
-def test_ranks_may_call_other_operations_in_different_orders():
+@EXCHANGES
+def test_ranks_may_call_other_operations_in_different_orders(options):
     """A rank that waits elsewhere still sends on what others wait for in their step."""
     model = net()
-    compression = DLSCompressor(density=0.05, **HIERARCHICAL)
+    compression = DLSCompressor(density=0.05, **options)
     optimizer = wrap(model, compression)
     for step in range(6):
         optimizer.zero_grad()
@@ -130,13 +129,14 @@ def test_ranks_may_call_other_operations_in_different_orders():
     assert_same_on_all_ranks(flat(model))
 
 
-def test_a_name_still_in_use_by_a_step_given_up_is_freed_without_this_rank():
+@EXCHANGES
+def test_a_name_still_in_use_by_a_step_given_up_is_freed_without_this_rank(options):
     """Twice in a row, while others are late: what waits for the name goes out by itself.
 
     Late enough for the step not to be complete on rank 1, whose thread sends, when it is given up.
     """
     model = nn.Sequential(*(nn.Linear(48, 48) for _ in range(3)))
-    compression = DLSCompressor(density=0.05, bucket_bytes=8000, **HIERARCHICAL)
+    compression = DLSCompressor(density=0.05, bucket_bytes=8000, **options)
     optimizer = wrap(model, compression)
 
     def backward():

@@ -25,6 +25,7 @@ from tests.torch.with_ranks.training import (
 
 HOSTS = {3: (1, 2), 4: (2, 2)}  # by number of ranks
 HIERARCHICAL = {**SPARSE, "hierarchical": True}
+OWNERS = {**HIERARCHICAL, "exchange": "sparse_allreduce"}  # that add up, between hosts
 
 
 def plain_sgd(model, lr=0.05):
@@ -48,6 +49,8 @@ def session_of(compression):
         {"clip_global_norm": 0.1},
         {"values": "bfloat16", "index_code": "plain", "bucket_bytes": 4000},
         {"warmup_steps": 4, "dense_steps": 2},
+        {"exchange": "sparse_allreduce"},
+        {"exchange": "sparse_allreduce", "momentum": 0.9, "bucket_bytes": 4000},
     ],
     ids=str,
 )
@@ -68,12 +71,24 @@ def residuals_of(compression) -> dict[str, torch.Tensor]:
     return state["residuals"]
 
 
+def pending(compression, name, size) -> torch.Tensor:
+    """What this rank holds of a layer: in its residual, and of sums that it owns."""
+    (state,) = compression.state_dict()["models"]
+    held = state["residuals"].get(name, torch.zeros(size)).float().clone()
+    for key, kept in state.get("kept", {}).items():
+        layer, begin = key.rsplit("@", 1)
+        if layer == name:
+            held[int(begin) : int(begin) + len(kept)] += kept.float()
+    return held
+
+
+@pytest.mark.parametrize("options", [HIERARCHICAL, OWNERS], ids=["allgather", "owners"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(dtype):
+def test_what_was_sent_and_what_waits_are_all_that_was_accumulated(dtype, options):
     shapes = [(40, 30), (7, 5, 3, 3), (300, 2)]
     largest = 3
     model = nn.ParameterList([nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes])
-    compression = DLSCompressor(density=0.1, **HIERARCHICAL)
+    compression = DLSCompressor(density=0.1, bucket_bytes=6000, **options)
     optimizer = wrap(model, compression, plain_sgd(model, lr=1), op=hvd.Sum)
     received = [torch.zeros(s) for s in shapes]
     accumulated = [torch.zeros(s) for s in shapes]
@@ -88,10 +103,9 @@ def test_what_was_sent_and_the_residuals_are_all_that_was_accumulated(dtype):
         with optimizer.skip_synchronize():
             optimizer.step()
     of_a_host = hvd.size() / len(HOSTS[hvd.size()])  # what a host's average is multiplied by
-    residuals = residuals_of(compression)
     exact = hvd.size() == 4  # else thirds are rounded
     for i, shape in enumerate(shapes):
-        own = residuals.get(str(i), torch.zeros(received[i].numel())).float()
+        own = pending(compression, str(i), received[i].numel())
         kept = of_a_host * hvd.allreduce(own, op=hvd.Sum, name=f"kept.{i}")
         assert kept.abs().sum() > 0
         off = 0 if exact else 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-4
@@ -117,10 +131,11 @@ def test_residuals_are_shared_out_among_a_host_s_ranks():
     [{"op": hvd.Average}, {"op": hvd.Sum}, {"gradient_predivide_factor": 1.5}],
     ids=["average", "sum", "predivide"],
 )
+@pytest.mark.parametrize("options", [HIERARCHICAL, OWNERS], ids=["allgather", "owners"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_at_density_one_training_equals_dense_training(dtype, horovod_options):
+def test_at_density_one_training_equals_dense_training(dtype, options, horovod_options):
     trained = []
-    for compression in (hvd.Compression.none, DLSCompressor(density=1, **HIERARCHICAL)):
+    for compression in (hvd.Compression.none, DLSCompressor(density=1, **options)):
         torch.manual_seed(1)
         model = net().to(dtype)
         train(model, wrap(model, compression, plain_sgd(model, 0.01), **horovod_options), range(8))
@@ -191,10 +206,11 @@ class Branches(nn.Module):
         return self.mine[number](torch.relu(self.first(images.flatten(1))))
 
 
+@pytest.mark.parametrize("options", [HIERARCHICAL, OWNERS], ids=["allgather", "owners"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_layers_that_take_no_part_on_some_ranks(frozen):
+def test_layers_that_take_no_part_on_some_ranks(frozen, options):
     model = Branches()
-    compression = DLSCompressor(density=0.1, **HIERARCHICAL)
+    compression = DLSCompressor(density=0.1, **options)
     optimizer = wrap(model, compression)
     for step in range(6):
         if frozen and step == 3:
@@ -208,13 +224,14 @@ def test_layers_that_take_no_part_on_some_ranks(frozen):
     assert_same_on_all_ranks(flat(model))
 
 
-def test_hvd_init_again_keeps_what_waits():
+@pytest.mark.parametrize("options", [HIERARCHICAL, OWNERS], ids=["allgather", "owners"])
+def test_hvd_init_again_keeps_what_waits(options):
     """To the bit: all goes on as if nothing had happened."""
     trained = []
     for again in (False, True):
         torch.manual_seed(1)
         model = net_without_vectors()
-        compression = DLSCompressor(density=0.02, **HIERARCHICAL)
+        compression = DLSCompressor(density=0.02, **options)
         optimizer = wrap(model, compression, plain_sgd(model))
         train(model, optimizer, range(4))
         if again:

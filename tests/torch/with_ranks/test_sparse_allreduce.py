@@ -157,7 +157,6 @@ def test_a_checkpoint_holds_all_that_waits_and_training_goes_on():
     ("options", "words"),
     [
         ({"strategy": "global"}, "strategy='global'"),
-        ({"hierarchical": True}, "hierarchical=True"),
         ({"exchange": "alltoall"}, "exchange='alltoall'"),
     ],
     ids=str,
