@@ -38,7 +38,8 @@ def test_each_way_clips_where_it_says(name):
         inputs = torch.randn(8, 60, generator=rng)
         gradients, _ = job.gradients(lambda worker, x=inputs: model(x).sum() / 20)
         norms = [global_norm(own) for own in gradients]
-        assert (max(norms) < limit + 1e-5) == (name == "own" or (name == "last" and step < EVERY))
+        assert name != "own" or max(norms) < limit + 1e-5
+        assert name != "last" or step < EVERY or max(norms) > 50 * limit  # one step too late
         reduced = job.reduced(gradients)
         assert global_norm(reduced) < limit + 1e-5 or name != "sum"
     if name == "option":
