@@ -73,6 +73,9 @@ class DLSConfig:
     clip_norm: float | None = None
     # Largest magnitude of each entry of it.
     clip_value: float | None = None
+    # Largest L2 norm of this rank's own gradient of the whole model, by its layers' usual shares of
+    # it (core/selection/usual_shares.py): layers are sent before all of them are there.
+    clip_global_norm: float | None = None
     # Smallest magnitude sent, for strategy="hard".
     threshold: float | None = None
     # Source of the first step's ratios: "paper" (Eq. 8 and 9), "weight_norm", "uniform", or
@@ -116,7 +119,7 @@ class DLSConfig:
         self._require_number("warmup_density", "a number in (0, 1]", lambda v: 0 < v <= 1)
         self._require_choice("nonfinite", NONFINITE)
         object.__setattr__(self, "layer_density", _pairs(self.layer_density))
-        for option in ("clip_norm", "clip_value", "threshold"):
+        for option in ("clip_norm", "clip_value", "clip_global_norm", "threshold"):
             if getattr(self, option) is not None:
                 accepted = "a finite number > 0, or None"
                 self._require_number(option, accepted, lambda v: 0 < v < math.inf)

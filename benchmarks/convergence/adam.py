@@ -2,13 +2,15 @@
 
     python -m benchmarks.convergence.adam                            # all ways, one seed
     python -m benchmarks.convergence.adam --ways dense scaled --seeds 0 1 2
+    python -m benchmarks.convergence.adam --density 0.001            # with a longer warm-up
+    python -m benchmarks.convergence.adam --rate 2                   # at twice the learning rate
     python -m benchmarks.convergence.adam --small                    # short trainings: to scout
     python -m benchmarks.convergence.adam --minutes 8                # goes on where it stopped
     python -m benchmarks.convergence.adam --report                   # only prints the table
 
 One run after the other, of one thread. Each is kept in build/convergence-adam/WAY-STEPS-SEED.json
-and not made again unless its description has changed; one that is interrupted by --minutes is
-kept, too.
+(with density and rate, if given) and not made again unless its description has changed; one that
+is interrupted by --minutes is kept, too.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from benchmarks.common.command_line import make_parser
 from benchmarks.common.paths import ROOT
 from benchmarks.convergence.models import Transformer
 from benchmarks.convergence.preconditioning import Moments, Preconditioner
+from benchmarks.convergence.settings import DENSITIES, WARMUP
 from benchmarks.convergence.simulation import Gradients, SimulatedJob
 from benchmarks.convergence.tasks import TASKS, evaluate, rate_at
 from benchmarks.convergence.training import data_of, worker_loss
@@ -49,21 +52,21 @@ class Way(NamedTuple):
 
     Attributes:
         title: its name in the table.
-        options: of the compressor; None: dense.
+        options: of the compressor, without the density; None: dense.
         moments: how updates are made in front of the selection; None: Adam is behind it.
         rate: factor on the learning rate.
         rate_when: a waiting update has the learning rate of when it "arrives" (it waits without
             one), or of when it "leaves" the worker.
         kept: share of what waits that is still there in the next step; 1: all.
-        warmup: share of the steps in which the density falls from 25 %; with "frozen", in which
-            whole gradients are sent.
+        warmup: share of the steps in which the density falls from 25 % to 1 %, longer for a lower
+            one; with "frozen", in which whole gradients are sent.
         sign: whether only the sign of what arrives counts (DeMo, arXiv:2411.19870).
         first: β₁ of Adam behind the compressor, where that is.
         amsgrad: whether that one is AMSGrad (COMP-AMS, arXiv:2205.05632).
     """
 
     title: str
-    options: dict[str, Any] | None = {"density": 0.01}  # noqa: RUF012 (never changed)
+    options: dict[str, Any] | None = {}  # noqa: RUF012 (never changed)
     moments: Moments | None = None
     rate: float = 1.0
     rate_when: str = "arrives"
@@ -76,7 +79,7 @@ class Way(NamedTuple):
 
 def _in_front(momentum: float, nesterov: bool = False) -> dict[str, Any]:
     """Options that keep the first moment in the compressor."""
-    options = {"density": 0.01, "momentum": momentum, "momentum_masking": False}
+    options = {"momentum": momentum, "momentum_masking": False}
     return options | ({"nesterov": True} if nesterov else {})
 
 
@@ -131,16 +134,23 @@ class Run(NamedTuple):
         seed: of first weights and the order of examples.
         small: whether it is a Transformer of half the width with three times the density, which
             wants a third of the steps: to scout.
+        density: share of entries that are sent, once the warm-up is over.
+        rate: factor on the way's learning rate.
     """
 
     way: str
     steps: int
     seed: int
     small: bool = False
+    density: float = DENSITIES[0]
+    rate: float = 1.0
 
     def file(self, folder: Path) -> Path:
         """Returns where its result is kept in a folder of results."""
-        return folder / f"{self.way}-{self.steps}-{self.seed}{'-small' * self.small}.json"
+        density = "" if self.density == DENSITIES[0] else f"-density-{self.density:g}"
+        rate = "" if self.rate == 1 else f"-rate-{self.rate:g}"
+        small = "-small" * self.small
+        return folder / f"{self.way}-{self.steps}-{self.seed}{density}{rate}{small}.json"
 
     def description(self) -> dict[str, Any]:
         """Returns all that its result follows from, as JSON has it."""
@@ -171,9 +181,15 @@ class Run(NamedTuple):
         if way.options is None:
             return None
         frozen = way.moments is not None and way.moments.second == "frozen"
-        stairs = {"dense_steps" if frozen else "warmup_steps": round(way.warmup * self.steps)}
-        options = way.options | ({"density": 3 * way.options["density"]} if self.small else {})
-        return DLSConfig.from_options(**options, **stairs)
+        stairs = {"dense_steps" if frozen else "warmup_steps": self.warmup_steps}
+        density = self.density * (3 if self.small else 1)
+        return DLSConfig.from_options(density=density, **way.options, **stairs)
+
+    @property
+    def warmup_steps(self) -> int:
+        """How many steps the warm-up takes."""
+        longer = WARMUP[self.density] / WARMUP[DENSITIES[0]]
+        return round(WAYS[self.way].warmup * longer * self.steps)
 
 
 class Training:
@@ -181,20 +197,20 @@ class Training:
 
     Args:
         run: to be made.
+        make_job: makes the workers.
 
     Attributes:
         losses: of the steps so far, mean over workers.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, make_job: Callable[..., SimulatedJob] = SimulatedJob) -> None:
         self._run, self._way = run, WAYS[run.way]
         self._model = run.make_model()
-        self._job = SimulatedJob(self._model, WORKERS, run.config())
+        self._job = make_job(self._model, WORKERS, run.config())
         self._updater = Updater(self._model, self._job, self._way)
         self._preconditioner = None
         if self._way.moments is not None:
-            frozen_at = round(self._way.warmup * run.steps)
-            self._preconditioner = Preconditioner(self._way.moments, WORKERS, frozen_at)
+            self._preconditioner = Preconditioner(self._way.moments, WORKERS, run.warmup_steps)
         self.losses: list[float] = []
         self._bytes: list[float] = []
         self._seconds = 0.0
@@ -214,7 +230,8 @@ class Training:
         self.losses.append(loss)
         if not math.isfinite(loss):
             return
-        rate = way.rate * task.adam_rate / task.rate * rate_at(task, step, self._run.steps)
+        factor = self._run.rate * way.rate * task.adam_rate / task.rate
+        rate = factor * rate_at(task, step, self._run.steps)
         if self._preconditioner is not None:
             self._precondition(gradients, rate if way.rate_when == "leaves" else 1.0)
         self._updater.apply(gradients, rate)
@@ -329,7 +346,8 @@ def table(runs: Sequence[Run], folder: Path) -> str:
     for name in dict.fromkeys(run.way for run in runs):
         pairs = []
         for each in (run for run in runs if run.way == name):
-            result, dense = (r.result(folder) for r in (each, each._replace(way="dense")))
+            beside = each._replace(way="dense", density=DENSITIES[0], rate=1.0)
+            result, dense = (run.result(folder) for run in (each, beside))
             if result is not None and result["loss"] is not None:
                 pairs.append((result["loss"], dense and dense["loss"], result["bytes"]))
         if not pairs:
@@ -349,6 +367,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser("convergence.adam", __doc__)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--density", type=float, choices=DENSITIES, default=DENSITIES[0])
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rate")
     parser.add_argument("--small", action="store_true", help="a smaller model, 3 %, 800 steps")
     parser.add_argument("--steps", type=int, help="(default: 2400, or 800 with --small)")
     parser.add_argument("--folder", type=Path, default=KEPT, help="where results are kept")
@@ -363,7 +383,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     steps = args.steps or TASKS[TASK].steps // (3 if args.small else 1)
     pairs = itertools.product(args.seeds, args.ways)
-    runs = [Run(way, steps, seed, args.small) for seed, way in pairs]
+    about = {"small": args.small, "density": args.density, "rate": args.rate}
+    dense = about | {"density": DENSITIES[0]}  # which it has none of
+    runs = [
+        Run(way, steps, seed, **(about if WAYS[way].options is not None else dense))
+        for seed, way in pairs
+    ]
     until = time.monotonic() + 60 * args.minutes
     for run in runs if not args.report else ():
         if not make(run, args.folder, until):

@@ -31,6 +31,7 @@ from hvd_dls.core.balancing.sketch import (
     histogram,
 )
 from hvd_dls.core.selection.backend import Future
+from hvd_dls.core.selection.norms import Norm
 from hvd_dls.core.selection.passes import Found, found_on_device
 from hvd_dls.core.selection.passes_numpy import sample_stride
 
@@ -223,9 +224,10 @@ class Device:
         into: tf.Variable,
         config: DLSConfig,
         loss_scale: float = 1.0,
+        norm: Norm | None = None,
     ) -> tf.Variable:
         """See ``momentum.correct``; norms are summed in another order than on the host."""
-        own = _clipped(tf.cast(gradient, into.dtype), config, loss_scale)
+        own = _clipped(tf.cast(gradient, into.dtype), config, loss_scale, norm)
         if velocity is None:
             into.assign(own)
             return into
@@ -233,20 +235,35 @@ class Device:
         into.assign_add(own)
         return tf.Variable(into * config.momentum + own) if config.nesterov else into
 
+    @_on_its_device
+    def norm(self, gradient: tf.Tensor, limit: float | None) -> tf.Tensor:
+        """See ``norms.l2_norm``; () on this device."""
+        own = gradient if gradient.dtype == tf.float64 else tf.cast(gradient, tf.float32)
+        if not len(own):
+            return tf.zeros((), tf.float64)
+        norm = _norm(own if limit is None else tf.clip_by_value(own, -limit, limit))
+        return tf.where(_all_finite(own), norm, math.nan)
 
-def _clipped(own: tf.Tensor, config: DLSConfig, loss_scale: float) -> tf.Tensor:
+
+def _norm(own: tf.Tensor) -> tf.Tensor:
+    """Returns () float64: the L2 norm, computed of scaled values, because squares may overflow."""
+    largest = tf.reduce_max(tf.abs(own))
+    scaled = tf.cast(tf.math.divide_no_nan(own, largest), tf.float64)
+    return tf.cast(largest, tf.float64) * tf.sqrt(tf.reduce_sum(scaled * scaled))
+
+
+def _clipped(own: tf.Tensor, config: DLSConfig, loss_scale: float, known: Norm | None) -> tf.Tensor:
     """Clips a gradient; one with NaN or Inf is returned as it is, to be found later."""
-    if not (config.clip_norm or config.clip_value) or not len(own):
+    if not (config.clip_norm or config.clip_value or known) or not len(own):
         return own
     clipped = own
     if config.clip_value is not None:
         limit = config.clip_value * loss_scale
         clipped = tf.clip_by_value(clipped, -limit, limit)
-    if config.clip_norm is not None:  # scaled, because squares may overflow
-        largest = tf.reduce_max(tf.abs(clipped))
-        scaled = tf.cast(tf.math.divide_no_nan(clipped, largest), tf.float64)
-        norm = tf.cast(largest, tf.float64) * tf.sqrt(tf.reduce_sum(scaled * scaled))
-        factor = tf.minimum(config.clip_norm * loss_scale / norm, 1)  # of zeros: min(inf, 1)
+    if known is None and config.clip_norm is not None:
+        known = Norm(_norm(clipped), config.clip_norm * loss_scale)
+    if known is not None:
+        factor = tf.minimum(known.limit / known.value, 1)  # of zeros: min(inf, 1)
         clipped = clipped * tf.cast(factor, own.dtype)
     return tf.where(_all_finite(own), clipped, own)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
 from hvd_dls.core.selection.backend import Future
+from hvd_dls.core.selection.norms import Norm
 from hvd_dls.core.selection.passes import Found, found_on_device
 from hvd_dls.core.selection.passes_numpy import sample_stride
 from hvd_dls.core.session import log
@@ -200,13 +201,22 @@ class Device:
         into: Tensor,
         config: DLSConfig,
         loss_scale: float = 1.0,
+        norm: Norm | None = None,
     ) -> Tensor:
         """See ``core.momentum.correct``; norms are summed up in another order."""
-        own = _clipped(gradient.to(into.dtype), config, loss_scale)
+        own = _clipped(gradient.to(into.dtype), config, loss_scale, norm)
         if velocity is None:
             return into.copy_(own)
         torch.mul(velocity, config.momentum, out=into).add_(own)
         return (into * config.momentum).add_(own) if config.nesterov else into
+
+    def norm(self, gradient: Tensor, limit: float | None) -> Tensor:
+        """See ``core.norms.l2_norm``; () on this device."""
+        own = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if not len(own):
+            return own.new_zeros((), dtype=torch.float64)
+        largest = torch.linalg.vector_norm(own, math.inf)
+        return _norm(own if limit is None else own.clamp(-limit, limit), largest)
 
 
 @cache
@@ -257,9 +267,15 @@ def finite_future(gradient: Tensor) -> DeviceFuture[bool]:
     return DeviceFuture(ends, lambda array: bool(np.isfinite(array).all()))
 
 
-def _clipped(own: Tensor, config: DLSConfig, loss_scale: float) -> Tensor:
+def _norm(own: Tensor, largest: Tensor) -> Tensor:
+    """() float64, scaled, because squares may overflow; NaN of zeros, and if that is not finite."""
+    norm: Tensor = largest * torch.linalg.vector_norm(own / largest, dtype=torch.float64)
+    return norm
+
+
+def _clipped(own: Tensor, config: DLSConfig, loss_scale: float, known: Norm | None) -> Tensor:
     """What is not finite stays so, to be found."""
-    if not (config.clip_norm or config.clip_value) or not len(own):
+    if not (config.clip_norm or config.clip_value or known) or not len(own):
         return own
     largest = torch.linalg.vector_norm(own, math.inf)
     if config.clip_value is not None:
@@ -267,9 +283,10 @@ def _clipped(own: Tensor, config: DLSConfig, loss_scale: float) -> Tensor:
         limit = torch.where(largest.isfinite(), limit, largest)
         own = own.clamp(-limit, limit)
         largest = torch.minimum(largest, limit)
-    if config.clip_norm is not None:  # scaled, because squares may overflow
-        norm = largest * torch.linalg.vector_norm(own / largest, dtype=torch.float64)
-        factor = (config.clip_norm * loss_scale / norm).clamp_(max=1)
+    if known is None and config.clip_norm is not None:
+        known = Norm(_norm(own, largest), config.clip_norm * loss_scale)
+    if known is not None:
+        factor = (known.limit / known.value).clamp_(max=1)
         own = own * factor.nan_to_num_(nan=1.0).to(own.dtype)
     return own
 

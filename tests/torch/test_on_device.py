@@ -18,6 +18,7 @@ from hvd_dls.core.balancing.sketch import (  # noqa: E402
     histogram,
 )
 from hvd_dls.core.selection import momentum, passes  # noqa: E402
+from hvd_dls.core.selection.norms import Norm, l2_norm  # noqa: E402
 from hvd_dls.torch import on_device  # noqa: E402
 from hvd_dls.torch.on_device import Device, finite_future  # noqa: E402
 from tests.core.selection.test_passes import DTYPES, cases, entries, load, plus, store  # noqa: E402
@@ -173,6 +174,29 @@ def test_clipping_and_momentum_are_the_core_s(device, work, dtype, options, mass
                 np.testing.assert_allclose(array_of(own), core, rtol=1e-6)
             else:
                 assert bits(own) == bits(core)
+
+
+@on_each_device
+@pytest.mark.parametrize(("work", "dtype"), DTYPES)
+@pytest.mark.parametrize("value", [None, 0.5])
+def test_a_norm_that_is_known_is_the_core_s_and_gradients_are_scaled_to_its_limit(
+    device, work, dtype, value
+):
+    config, backend = DLSConfig(clip_value=value), Device(torch.device(device))
+    rng = np.random.default_rng(0)
+    for factor in (1e-3, 1, 1e3):
+        gradient = store(factor * rng.standard_normal(3000), dtype)
+        there = tensor(gradient, device)
+        norm, expected = backend.norm(there, value), l2_norm(gradient, value)
+        assert float(norm) == pytest.approx(expected, rel=1e-6)
+        into, limit = tensor(np.empty(3000, work), device), 2.0
+        result = backend.correct(there, None, into, config, 1.0, Norm(norm, limit))
+        core = np.empty(3000, work)
+        momentum.correct(gradient, None, core, config, 1.0, Norm(expected, limit))
+        np.testing.assert_allclose(array_of(result), core, rtol=1e-6)
+    for bad in (np.nan, np.inf):
+        gradient[7] = store(np.array([bad]), dtype)[0]
+        assert not math.isfinite(float(backend.norm(tensor(gradient, device), value)))
 
 
 @on_each_device

@@ -16,6 +16,7 @@ from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.sketch import histogram
 from hvd_dls.core.selection import passes
 from hvd_dls.core.selection.momentum import correct
+from hvd_dls.core.selection.norms import Norm, l2_norm
 from hvd_dls.core.selection.passes import Found
 
 # (n,) of a layer: gradient, residual or velocity, as its backend has them.
@@ -60,8 +61,12 @@ class Backend(Protocol):
         into: Array,
         config: DLSConfig,
         loss_scale: float,
+        norm: Norm | None,
     ) -> Array:
         """``momentum.correct``."""
+
+    def norm(self, gradient: Array, limit: float | None) -> Any:
+        """``norms.l2_norm``; of a gradient on a device, a number there that ``float`` waits for."""
 
     def clear(self, array: Array, indices: np.ndarray) -> None:
         """Writes zeros at (k,) uint32 indices, unique."""
@@ -109,6 +114,7 @@ class Host:
     """The host: NumPy arrays."""
 
     correct = staticmethod(correct)
+    norm = staticmethod(l2_norm)
     find = staticmethod(passes.find)
     settle = staticmethod(passes.settle)
     sum_up = staticmethod(passes.sum_up)

@@ -7,6 +7,7 @@ that, and the optimizer adds plain sums: a change of order, exact while everythi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection.backend import HOST, Array, Backend
+from hvd_dls.core.selection.norms import Norm, l2_norm
+from hvd_dls.core.selection.usual_shares import UsualShares
 
 
 class Correction:
@@ -30,6 +33,7 @@ class Correction:
     Attributes:
         active: whether gradients change at all.
         velocities: (n,) of each own layer, by name, in its work dtype; empty without momentum.
+        shares: of the global norm, which each layer usually has; None without such a limit.
     """
 
     def __init__(
@@ -39,7 +43,11 @@ class Correction:
         backends: Mapping[str, Backend] | None = None,
         own: Sequence[LayerSpec] | None = None,
     ) -> None:
-        self.active = bool(config.momentum or config.clip_norm or config.clip_value)
+        limits = config.clip_norm or config.clip_value or config.clip_global_norm
+        self.active = bool(config.momentum or limits)
+        self.shares: UsualShares | None = None
+        if config.clip_global_norm is not None:
+            self.shares = UsualShares(config.clip_global_norm)
         self._config = config
         self._layers = {layer.name: layer for layer in layers}
         self._backends = dict.fromkeys(self._layers, HOST) | dict(backends or {})
@@ -50,13 +58,17 @@ class Correction:
         self._proposed: dict[str, Array] = {}
         self._spare: dict[str, Array] = {}  # memory of the velocities of the step before
 
-    def apply(self, name: str, gradient: Array, loss_scale: float = 1.0) -> Array:
+    def apply(
+        self, name: str, gradient: Array, loss_scale: float = 1.0, limited: bool = False
+    ) -> Array:
         """What enters the residual instead of a gradient.
 
         Args:
             name: of the layer.
             gradient: (n,) of any dtype that ``passes.find`` takes, where its backend has it.
             loss_scale: that the gradient is multiplied by; limits are for what it would be without.
+            limited: whether it is an average of gradients that ranks have multiplied by their own
+                ``factor`` each.
 
         Returns:
             (n,) of the work dtype; not to be changed, and gone with the next step.
@@ -66,7 +78,37 @@ class Correction:
         if into is None:
             into = backend.zeros(layer.size, layer.work_dtype)
         self._proposed[name] = into
-        return backend.correct(gradient, self.velocities.get(name), into, self._config, loss_scale)
+        norm = None
+        if self.shares is not None and not limited:
+            norm = self._norm_of(name, gradient, loss_scale)
+        velocity = self.velocities.get(name)
+        return backend.correct(gradient, velocity, into, self._config, loss_scale, norm)
+
+    def factor(self, name: str, gradient: np.ndarray, loss_scale: float = 1.0) -> float:
+        """What to multiply this rank's gradient by before ranks average theirs; else ``apply``.
+
+        Other limits hold for the average.
+
+        Args:
+            name: of the layer.
+            gradient: (n,) on the host, of any dtype that ``passes.find`` takes.
+            loss_scale: as in ``apply``.
+        """
+        if self.shares is None:
+            return 1.0
+        norm, limit = l2_norm(gradient), self.shares.limit_of(name) * loss_scale
+        self.shares.note(name, norm)
+        return limit / norm if norm > limit else 1.0  # also if it is NaN
+
+    def _norm_of(self, name: str, gradient: Array, loss_scale: float) -> Norm:
+        """A gradient's norm, which is noted for its share of the global one, and all limits."""
+        assert self.shares is not None
+        value, most = self._config.clip_value, math.inf
+        norm = self._backends[name].norm(gradient, None if value is None else value * loss_scale)
+        if self._config.clip_norm is not None:
+            most = self._config.clip_norm * loss_scale
+        self.shares.note(name, norm, most)
+        return Norm(norm, min(most, self.shares.limit_of(name) * loss_scale))
 
     def commit(self, sent: dict[str, np.ndarray]) -> None:
         """Takes the proposed velocities over.
@@ -82,8 +124,12 @@ class Correction:
             if self._config.momentum_masking and name in sent:
                 self._backends[name].clear(proposed, sent[name])
         self._proposed = {}
+        if self.shares is not None:
+            self.shares.commit()
 
     def forget(self) -> None:
         """Leaves the velocities as they were before the step."""
         self._spare |= self._proposed
         self._proposed = {}
+        if self.shares is not None:
+            self.shares.forget()

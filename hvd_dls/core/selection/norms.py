@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hvd_dls.core.selection.passes_numpy import widened
 
 _BLOCK = 1 << 15  # entries worked on at once: all that is touched of them stays in cache
+
+
+class Norm(NamedTuple):
+    """The norm of a layer's gradient, and what it may be.
+
+    Attributes:
+        value: L2 norm, as ``Backend.norm`` has it.
+        limit: that the gradient is to be scaled down to.
+    """
+
+    value: Any
+    limit: float
 
 
 def l2_norm(values: np.ndarray, limit: float | None = None) -> float:

@@ -65,8 +65,10 @@ class Averaging(Gathering):
             if layer.name not in step.arrived or layer.name in step.stayed_away:
                 continue
             part = own[of.offsets[position] : of.offsets[position + 1]]
+            gradient = step.gradients[layer.name]
+            factor = self.memory.correction.factor(layer.name, gradient, self.loss_scale)
             with np.errstate(all="ignore"):
-                np.multiply(widened(step.gradients[layer.name]), weight, out=part)
+                np.multiply(widened(gradient), weight * own.dtype.type(factor), out=part)
             self.memory.with_leftover(layer.name, part)
             there[position] = 1
         for position, name in enumerate(of.watched):

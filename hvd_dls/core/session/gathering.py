@@ -92,7 +92,8 @@ class Gathering(SessionBase):
         begun = perf_counter()
         correction, baseline = self.memory.correction, self.memory.baseline
         if correction.active:
-            gradient = correction.apply(name, gradient, self.loss_scale)
+            limited = not self.groups.trivial  # by each rank, before they were averaged
+            gradient = correction.apply(name, gradient, self.loss_scale, limited)
         self._step.gradients[name] = gradient
         if baseline is None:
             self._find(name, self.memory.controller.k_of(name))

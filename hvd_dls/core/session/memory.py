@@ -136,6 +136,8 @@ class Memory:
             array = other.correction.velocities.get(name)
             if array is not None:
                 self.backends[name].load(own, other.backends[name].to_host(array))
+        if self.correction.shares is not None and other.correction.shares is not None:
+            self.correction.shares.load(other.correction.shares.squares)
         for name in self.thresholds:
             self.thresholds[name] = factor * other.thresholds.get(name, 0.0)
         if [x.name for x in self.layers] == [x.name for x in other.layers]:
@@ -190,22 +192,34 @@ class Memory:
         config = asdict(self.config)
         stable = {layer.name: layer.stable_name for layer in self.plan.layers}
         residuals, velocities = self.residuals | self.leftovers, self.correction.velocities
-        return {
-            "version": STATE_VERSION,
-            "rank": self.groups.rank,
-            "world_size": self.groups.world_size,
-            "groups": list(self.groups.sizes),
-            "config": config | {"layer_density": [list(x) for x in self.config.layer_density]},
-            "parameters": [[x.stable_name, list(x.shape)] for x in self.plan.layers],
-            "layers": [[x.stable_name, [*x.shape, x.work_dtype.name]] for x in self.plan.sparse],
-            "step": self.controller.step,
-            "loss_scale": self.loss_scale,
-            "ratios": self.controller.state(),
-            "thresholds": np.array(list(self.thresholds.values())),
-            "norms": [] if self.baseline is None else list(self.baseline.norms.values()),
-            "residuals": {stable[name]: array for name, array in residuals.items()},
-            "velocities": {stable[name]: array for name, array in velocities.items()},
-        } | self._state_of_owners()
+        return (
+            {
+                "version": STATE_VERSION,
+                "rank": self.groups.rank,
+                "world_size": self.groups.world_size,
+                "groups": list(self.groups.sizes),
+                "config": config | {"layer_density": [list(x) for x in self.config.layer_density]},
+                "parameters": [[x.stable_name, list(x.shape)] for x in self.plan.layers],
+                "layers": [
+                    [x.stable_name, [*x.shape, x.work_dtype.name]] for x in self.plan.sparse
+                ],
+                "step": self.controller.step,
+                "loss_scale": self.loss_scale,
+                "ratios": self.controller.state(),
+                "thresholds": np.array(list(self.thresholds.values())),
+                "norms": [] if self.baseline is None else list(self.baseline.norms.values()),
+                "residuals": {stable[name]: array for name, array in residuals.items()},
+                "velocities": {stable[name]: array for name, array in velocities.items()},
+            }
+            | self._state_of_owners()
+            | self._usual_shares(stable)
+        )
+
+    def _usual_shares(self, stable: Mapping[str, str]) -> dict[str, Any]:
+        if self.correction.shares is None:
+            return {}
+        squares = self.correction.shares.squares
+        return {"usual_shares": {stable[name]: share for name, share in squares.items()}}
 
     def _state_of_owners(self) -> dict[str, Any]:
         if self.owners is None:
@@ -265,6 +279,10 @@ class Memory:
             if layer.name not in self.residuals and layer.stable_name in state["residuals"]
         }
         stable = {layer.name: layer.stable_name for layer in self.plan.layers}
+        if self.correction.shares is not None:
+            saved = state.get("usual_shares", {})
+            there = {name: saved[key] for name, key in stable.items() if key in saved}
+            self.correction.shares.load(there)
         residuals, velocities = self.residuals | self.leftovers, self.correction.velocities
         for part, own in (("residuals", residuals), ("velocities", velocities)):
             for name, array in own.items():

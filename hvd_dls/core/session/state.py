@@ -25,7 +25,9 @@ FREE_OPTIONS = (
     "nonfinite",
     "clip_norm",
     "clip_value",
+    "clip_global_norm",
 )
+_MAY_LACK = {"usual_shares"}  # what only some sessions save, and any can begin without
 _BEFORE = {"exchange": "allgather"}  # options that older states do not name
 
 
@@ -76,7 +78,7 @@ def _checked(
         version = state.get("version") if isinstance(state, Mapping) else state
         raise StateMismatchError(f"saved state has version {version}, expected {STATE_VERSION}")
     old = state["version"] == _OLDEST
-    if missing := own.keys() - state.keys() - (_NEW if old else set()):
+    if missing := own.keys() - state.keys() - _MAY_LACK - (_NEW if old else set()):
         raise StateMismatchError(f"the saved state lacks {', '.join(sorted(missing))}")
     if old:
         state = _upgraded(state, own)
@@ -191,6 +193,12 @@ def _check_numbers(state: Mapping[str, Any], own: Mapping[str, Any], sizes: np.n
             raise StateMismatchError(
                 f"layer {names[where]!r}: {part} hold {values[where]}, expected a finite number "
                 ">= 0"
+            )
+    for name, share in state.get("usual_shares", {}).items():
+        if not 0 <= share <= 1:
+            raise StateMismatchError(
+                f"layer {name!r}: its usual share of the squares of the global norm is {share} in "
+                "the saved state, expected a number in [0, 1]"
             )
     loss_scale = state["loss_scale"]
     if not (isinstance(loss_scale, (int, float)) and 0 < loss_scale < math.inf):

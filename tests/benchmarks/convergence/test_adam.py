@@ -72,6 +72,11 @@ def test_runs_are_kept_and_a_table_made_of_them(tmp_path, monkeypatch, capsys):
     assert set(files) == {"dense-2-0.json", "scaled-2-0.json", "behind-2-0.json"}
     assert adam.main(arguments) == 0
     assert files == {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    others = ["--steps", "2", "--folder", str(tmp_path), "--ways", "dense", "behind"]
+    assert adam.main([*others, "--density", "0.001", "--rate", "2"]) == 0
+    new = {file.name for file in tmp_path.iterdir()} - set(files)
+    # Dense has no density.
+    assert new == {"dense-2-0-rate-2.json", "behind-2-0-density-0.001-rate-2.json"}
 
 
 def test_a_run_that_is_interrupted_goes_on_as_if_it_had_not_been(monkeypatch):

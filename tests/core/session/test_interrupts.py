@@ -30,6 +30,7 @@ OPTIONS = [
     {"momentum": 0.5, "bucket_bytes": 1000},
     {"momentum": 0.5, "nesterov": True, "values": "float16"},
     {"strategy": "norm", "clip_norm": 1.0},
+    {"momentum": 0.5, "clip_global_norm": 1.0},
     {"strategy": "global"},
     {"dense_steps": 9, "momentum": 0.5},
 ]

@@ -15,6 +15,7 @@ CLIPPED = [
     {"clip_value": 3.0, "momentum": 0.5, "nesterov": True},
     {"clip_norm": 10.0, "clip_value": 20.0, "momentum": 0.5},
     {"clip_norm": 10.0, "strategy": "hard", "threshold": 0.5},
+    {"clip_global_norm": 10.0, "momentum": 0.5},
 ]
 
 

@@ -196,6 +196,7 @@ def test_what_the_network_carries_and_how_often_quality_is_measured_may_change()
         nonfinite="skip",
         clip_norm=3.0,
         clip_value=1.0,
+        clip_global_norm=5.0,
     )
     make_sessions(2)[0].load_state_dict(saver.state_dict())
 

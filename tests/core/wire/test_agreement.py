@@ -64,6 +64,7 @@ OTHER = {
     "momentum_masking": False,
     "clip_norm": 1.0,
     "clip_value": 1.0,
+    "clip_global_norm": 1.0,
     "prior": "uniform",
     "tail": "pareto",
     "pair_steps": 4,

@@ -59,6 +59,7 @@ def test_without_such_options_it_is_keras_to_the_bit(compression):
         ({"clip_norm": 0.05}, {"clipnorm": 0.05}),
         ({"clip_value": 0.01}, {"clipvalue": 0.01}),
         ({"clip_norm": 0.05, "momentum": 0.9}, {"clipnorm": 0.05, "momentum": 0.9}),
+        ({"clip_norm": 0.05, "clip_global_norm": 1e9}, {"clipnorm": 0.05}),
     ],
     ids=str,
 )

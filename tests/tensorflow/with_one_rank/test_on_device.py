@@ -3,6 +3,8 @@
 Without subnormal numbers: on a CPU, most operations of TensorFlow take them for zero.
 """
 
+import math
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.sketch import SAMPLE, WINDOW, histogram
 from hvd_dls.core.selection import momentum, passes
+from hvd_dls.core.selection.norms import Norm, l2_norm
 from hvd_dls.tensorflow.on_device import Device
 from tests.core.backends import SHAPES, Framework, check_sessions, each_dtype, each_option
 from tests.core.selection.test_passes import DTYPES, cases, entries, load, store
@@ -235,6 +238,29 @@ def test_clipping_and_momentum_are_the_core_s(name, work, dtype, options, mass):
                 np.testing.assert_allclose(array_of(own), core, rtol=1e-6)
             else:
                 assert bits(own) == bits(core)
+
+
+@on_each_device
+@pytest.mark.parametrize(("work", "dtype"), DTYPES)
+@pytest.mark.parametrize("value", [None, 0.5])
+def test_a_norm_that_is_known_is_the_core_s_and_gradients_are_scaled_to_its_limit(
+    name, work, dtype, value
+):
+    config, backend = DLSConfig(clip_value=value), Device(name)
+    rng = np.random.default_rng(0)
+    for factor in (1e-3, 1, 1e3):
+        gradient = store(factor * rng.standard_normal(3000), dtype)
+        there = tensor(gradient, name)
+        norm, expected = backend.norm(there, value), l2_norm(gradient, value)
+        assert float(norm) == pytest.approx(expected, rel=1e-6)
+        into, limit = variable(np.zeros(3000, work), name), 2.0
+        result = backend.correct(there, None, into, config, 1.0, Norm(norm, limit))
+        core = np.empty(3000, work)
+        momentum.correct(gradient, None, core, config, 1.0, Norm(expected, limit))
+        np.testing.assert_allclose(array_of(result), core, rtol=1e-6)
+    for bad in (np.nan, np.inf):
+        gradient[7] = store(np.array([bad]), dtype)[0]
+        assert not math.isfinite(float(backend.norm(tensor(gradient, name), value)))
 
 
 @on_each_device

@@ -50,7 +50,13 @@ def test_gradients_are_as_they_are(mode, variables, groups):
 
 @pytest.mark.parametrize(
     "options",
-    [{"momentum": 0.9}, {"momentum": 0.5, "nesterov": True}, {"clip_norm": 1}, {"clip_value": 2}],
+    [
+        {"momentum": 0.9},
+        {"momentum": 0.5, "nesterov": True},
+        {"clip_norm": 1},
+        {"clip_value": 2},
+        {"clip_global_norm": 1},
+    ],
     ids=str,
 )
 def test_what_would_change_gradients_is_refused_in_words(mode, variables, options):

@@ -25,7 +25,7 @@ traced = pytest.mark.parametrize("mode", ["tf.function"])
     "options",
     [
         {"momentum": 0.9, "warmup_steps": 4, "dense_steps": 2},
-        {"clip_norm": 0.1, "clip_value": 0.01},
+        {"clip_norm": 0.1, "clip_value": 0.01, "clip_global_norm": 0.5},
         {"strategy": "global"},
         {"strategy": "norm"},
         {"strategy": "hard", "threshold": 1e-3},

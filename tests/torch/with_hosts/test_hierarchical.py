@@ -47,6 +47,7 @@ def session_of(compression):
         {},
         {"strategy": "layerwise"},
         {"momentum": 0.9, "clip_norm": 1.0},
+        {"clip_global_norm": 0.1},
         {"values": "bfloat16", "index_code": "plain", "bucket_bytes": 4000},
         {"warmup_steps": 4, "dense_steps": 2},
         {"exchange": "sparse_allreduce"},

@@ -147,6 +147,23 @@ def test_clipping_is_of_every_layer_s_own_gradient(options, update):
     torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-5, atol=1e-7)
 
 
+@EACH_WAY
+def test_of_one_layer_clip_global_norm_is_clip_grad_norm(update):
+    plain, ours = (nn.Linear(40, 30, bias=False) for _ in range(2))
+    ours.load_state_dict(plain.state_dict())
+    inner, rng = torch.optim.SGD(plain.parameters(), lr=LR), torch.Generator().manual_seed(0)
+    optimizer = wrap(ours, DLSCompressor(clip_global_norm=0.5))
+    for step in range(5):
+        inputs = 10 ** (step - 2) * torch.randn(8, 40, generator=rng)  # some are longer
+        for model, own in ((plain, inner), (ours, optimizer)):
+            own.zero_grad()
+            model(inputs).square().mean().backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        inner.step()
+        update(optimizer)
+    torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-4, atol=1e-6)
+
+
 # NaN and Inf --------------------------------------------------------------------------------------
 
 
