@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_dls.adapter import BaseBinding, World, is_elastic
-from hvd_dls.config import SPARSE_ALLREDUCE, DLSConfig
+from hvd_dls.config import ALLGATHER, DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection.backend import Backend
 from hvd_dls.core.session.baselines import BASELINES
@@ -247,13 +247,13 @@ class Binding(BaseBinding):
 
     @property
     def _wants_device(self) -> bool:
-        variables = [reference() for reference in self._references]
-        return any(variable is not None and stays_on_device(variable) for variable in variables)
+        variables = (reference() for reference in self._references)
+        return any(v is not None and stays_on_device(v) for v in variables)
 
     def _backends(self, config: DLSConfig) -> Mapping[str, Backend]:
         # These strategies look at whole residuals, on the host; hosts and owners add up there.
-        adds_up = config.hierarchical or config.exchange == SPARSE_ALLREDUCE
-        if config.strategy not in BASELINES and not adds_up:
+        on_host = config.strategy in BASELINES or config.hierarchical
+        if not on_host and config.exchange == ALLGATHER:
             for layer, reference in zip(self._layers, self._references, strict=True):
                 variable = reference()
                 if variable is None or layer.size >= TOO_LARGE:

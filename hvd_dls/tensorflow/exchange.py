@@ -168,10 +168,15 @@ class Exchange:
                         session.note(name, finite=True)  # its sum is checked later
                     else:
                         session.compress(name, HOST.flatten(array))
+                if bucket is None or session.dense_step:
+                    to_host = bucket is None or session.grouped
+                    return in_one(np.zeros(1, dtype) if to_host else self._nothing())
                 parts = iter(arrays[len(on_host) :])
-                for name in on_device if not session.dense_step else ():
+                for name in on_device:
                     self._future(name).parts = list(islice(parts, N_PARTS))
-                return in_one(self._sent(bucket, None, dtype))
+                if session.grouped:
+                    return in_one(session.contribution(bucket))
+                return in_one(self._selected(bucket))
 
         inputs = [self._as_exchanged(name, gradients[name]) for name in on_host]
         for name in on_device:
@@ -188,66 +193,71 @@ class Exchange:
         if bucket is None:
             return sent
         if session.grouped:
-            sent, splits = self._go_on(bucket, Stage.ADD_UP, sent, splits)
-        if self._scatters(bucket):
-            sent, _ = self._go_on(bucket, Stage.SCATTER, sent, splits)
+            sent, splits = self._add_up(bucket, self._stages.run(Stage.ADD_UP, bucket, sent))
         if session.sends(bucket):
+            if session.owners is not None:
+                parts = self._stages.run(Stage.SCATTER, bucket, sent, splits)
+                sent = self._collect(bucket, parts)
             sent = self._stages.run(Stage.GATHER, bucket, sent)
         return self._stages.run(Stage.HAND_ON, bucket, sent) if session.grouped else sent
 
-    def _scatters(self, bucket: int) -> bool:
-        """Whether this rank sends a bucket's owners their parts before payloads are gathered."""
-        return self.session.owners is not None and self.session.sends(bucket)
-
-    def _sent(self, bucket: int | None, after: Stage | None, dtype: Any) -> list[np.ndarray]:
-        """What this rank sends next of a bucket, in parts if it is for owners.
-
-        Args:
-            bucket: its number; None: nothing is sent.
-            after: the operation that is over; None: the bucket's gradients have come in.
-            dtype: of what is sent.
-        """
+    def _selected(self, bucket: int) -> Any:
+        """What is sent of what was found: to all, or a part for each of the bucket's owners."""
         session = self.session
-        if bucket is None:
-            return [np.zeros(1, dtype)]
-        averages = after is None and session.grouped
-        scatters = self._scatters(bucket) and after is not Stage.SCATTER and not averages
-        if session.dense_step:  # whole gradients take another way
-            return [np.zeros(1, dtype)] * (session.groups.count if scatters else 1)
-        if averages:
-            return [session.contribution(bucket)]
-        if scatters:
-            return session.parts(bucket)
-        return [session.payload(bucket) if session.sends(bucket) else session.header(bucket)]
+        return session.payload(bucket) if session.owners is None else session.parts(bucket)
 
-    def _go_on(
-        self, bucket: int, stage: Stage, sent: tf.Tensor, splits: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Adds an operation, and what the session makes of its result.
+    def _nothing(self) -> Any:
+        """What is sent in its place in a step that sends whole gradients."""
+        session, nothing = self.session, np.zeros(1, np.uint8)
+        return nothing if session.owners is None else [nothing] * session.groups.count
+
+    def _add_up(self, bucket: int, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Selects from what was added up inside the host.
 
         Args:
             bucket: its number.
-            stage: of the operation, where something is added up.
-            sent: to it.
-            splits: how much of that goes to whom, if it is for owners.
+            total: of the host's ranks.
 
         Returns:
             What this rank sends then, and how much of it to whom.
         """
 
-        def add_up(came: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            session, binding = self.session, self.binding
-            with binding.lock:
-                if not session.dense_step:
-                    take = session.added_up if stage is Stage.ADD_UP else session.collected
-                    with binding.deferred.errors_kept():  # other ranks wait for what is sent now
-                        take(bucket, came)
-                return in_one(self._sent(bucket, stage, np.uint8))
+        def select(total: np.ndarray) -> Any:
+            session = self.session
+            with self.binding.lock:
+                if session.dense_step:
+                    return in_one(self._nothing())
+                session.added_up(bucket, total)
+                sends = session.sends(bucket)
+                return in_one(self._selected(bucket) if sends else session.header(bucket))
 
-        came = self._stages.run(stage, bucket, sent, splits)
-        sent, splits = tf.numpy_function(add_up, [came], [tf.uint8, tf.int32])
+        sent, splits = tf.numpy_function(select, [total], [tf.uint8, tf.int32])
         run_at_once(sent)
         return tf.ensure_shape(sent, [None]), splits
+
+    def _collect(self, bucket: int, parts: tf.Tensor) -> tf.Tensor:
+        """Has this rank, an owner of the bucket, add up what came of its region.
+
+        Args:
+            bucket: its number.
+            parts: of all who send it.
+
+        Returns:
+            What it hands out.
+        """
+
+        def add_up(parts: np.ndarray) -> np.ndarray:
+            session, binding = self.session, self.binding
+            with binding.lock:
+                if session.dense_step:
+                    return np.zeros(1, np.uint8)
+                with binding.deferred.errors_kept():  # other ranks wait for what is sent now
+                    session.collected(bucket, parts)
+                return session.payload(bucket)
+
+        sent = tf.numpy_function(add_up, [parts], tf.uint8)
+        run_at_once(sent)
+        return tf.ensure_shape(sent, [None])
 
     def _as_exchanged(self, name: str, gradient: tf.Tensor) -> tf.Tensor:
         return tf.cast(gradient, self.binding.exchanged_dtype(name, gradient.dtype))

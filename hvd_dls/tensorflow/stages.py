@@ -16,7 +16,7 @@ class Stage(Enum):
     """What an operation of a bucket does; its value is what its name ends with."""
 
     ADD_UP = ".add"  # inside the host: gradients
-    SCATTER = ".scatter"  # to a bucket's owners, a part for each, to be added up there
+    SCATTER = ".scatter"  # to a bucket's owners, a part for each
     GATHER = ""  # payloads: of all ranks, or of one of each host
     HAND_ON = ".hand_on"  # inside the host, what came in
 
@@ -38,10 +38,8 @@ class Stages:
         self._sets = dict.fromkeys(Stage, process_set)
         if host_sets is not None:
             inside, across = host_sets
-            self._sets = {
-                stage: inside if stage in (Stage.ADD_UP, Stage.HAND_ON) else across
-                for stage in Stage
-            }
+            self._sets |= {Stage.ADD_UP: inside, Stage.HAND_ON: inside}
+            self._sets |= {Stage.SCATTER: across, Stage.GATHER: across}
 
     def run(
         self, stage: Stage, bucket: int, array: tf.Tensor, splits: tf.Tensor | None = None
@@ -74,6 +72,8 @@ class Stages:
         return hvd.allgather(array, **options)
 
 
-def in_one(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """What is sent, in one array; and, (P,) int32, how much of it to whom."""
-    return np.concatenate(parts), np.array([len(part) for part in parts], np.int32)
+def in_one(array: np.ndarray | list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What is sent, in one array; and, (P,) int32, how much of it to whom if it is in parts."""
+    parts = array if isinstance(array, list) else [array]
+    splits = np.array([len(part) for part in parts], np.int32)
+    return np.concatenate(parts) if len(parts) > 1 else parts[0], splits

@@ -28,6 +28,22 @@ OWNERS = {"exchange": "sparse_allreduce", **SPARSE}
 SHAPES = [(40, 30), (7, 5, 3, 3), (300, 2)]
 
 
+class Matrices(tf.Module):
+    """Without vectors: Horovod adds those up in an order that depends on when they arrive."""
+
+    def __init__(self):
+        generator = np.random.default_rng(1)
+        shapes = {"first": (48, 64), "second": (64, 5)}
+        self.parameters = [
+            tf.Variable(generator.normal(size=shape) * 0.2, name=name, dtype="float32")
+            for name, shape in shapes.items()
+        ]
+
+    def __call__(self, images):
+        first, second = self.parameters
+        return tf.nn.relu(tf.reshape(images, [tf.shape(images)[0], 48]) @ first) @ second
+
+
 def variables_of(dtype="float32"):
     return [tf.Variable(tf.zeros(s, dtype), name=n) for s, n in zip(SHAPES, "abc", strict=True)]
 
@@ -62,9 +78,9 @@ def test_all_that_was_accumulated_is_applied_or_waits_on_some_rank(values):
 
 @pytest.mark.parametrize("mode", ["tf.function"])
 def test_parameters_and_ratios_agree_to_the_bit_and_the_state_goes_on(mode):
-    """Regions move, and ranks trace the step anew at different times."""
+    """Ranks trace the step anew at different times."""
     options = OWNERS | {"density": 0.05, "momentum": 0.9, "dense_steps": 1}
-    model, compression = Net(), DLSCompressor(**options)
+    model, compression = Matrices(), DLSCompressor(**options)
     trainer = Trainer(model, compression, mode)
     trainer.train(range(14))
     trainer.train([14], size=6 if hvd.rank() else 3)
@@ -72,17 +88,17 @@ def test_parameters_and_ratios_agree_to_the_bit_and_the_state_goes_on(mode):
     assert trainer.traces == 2
     assert compression.last_step().step == 16
     assert_same_on_all_ranks(compression.last_step().k)
-    assert_same_on_all_ranks(flat(model))
+    assert_same_on_all_ranks(flat(model.parameters))
     weights = [p.numpy() for p in model.parameters]
     state = copy.deepcopy(compression.state_dict())
     trainer.train(range(16, 20))
-    there = flat(model)
-    again, restarted = Net(), DLSCompressor(**options)
+    there = flat(model.parameters)
+    again, restarted = Matrices(), DLSCompressor(**options)
     for parameter, saved in zip(again.parameters, weights, strict=True):
         parameter.assign(saved)
     restarted.load_state_dict(state)
     Trainer(again, restarted, mode).train(range(16, 20))
-    np.testing.assert_array_equal(flat(again), there)
+    np.testing.assert_array_equal(flat(again.parameters), there)
 
 
 @pytest.mark.parametrize("mode", ["eager"])
