@@ -55,7 +55,7 @@ class DLSConfig:
     # How entries get from rank to rank: "allgather", each rank's to all others; "sparse_allreduce",
     # to owners of parts of the model, who add them up and hand the largest sums out.  What a rank
     # receives then does not grow with the number of ranks.  "auto": the latter from eight ranks (or
-    # hierarchical hosts) on, where it can be: see docs/scale.md.  torch only.
+    # hierarchical hosts) on, where it can be: see docs/scale.md.
     exchange: str = "allgather"
 
     # Seldom set --------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def received_by_owners(shapes: Shapes, config: DLSConfig, ranks: int, sharing: i
         np.maximum(np.rint(entries * np.diff(bucket.offsets) / plan.sizes.sum()), 1).astype(int)
         for bucket in buckets
     ]
-    owners = Owners(buckets, k, ranks, 0, [True] * len(buckets))
+    owners = Owners(buckets, ranks, 0, [True] * len(buckets))
     return int(_received(owners, [int(each.sum()) for each in k], sharing).max())
 
 
@@ -140,7 +140,7 @@ def _received(owners: Owners, totals: list[int], sharing: int = 1) -> np.ndarray
     received = np.zeros(ranks)
     for bucket, total in enumerate(totals):
         regions = owners.regions[bucket]
-        room, shares = owners.shares.room(bucket, total), owners.shares.of(bucket, total)
+        room, shares = owners.room(bucket, total), owners.shares(bucket, total)
         parts = [payload_bytes(r.sent, n) for r, n in zip(regions, room.tolist(), strict=True)]
         out = [
             payload_bytes(r.handed_out, n) for r, n in zip(regions, shares.tolist(), strict=True)

@@ -18,7 +18,7 @@ from hvd_dls.adapter.hosts import HostSets, groups_of, host_sets, known_sets, ro
 from hvd_dls.adapter.leaving import meet_at_exit
 from hvd_dls.adapter.states import take_state_of
 from hvd_dls.adapter.world import World, epoch
-from hvd_dls.config import ALLGATHER, AUTO, DLSConfig
+from hvd_dls.config import DLSConfig
 from hvd_dls.core import disk_cache
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection import threads
@@ -54,8 +54,6 @@ class BaseBinding(ABC):
         states: saved ones that wait for models; the session takes its own out of them.
         observers: of the session's steps.
     """
-
-    _exchanges: tuple[str, ...] = (ALLGATHER,)  # that the framework's adapter can do
 
     def __init__(self, layers: Sequence[LayerSpec], config: DLSConfig) -> None:
         self.session: Session | None = None
@@ -167,9 +165,8 @@ class BaseBinding(ABC):
         self._gather(_LEAVE, np.zeros(1, np.uint8))
 
     def _with_exchange(self, senders: int) -> DLSConfig:
-        """The options, with the exchange that is meant by "auto": owners add up on the host."""
-        on_host = self._config.exchange != AUTO or not self._wants_device
-        exchange = exchange_of(self._config, self._exchanges if on_host else (ALLGATHER,), senders)
+        """The options, with the exchange that is meant by "auto"."""
+        exchange = exchange_of(self._config, senders, self._wants_device)
         return replace(self._config, exchange=exchange)
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 from hvd_dls.config import ALLGATHER, AUTO, SPARSE_ALLREDUCE, DLSConfig
 from hvd_dls.core.session.baselines import BASELINES
@@ -13,26 +12,22 @@ from hvd_dls.errors import DLSError
 _MANY = 8
 
 
-def exchange_of(config: DLSConfig, accepted: Sequence[str], senders: int) -> str:
+def exchange_of(config: DLSConfig, senders: int, on_device: bool = False) -> str:
     """The exchange that is meant: of "auto", the one that ``senders`` ranks are better off with.
 
     Args:
         config: the options.
-        accepted: what the framework's adapter can do with this model, of the two.
         senders: ranks that send each bucket: all, or with ``hierarchical`` one of each host.
+        on_device: whether some layers' passes are made on a device, if they can be: owners add up
+            on the host.
 
     Raises:
-        DLSError: the framework, or an elastic job, has not got it; on every rank alike.
+        DLSError: an elastic job has not got it; on every rank alike.
     """
     exchange, elastic = config.exchange, os.environ.get("HOROVOD_ELASTIC") == "1"
     if exchange == AUTO:
-        can = SPARSE_ALLREDUCE in accepted and config.strategy not in BASELINES and not elastic
+        can = config.strategy not in BASELINES and not elastic and not on_device
         return SPARSE_ALLREDUCE if can and senders >= _MANY else ALLGATHER
-    if exchange not in accepted:
-        raise DLSError(
-            f"exchange={exchange!r} is there for torch only; here, accepted is "
-            f"{', '.join(map(repr, accepted))}"
-        )
     if exchange == SPARSE_ALLREDUCE and elastic:
         raise DLSError(
             f"exchange={exchange!r} in an elastic job: what owners have added up would be lost "

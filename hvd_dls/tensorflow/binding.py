@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_dls.adapter import BaseBinding, World, is_elastic
-from hvd_dls.config import DLSConfig
+from hvd_dls.config import ALLGATHER, DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection.backend import Backend
 from hvd_dls.core.session.baselines import BASELINES
@@ -23,6 +23,7 @@ from hvd_dls.tensorflow.executors import HOST, DeviceExecutor, Executor
 from hvd_dls.tensorflow.handles import handle_of, identity
 from hvd_dls.tensorflow.lost_ranks import refuse_horovods_run
 from hvd_dls.tensorflow.on_device import TOO_LARGE, Device
+from hvd_dls.tensorflow.stages import Stages
 from hvd_dls.tensorflow.step_lock import StepLock
 from hvd_dls.tensorflow.variables import checked_variables, layer_specs_of, stays_on_device
 
@@ -220,6 +221,11 @@ class Binding(BaseBinding):
         """Returns a name for a Horovod operation: the same on every rank, and this model's own."""
         return f"{self._label}.{suffix}"
 
+    @property
+    def stages(self) -> Stages:
+        """The operations of its buckets."""
+        return Stages(self._label, self.process_set, self.host_sets)
+
     def scale_name(self, name: str) -> str:
         """Returns the name of the operation whose result scales a compressed layer's gradient."""
         return self.operation_name(f"{self._position[name]}.scale")
@@ -239,9 +245,15 @@ class Binding(BaseBinding):
         work = tf.as_dtype(self.layer(name).work_dtype)
         return gradient if gradient.size == 2 and work == tf.float32 else work
 
+    @property
+    def _wants_device(self) -> bool:
+        variables = (reference() for reference in self._references)
+        return any(v is not None and stays_on_device(v) for v in variables)
+
     def _backends(self, config: DLSConfig) -> Mapping[str, Backend]:
-        # These strategies look at whole residuals, on the host; and hosts add up there.
-        if config.strategy not in BASELINES and not config.hierarchical:
+        # These strategies look at whole residuals, on the host; hosts and owners add up there.
+        on_host = config.strategy in BASELINES or config.hierarchical
+        if not on_host and config.exchange == ALLGATHER:
             for layer, reference in zip(self._layers, self._references, strict=True):
                 variable = reference()
                 if variable is None or layer.size >= TOO_LARGE:

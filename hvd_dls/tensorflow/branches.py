@@ -42,6 +42,17 @@ class Branches:
         self._known = len(operations)
 
 
+def run_at_once(output: tf.Tensor) -> None:
+    """Takes the order off the operation that makes a tensor.
+
+    Where it waits for other ranks, what comes behind it in no order but TensorFlow's need not.
+    """
+    if tf.is_symbolic_tensor(output):
+        manager: Any = getattr(output.graph, "experimental_acd_manager", None)
+        if manager is not None:
+            manager.run_independently(output.op)
+
+
 def freed_in(graph: tf.Graph) -> list[tf.Operation]:
     """The conditions of a graph that run in no order: what begins another step waits for them."""
     return [x for x in graph.get_operations() if x.type == "If" and _FREED in x.node_def.attr]

@@ -32,7 +32,7 @@ class DeferredError:
         try:
             yield
         except (DLSError, NonFiniteGradientError) as error:
-            self.error = error
+            self.error = self.error or error  # the first one: others follow from it
 
     @contextmanager
     def gradient_of(self, n_gradients: int) -> Iterator[None]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
@@ -18,10 +17,11 @@ from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow import zeroing
 from hvd_dls.tensorflow.binding import Binding
-from hvd_dls.tensorflow.branches import Branches, freed_in
+from hvd_dls.tensorflow.branches import Branches, freed_in, run_at_once
 from hvd_dls.tensorflow.executors import HOST
 from hvd_dls.tensorflow.handles import graph_of, handle_of, handle_on_cpu, identity
 from hvd_dls.tensorflow.on_device import N_PARTS, DeviceFuture
+from hvd_dls.tensorflow.stages import Stage, in_one
 from hvd_dls.tensorflow.traced_models import agree_on, models_of_function
 
 _OTHER_MODEL = (
@@ -73,6 +73,7 @@ class Exchange:
         self.layers = frozenset(members)
         self.n_gradients = len(variables)
         self.grouped = grouped
+        self._stages = binding.stages
         self._seen_to = zeroing.is_seen_to()
         # Not whether this step does: a state of an earlier one may be loaded, and in an elastic job
         # the function may run beside those of ranks that have traced theirs in other steps.
@@ -156,7 +157,7 @@ class Exchange:
         on_host = [name for name in compressed if name not in binding.devices]
         on_device = [name for name in compressed if name in binding.devices]
 
-        def compress(checked: np.ndarray, finite: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
+        def compress(checked: np.ndarray, finite: np.ndarray, *arrays: np.ndarray) -> Any:
             session = self.session
             with binding.lock:
                 binding.enter(self.layers, [*watched, *on_host], int(checked))
@@ -168,13 +169,14 @@ class Exchange:
                     else:
                         session.compress(name, HOST.flatten(array))
                 if bucket is None or session.dense_step:
-                    return np.zeros(1, dtype)
-                if session.grouped:
-                    return np.asarray(session.contribution(bucket))
+                    to_host = bucket is None or session.grouped
+                    return in_one(np.zeros(1, dtype) if to_host else self._nothing())
                 parts = iter(arrays[len(on_host) :])
                 for name in on_device:
                     self._future(name).parts = list(islice(parts, N_PARTS))
-                return session.payload(bucket)
+                if session.grouped:
+                    return in_one(session.contribution(bucket))
+                return in_one(self._selected(bucket))
 
         inputs = [self._as_exchanged(name, gradients[name]) for name in on_host]
         for name in on_device:
@@ -185,48 +187,77 @@ class Exchange:
         dtype: Any = np.uint8
         if session.grouped and bucket is not None:
             dtype = session.routing.buckets[bucket].layers[0].work_dtype
-        payload = tf.numpy_function(compress, [self.checked, finite, *inputs], dtype)
-        payload = tf.ensure_shape(payload, [None])
+        inputs = [self.checked, finite, *inputs]
+        sent, splits = tf.numpy_function(compress, inputs, [dtype, tf.int32])
+        sent = tf.ensure_shape(sent, [None])
         if bucket is None:
-            return payload
+            return sent
         if session.grouped:
-            return self._gather_by_hosts(bucket, payload)
-        return self._allgather(payload, bucket, binding.process_set)
+            sent, splits = self._add_up(bucket, self._stages.run(Stage.ADD_UP, bucket, sent))
+        if session.sends(bucket):
+            if session.owners is not None:
+                parts = self._stages.run(Stage.SCATTER, bucket, sent, splits)
+                sent = self._collect(bucket, parts)
+            sent = self._stages.run(Stage.GATHER, bucket, sent)
+        return self._stages.run(Stage.HAND_ON, bucket, sent) if session.grouped else sent
 
-    def _allgather(self, array: tf.Tensor, name: str | int, process_set: Any) -> tf.Tensor:
-        return hvd.allgather(
-            array,
-            name=self.binding.operation_name(name),  # Horovod matches operations of ranks by name
-            ignore_name_scope=True,
-            process_set=process_set,
-        )
+    def _selected(self, bucket: int) -> Any:
+        """What is sent of what was found: to all, or a part for each of the bucket's owners."""
+        session = self.session
+        return session.payload(bucket) if session.owners is None else session.parts(bucket)
 
-    def _gather_by_hosts(self, bucket: int, contribution: tf.Tensor) -> tf.Tensor:
-        """Adds a bucket's gradients up inside the host; gathers the payloads of all hosts."""
-        binding = self.binding
-        assert binding.host_sets is not None
-        inside, across = binding.host_sets
-        if inside is not None:
-            contribution = hvd.allreduce(
-                contribution,
-                op=hvd.Sum,
-                name=binding.operation_name(f"{bucket}.add"),
-                ignore_name_scope=True,
-                process_set=inside,
-            )
+    def _nothing(self) -> Any:
+        """What is sent in its place in a step that sends whole gradients."""
+        session, nothing = self.session, np.zeros(1, np.uint8)
+        return nothing if session.owners is None else [nothing] * session.groups.count
 
-        def select(total: np.ndarray) -> np.ndarray:
+    def _add_up(self, bucket: int, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Selects from what was added up inside the host.
+
+        Args:
+            bucket: its number.
+            total: of the host's ranks.
+
+        Returns:
+            What this rank sends then, and how much of it to whom.
+        """
+
+        def select(total: np.ndarray) -> Any:
             session = self.session
+            with self.binding.lock:
+                if session.dense_step:
+                    return in_one(self._nothing())
+                session.added_up(bucket, total)
+                sends = session.sends(bucket)
+                return in_one(self._selected(bucket) if sends else session.header(bucket))
+
+        sent, splits = tf.numpy_function(select, [total], [tf.uint8, tf.int32])
+        run_at_once(sent)
+        return tf.ensure_shape(sent, [None]), splits
+
+    def _collect(self, bucket: int, parts: tf.Tensor) -> tf.Tensor:
+        """Has this rank, an owner of the bucket, add up what came of its region.
+
+        Args:
+            bucket: its number.
+            parts: of all who send it.
+
+        Returns:
+            What it hands out.
+        """
+
+        def add_up(parts: np.ndarray) -> np.ndarray:
+            session, binding = self.session, self.binding
             with binding.lock:
                 if session.dense_step:
                     return np.zeros(1, np.uint8)
-                session.added_up(bucket, total)
-                return session.payload(bucket) if session.sends(bucket) else session.header(bucket)
+                with binding.deferred.errors_kept():  # other ranks wait for what is sent now
+                    session.collected(bucket, parts)
+                return session.payload(bucket)
 
-        sent = tf.ensure_shape(tf.numpy_function(select, [contribution], tf.uint8), [None])
-        if self.session.sends(bucket):
-            sent = self._allgather(sent, bucket, across)
-        return sent if inside is None else self._allgather(sent, f"{bucket}.hand_on", inside)
+        sent = tf.numpy_function(add_up, [parts], tf.uint8)
+        run_at_once(sent)
+        return tf.ensure_shape(sent, [None])
 
     def _as_exchanged(self, name: str, gradient: tf.Tensor) -> tf.Tensor:
         return tf.cast(gradient, self.binding.exchanged_dtype(name, gradient.dtype))

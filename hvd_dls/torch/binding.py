@@ -13,7 +13,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_dls.adapter import BaseBinding, World, on_the_watch
-from hvd_dls.config import ALLGATHER, SPARSE_ALLREDUCE, DLSConfig
+from hvd_dls.config import ALLGATHER, DLSConfig
 from hvd_dls.core.selection.backend import Array, Backend, Future
 from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.interrupts import Uninterrupted
@@ -45,8 +45,6 @@ class Binding(BaseBinding):
     Raises:
         DLSError: a gradient would not be floating point.
     """
-
-    _exchanges = (ALLGATHER, SPARSE_ALLREDUCE)
 
     def __init__(self, named_parameters: Iterable[NamedParameter], config: DLSConfig) -> None:
         pairs = list(named_parameters)

@@ -137,7 +137,7 @@ def is_finite(gradient: torch.Tensor) -> bool:
 
 def with_tensors(state: dict[str, Any]) -> dict[str, Any]:
     """A session's state in types that ``torch.load(weights_only=True)`` accepts."""
-    lists = {key: state[key].tolist() for key in ("ratios", "thresholds", "shares") if key in state}
+    lists = {key: state[key].tolist() for key in ("ratios", "thresholds")}
     tensors = {
         part: {name: torch.as_tensor(array) for name, array in state[part].items()}
         for part in ("residuals", "velocities", "kept")

@@ -221,8 +221,7 @@ class World:
             momentum, masks = session.config.momentum, session.config.momentum_masking
             for name in NAMES:
                 takes_part = (number, name) in entered
-                # What an owner kept of a region that moves joins its residual, in any step.
-                if name in residuals and not takes_part and session.owners is None:
+                if name in residuals and not takes_part:
                     assert np.array_equal(session.residuals[name], residuals[name])
                 if name not in session.memory.correction.velocities:
                     continue
@@ -351,8 +350,8 @@ def _held(session: Session) -> Gradients:
     held = copies(memory.residuals | memory.leftovers)
     for name in held.keys() - {layer.name for layer in session.plan.sparse}:
         held[name] *= held[name].dtype.type(session.groups.weight)
-    for layer, begin, kept in memory.owners.pieces() if memory.owners else ():
-        held[layer.name][begin : begin + len(kept)] += kept
+    for piece in memory.owners.pieces() if memory.owners else ():
+        held[piece.layer.name][piece.places] += piece.sums
     return held
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hvd_dls.core.checkpoint.redistribution import ARRAYS
+from hvd_dls.core.wire.dealing import places_of
 from hvd_dls.errors import CheckpointError
 
 FORMAT = 1  # of parts and manifests
@@ -44,9 +45,9 @@ def _with_kept(model: Mapping[str, Any], to_host: Callable[[Any], np.ndarray]) -
         return model
     residuals = dict(model["residuals"])
     for key, kept in model[KEPT].items():
-        name, begin = key.rsplit("@", 1)
-        whole, array = np.array(to_host(residuals[name])), to_host(kept)
-        whole[int(begin) : int(begin) + len(array)] += array
+        name, piece = key.rsplit("@", 1)
+        whole = np.array(to_host(residuals[name]))
+        whole[places_of(len(whole), piece)] += to_host(kept)
         residuals[name] = whole
     return {**model, "residuals": residuals}
 

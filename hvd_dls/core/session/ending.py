@@ -51,10 +51,6 @@ def end_step(memory: Memory, recorder: Recorder, step: Step, watch: Stopwatch) -
     if memory.baseline is not None:
         k = np.array([len(found[x.name].indices) if x.name in found else 0 for x in memory.layers])
     _advance(memory, step)
-    if memory.owners is not None:
-        for bucket, (bases, counts) in step.of_regions.items():
-            memory.owners.shares.advance(bucket, bases, counts)
-        memory.owners.follow(memory.residuals)
     watch.seconds["balance"] += perf_counter() - begun
     return recorder.record(step, k)
 

@@ -12,7 +12,6 @@ from hvd_dls.core.checkpoint.redistribution import ARRAYS, MOVED
 from hvd_dls.errors import StateMismatchError
 
 _LAYOUT = ("hierarchical", "exchange")  # options that say who holds what
-_OF_OWNERS: dict[str, Any] = {"kept": {}, "shares": []}  # what they have if there were none before
 
 
 def fitted(
@@ -64,7 +63,7 @@ def fitted(
         "norms": _by_name(state, own, "norms", factor),
         "residuals": {n: _or_zeros(arrays["residuals"], n, lengths) for n in owned} | leftovers,
         "velocities": {n: _or_zeros(arrays["velocities"], n, lengths) for n in own["velocities"]},
-        **{part: state.get(part, nothing) for part, nothing in _OF_OWNERS.items() if part in own},
+        **({"kept": {}} if "kept" in own else {}),  # it is in the residuals
     }
 
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from hvd_dls.config import SPARSE_ALLREDUCE, DLSConfig
 from hvd_dls.core.balancing.controller import Controller
-from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.balancing.plan import Plan, initial_k
 from hvd_dls.core.checkpoint.redistribution import MOVED
 from hvd_dls.core.selection.backend import HOST, Array, Backend
@@ -19,7 +18,7 @@ from hvd_dls.core.selection.correction import Correction
 from hvd_dls.core.session.baselines import BASELINES, BaselineStrategy
 from hvd_dls.core.session.fitting import fitted
 from hvd_dls.core.session.groups import Groups
-from hvd_dls.core.session.owners import Owners
+from hvd_dls.core.session.owners import KeptPiece, Owners
 from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.session.state import STATE_VERSION, check_state, damage_named
 from hvd_dls.errors import DLSError, StateMismatchError
@@ -78,8 +77,7 @@ class Memory:
         self.loss_scale = 1.0
         self.owners: Owners | None = None
         if config.exchange == SPARSE_ALLREDUCE and groups.count > 1:
-            first = [self.controller.k[rows] for rows in routing.rows]
-            self.owners = Owners(routing.buckets, first, groups.count, groups.own, routing.sends)
+            self.owners = Owners(routing.buckets, groups.count, groups.own, routing.sends)
 
     def scale_to(self, loss_scale: float) -> None:
         """Has residuals and velocities follow the loss scale: exactly, by powers of two.
@@ -102,19 +100,12 @@ class Memory:
 
     def agree(self, agreed: np.ndarray) -> None:
         """Takes over another rank's ``agreed()``."""
-        ratios, shares = np.split(agreed, [len(self.controller.state())])
-        self.controller.restore(ratios)
-        if self.owners is not None:
-            self.owners.shares.restore(shares)
-            self.owners.follow(self.residuals)
+        self.controller.restore(agreed)
         self._start_baseline()
 
     def agreed(self) -> np.ndarray:
-        """What all ranks go by, int64: ratios, and who owns and hands out what."""
-        return np.concatenate([self.controller.state(), self._shares()])
-
-    def _shares(self) -> np.ndarray:
-        return np.empty(0, np.int64) if self.owners is None else self.owners.shares.state()
+        """What all ranks go by, int64: the ratios."""
+        return self.controller.state()
 
     def _start_baseline(self) -> None:
         if self.baseline is not None:
@@ -166,19 +157,18 @@ class Memory:
         """
         assert other.owners is not None
         theirs = list(other.owners.pieces())
-        if self.owners is not None:
-            self.owners.shares.restore(other.owners.shares.state())
-            self.owners.follow(None)
         own = [] if self.owners is None else list(self.owners.pieces())
         if _extents(own) == _extents(theirs):
-            for (_, _, mine), (_, _, array) in zip(own, theirs, strict=True):
-                np.multiply(array, mine.dtype.type(factor), out=mine, casting="unsafe")
+            for mine, before in zip(own, theirs, strict=True):
+                factor_as = mine.sums.dtype.type(factor)
+                np.multiply(before.sums, factor_as, out=mine.sums, casting="unsafe")
             return waiting
-        for layer, begin, array in theirs:
-            if array.any():
-                whole = np.array(other.backends[layer.name].to_host(waiting[layer.name]))
-                whole[begin : begin + len(array)] += array
-                waiting[layer.name] = whole
+        for piece in theirs:
+            if piece.sums.any():
+                name = piece.layer.name
+                whole = np.array(other.backends[name].to_host(waiting[name]))
+                whole[piece.places] += piece.sums
+                waiting[name] = whole
         return waiting
 
     def _senders_for(self, name: str) -> float:
@@ -234,9 +224,12 @@ class Memory:
     def _state_of_owners(self) -> dict[str, Any]:
         if self.owners is None:
             return {}
-        pieces = self.owners.pieces()
-        kept = {f"{layer.stable_name}@{begin}": array for layer, begin, array in pieces}
-        return {"shares": self._shares(), "kept": kept}
+        return {"kept": self._kept()}
+
+    def _kept(self) -> dict[str, np.ndarray]:
+        """What owners have kept, as in a state: by "layer@piece"."""
+        pieces = () if self.owners is None else self.owners.pieces()
+        return {f"{piece.layer.stable_name}@{piece.label}": piece.sums for piece in pieces}
 
     def check(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Whether a saved state fits.
@@ -262,15 +255,14 @@ class Memory:
         return state
 
     def _check_kept(self, state: Mapping[str, Any]) -> None:
-        lengths = {layer.stable_name: layer.size for layer in self.layers}
+        lengths = {key: len(sums) for key, sums in self._kept().items()}
         for key, saved in state["kept"].items():
-            name, begin = key.rsplit("@", 1)
-            array = np.asarray(saved)
-            room = lengths[name] - int(begin)
-            if array.ndim != 1 or len(array) > room or not np.isfinite(array).all():
+            array, expected = np.asarray(saved), lengths.get(key)
+            if array.shape != (expected,) or not np.isfinite(array).all():
+                name, piece = key.rsplit("@", 1)
                 raise StateMismatchError(
-                    f"layer {name!r}: what an owner has kept from entry {begin} on is saved in "
-                    f"shape {array.shape}, expected finite numbers, at most {room}"
+                    f"layer {name!r}: what an owner has kept of piece {piece} is saved in shape "
+                    f"{array.shape}, expected {expected or 0} finite numbers"
                 )
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -295,26 +287,10 @@ class Memory:
         for part, own in (("residuals", residuals), ("velocities", velocities)):
             for name, array in own.items():
                 self.backends[name].load(array, state[part][stable[name]])
-        if self.owners is not None:
-            self._load_kept(state)
-
-    def _load_kept(self, state: Mapping[str, Any]) -> None:
-        """What owners have kept; of other regions than there are now, it joins the residuals."""
-        assert self.owners is not None
-        self.owners.shares.restore(np.asarray(state["shares"], np.int64))
-        self.owners.follow(None)
-        own = {
-            f"{layer.stable_name}@{begin}": array for layer, begin, array in self.owners.pieces()
-        }
-        lengths = {key: len(array) for key, array in own.items()}
-        same = lengths == {key: len(array) for key, array in state["kept"].items()}
-        names = {layer.stable_name: layer.name for layer in self.plan.layers}
-        for key, array in own.items():
-            array[:] = np.asarray(state["kept"][key]) if same else 0
-        for key, saved in ({} if same else state["kept"]).items():
-            stable, begin = key.rsplit("@", 1)
-            self.residuals[names[stable]][int(begin) : int(begin) + len(saved)] += np.asarray(saved)
+        for key, sums in self._kept().items():
+            # In a checkpoint it is in the residuals, and here nothing.
+            sums[:] = np.asarray(state["kept"].get(key, 0.0))
 
 
-def _extents(pieces: list[tuple[LayerSpec, int, np.ndarray]]) -> list[tuple[str, int, int]]:
-    return [(layer.name, begin, len(array)) for layer, begin, array in pieces]
+def _extents(pieces: list[KeptPiece]) -> list[tuple[str, str, int]]:
+    return [(piece.layer.name, piece.label, len(piece.sums)) for piece in pieces]

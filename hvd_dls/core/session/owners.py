@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hvd_dls.core.balancing.layers import LayerSpec
-from hvd_dls.core.balancing.shares import Shares
+from hvd_dls.core.balancing.ratios import apportion
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, WINDOW, Sketch, bin_of
+from hvd_dls.core.wire.dealing import Dealing
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Bucket, Status
 from hvd_dls.core.wire.payload import Payloads
-from hvd_dls.core.wire.regions import Edges, Region, bounds_of, edges_of, regions_of
+from hvd_dls.core.wire.regions import Region, regions_of
 from hvd_dls.core.wire.strips import Frame, Strip
+
+_SLACK = 1.15  # entries that ranks may send to an owner, for each one that it hands out
+_MORE = 4  # and so many more
 
 
 class Piece(NamedTuple):
@@ -43,85 +47,87 @@ class Merged(NamedTuple):
     pieces: list[Any]
 
 
+class KeptPiece(NamedTuple):
+    """What an owner keeps of a piece of a layer.
+
+    Attributes:
+        layer: the whole one.
+        label: of the piece: see ``Dealing.label``.
+        places: (n,) which entries of the layer these are.
+        sums: (n,) a view.
+    """
+
+    layer: LayerSpec
+    label: str
+    places: np.ndarray
+    sums: np.ndarray
+
+
 class Owners:
     """The regions of a model's buckets, and what this rank keeps of its own.
 
+    Each owner hands out as much of its region as the region is of its bucket.
+
     Args:
         buckets: of the model.
-        k: of each bucket, (L,) entries that its layers send at first.
-        owners: number of ranks that send each bucket: its owners.
+        owners: number of ranks that send each bucket: its owners, P.
         own_number: of this rank among them.
         sends: of each bucket, whether this rank is one of them.
 
     Attributes:
+        dealings: of each bucket.
         regions: of each bucket, of each owner.
         kept: of each bucket, (n,) what this rank keeps of its own region; () of those that it
             does not send.
-        shares: what each owner hands out.
 
     Raises:
-        DLSError: see ``bounds_of``.
+        DLSError: see ``Dealing``.
     """
 
     def __init__(
-        self,
-        buckets: Sequence[Bucket],
-        k: Sequence[np.ndarray],
-        owners: int,
-        own_number: int,
-        sends: Sequence[bool],
+        self, buckets: Sequence[Bucket], owners: int, own_number: int, sends: Sequence[bool]
     ) -> None:
-        self.own_number, self._buckets, self._sends = own_number, buckets, sends
-        self.shares = Shares(
-            [bounds_of(bucket, owners, first) for bucket, first in zip(buckets, k, strict=True)]
-        )
-        self.regions: list[list[Region]] = [[] for _ in buckets]
-        self.kept: list[np.ndarray] = [np.empty(0)] * len(buckets)
+        self.own_number, self._sends = own_number, sends
+        self.dealings = [Dealing(bucket, owners) for bucket in buckets]
+        self.regions = [regions_of(dealing) for dealing in self.dealings]
+        self.kept = [
+            np.zeros(own[own_number].size if mine else 0, bucket.layers[0].work_dtype)
+            for bucket, own, mine in zip(buckets, self.regions, sends, strict=True)
+        ]
+        self._sizes = [np.array([r.size for r in own]) for own in self.regions]
+        self._shares: list[np.ndarray] = [np.zeros(0, np.int64)] * len(buckets)
         self._thresholds = [0.0] * len(buckets)  # where to look first, no part of the state
-        self._edges: dict[int, Edges] = {}
-        self._frames: dict[tuple[int, bool], Frame] = {}
+        self._frames = {
+            (bucket, out): Frame([r.handed_out if out else r.sent for r in own])
+            for bucket, own in enumerate(self.regions)
+            for out in (False, True)
+        }
         self._strips: dict[tuple[int, bool], Strip] = {}
-        for bucket in range(len(buckets)):
-            self._make(bucket)
-
-    def _make(self, bucket: int) -> None:
-        of = self._buckets[bucket]
-        self.regions[bucket] = regions_of(of, self.shares.bounds[bucket])
-        size = self.own(bucket).size if self._sends[bucket] else 0
-        self.kept[bucket] = np.zeros(size, of.layers[0].work_dtype)
-        self._edges[bucket] = edges_of(of, self.regions[bucket])
-        for handed_out in (False, True):
-            self._strips.pop((bucket, handed_out), None)
-            own = [r.handed_out if handed_out else r.sent for r in self.regions[bucket]]
-            self._frames[bucket, handed_out] = Frame(own)
-
-    def follow(self, residuals: Mapping[str, np.ndarray] | None) -> None:
-        """Takes over where regions are now.
-
-        Args:
-            residuals: of this rank, by layer: what it has kept of a region that has moved joins
-                them, and so all that waits is still there.  None: it is void.
-        """
-        for bucket, bounds in enumerate(self.shares.bounds):
-            before = self.regions[bucket]
-            if [*(region.start for region in before), before[-1].stop] == bounds.tolist():
-                continue
-            if residuals is not None:
-                for layer, begin, array in self._pieces_of(bucket):
-                    residuals[layer.name][begin : begin + len(array)] += array
-            self._make(bucket)
 
     def own(self, bucket: int) -> Region:
         """This rank's region of a bucket that it sends."""
         return self.regions[bucket][self.own_number]
 
+    def shares(self, bucket: int, total: int) -> np.ndarray:
+        """(P,) int64 sums that each owner hands out of a bucket, ``total`` together.
+
+        With fewer sums than owners each owner still has room for one.
+        """
+        sizes = self._sizes[bucket]
+        total = max(total, len(sizes))
+        if self._shares[bucket].sum() != total:
+            self._shares[bucket] = apportion(sizes, total, np.ones_like(sizes), sizes)
+        return self._shares[bucket]
+
     def share(self, bucket: int, total: int) -> int:
         """Sums that this rank hands out of a bucket that it sends, of ``total``."""
-        return int(self.shares.of(bucket, total)[self.own_number])
+        return int(self.shares(bucket, total)[self.own_number])
 
-    def edges(self, bucket: int) -> Edges:
-        """Where the pieces of all owners' regions begin."""
-        return self._edges[bucket]
+    def room(self, bucket: int, total: int) -> np.ndarray:
+        """(P,) int64 entries that a rank may send to each owner."""
+        wanted = np.ceil(self.shares(bucket, total) * _SLACK).astype(np.int64) + _MORE
+        room: np.ndarray = np.minimum(wanted, self._sizes[bucket])
+        return room
 
     def strip(self, bucket: int, room: np.ndarray, handed_out: bool) -> Strip:
         """Where things stand in what all owners get of a rank; or in what they hand out.
@@ -187,19 +193,22 @@ class Owners:
 
     # What is kept, piece by piece ---------------------------------------------------------------
 
-    def pieces(self) -> Iterator[tuple[LayerSpec, int, np.ndarray]]:
-        """What is kept, as pieces of layers: the layer, where the piece begins, and a view."""
-        for bucket in range(len(self.kept)):
-            yield from self._pieces_of(bucket)
-
-    def _pieces_of(self, bucket: int) -> Iterator[tuple[LayerSpec, int, np.ndarray]]:
-        if not self._sends[bucket]:
-            return
-        region, kept = self.own(bucket), self.kept[bucket]
-        for position, layer in enumerate(region.layers.tolist()):
-            start, stop = region.sent.offsets[position : position + 2].tolist()
-            whole = self._buckets[bucket].layers[layer]
-            yield whole, int(region.begins[position]), kept[start:stop]
+    def pieces(self) -> Iterator[KeptPiece]:
+        """What is kept, piece by piece."""
+        for dealing, region, kept, mine in zip(
+            self.dealings,
+            (own[self.own_number] for own in self.regions),
+            self.kept,
+            self._sends,
+            strict=True,
+        ):
+            first = int(dealing.first[self.own_number])
+            for position in range(len(region.sent.layers) if mine else 0):
+                start, stop = region.sent.offsets[position : position + 2].tolist()
+                number = first + position
+                layer = dealing.bucket.layers[dealing.layers[number]]
+                places = dealing.places(number)
+                yield KeptPiece(layer, dealing.label(number), places, kept[start:stop])
 
 
 def _hand_out(

@@ -11,36 +11,21 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from hvd_dls.core.session.averaging import Averaging
 from hvd_dls.core.session.gathering import Farewell
 from hvd_dls.core.session.owners import Owners
+from hvd_dls.core.wire.cutting import Cut, cut_out, put_together
 from hvd_dls.core.wire.headers import headers_in, split, told_around
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Abandoned
 from hvd_dls.core.wire.pack import pack, pack_abandoned
-from hvd_dls.core.wire.payload import Payloads, Told, starts_of
-from hvd_dls.core.wire.strips import Pieces, pieces_of
+from hvd_dls.core.wire.payload import Payloads, Told
+from hvd_dls.core.wire.strips import pieces_of
 from hvd_dls.core.wire.unpack import unpack
-from hvd_dls.errors import DLSError, PayloadError
-
-
-class Sent(NamedTuple):
-    """What a rank sends the owners of a bucket, piece by piece: S of them.
-
-    Attributes:
-        entries: (S,) of each.
-        indices: (K,) uint32, in each piece from its own zero.
-        values: (K,).
-        layers: (S,) each one's layer, by its number in the bucket.
-    """
-
-    entries: np.ndarray
-    indices: np.ndarray
-    values: np.ndarray
-    layers: np.ndarray
+from hvd_dls.errors import PayloadError
 
 
 class Owning(Averaging):
@@ -92,7 +77,7 @@ class Owning(Averaging):
         """
         owners = self._required_owners()
         step, begun = self._step, perf_counter()
-        room = owners.shares.room(bucket, self._total(bucket))
+        room = owners.room(bucket, self._total(bucket))
         why = step.abandoned.get(bucket)
         if why is not None:
             parts = self._abandoned_parts(bucket, room, why)
@@ -102,15 +87,14 @@ class Owning(Averaging):
             self._heard_of(name, step.futures[name].result())
             del step.futures[name]
         strip = owners.strip(bucket, room, handed_out=False)
-        sent, stays = self._cut(bucket, owners, room)
-        status = _status(
-            step.found.get(x.name, ABSENT) for x in self.routing.buckets[bucket].layers
-        )
+        dealing, layers = owners.dealings[bucket], self.routing.buckets[bucket].layers
+        cut = cut_out(dealing, [step.found.get(layer.name) for layer in layers], room)
+        status = _status(step.found.get(layer.name, ABSENT) for layer in layers)
         watched = step.status_of_watched(bucket)
         written = strip.write(
-            sent.entries, sent.indices, sent.values, status[sent.layers], watched, self._clock.now
+            cut.entries, cut.indices, cut.values, status[dealing.layers], watched, self._clock.now
         )
-        self._note_sent(bucket, stays, written.kept)
+        self._note_sent(bucket, cut, written.kept)
         self._close(bucket)
         step.scattered[bucket] = len(written.payloads)
         ends = strip.bounds.tolist()
@@ -132,50 +116,37 @@ class Owning(Averaging):
             for region, n in zip(regions, room.tolist(), strict=True)
         ]
 
-    def _cut(self, bucket: int, owners: Owners, room: np.ndarray) -> tuple[Sent, np.ndarray | None]:
-        """What was found, cut into owners' pieces; and which of it is left, None for all.
+    def _note_sent(self, bucket: int, cut: Cut, rounding: np.ndarray | None) -> None:
+        """Has the step know what was sent of each layer, where some may have found no room.
 
-        Raises:
-            DLSError: indices do not ascend within their layer.
+        Args:
+            bucket: its number.
+            cut: what was sent.
+            rounding: (K,) what rounding to 16 bits left of it.
         """
-        step, of = self._step, self.routing.buckets[bucket]
-        there = [step.found.get(layer.name) for layer in of.layers]
-        lengths = [0 if found is None else len(found.indices) for found in there]
-        found = [x for x in there if x is not None]
-        nothing = np.empty(0, of.layers[0].work_dtype)
-        indices = np.concatenate([nothing.astype(np.uint32), *(x.indices for x in found)])
-        values = np.concatenate([nothing, *(x.values for x in found)])
-        numbers = indices + np.repeat(of.offsets[:-1], lengths)
-        cuts = np.searchsorted(numbers, of.offsets)
-        if (np.diff(cuts) != lengths).any() or (np.diff(numbers) <= 0).any():
-            raise DLSError(f"bucket {of.name!r}: indices do not ascend within their layers")
-        stays, edges = None, owners.edges(bucket)
-        if len(left_out := _left_out(numbers, values, owners.shares.bounds[bucket], room)):
-            stays = np.ones(len(numbers), bool)
-            stays[left_out] = False
-            numbers, values = numbers[stays], values[stays]
-        entries = np.diff(np.searchsorted(numbers, edges.starts))
-        own = (numbers - np.repeat(edges.starts[:-1], entries)).astype(np.uint32)
-        return Sent(entries, own, values, edges.layers), stays
-
-    def _note_sent(self, bucket: int, stays: np.ndarray | None, kept: np.ndarray | None) -> None:
-        """Has the step know what was sent of each layer, where some may have found no room."""
-        step, of = self._step, self.routing.buckets[bucket]
+        step, of, all_sent = self._step, self.routing.buckets[bucket], len(cut.places) == cut.found
         step.kept[bucket] = [None] * len(of.layers)
-        before = after = 0
+        if all_sent and rounding is None:
+            return
+        stays = np.zeros(cut.found, bool)
+        stays[cut.places] = True
+        left = np.zeros(cut.found, cut.values.dtype)
+        if rounding is not None:
+            left[cut.places] = rounding
+        start = 0
         for position, layer in enumerate(of.layers):
             found = step.found.get(layer.name)
             if found is None:
                 continue
-            stop = before + len(found.indices)
-            if stays is not None:
-                own = stays[before:stop]
-                found = found._replace(indices=found.indices[own], values=found.values[own])
-                step.found[layer.name] = found
-            before, begin = stop, after
-            after += len(found.indices)
-            if kept is not None:
-                step.kept[bucket][position] = kept[begin:after]
+            start, stop = start + len(found.indices), start
+            own = slice(stop, start)
+            if not all_sent:
+                there = stays[own]
+                step.found[layer.name] = found._replace(
+                    indices=found.indices[there], values=found.values[there]
+                )
+            if rounding is not None:
+                step.kept[bucket][position] = left[own][stays[own]]
 
     def _farewell_of(self, buckets: Collection[int]) -> dict[int, Farewell]:
         owners, step, farewell = self.owners, self._step, super()._farewell_of(buckets)
@@ -186,7 +157,7 @@ class Owning(Averaging):
                 continue
             total, parts, payload = self._total(bucket), None, None
             if bucket not in step.scattered:
-                parts = self._abandoned_parts(bucket, owners.shares.room(bucket, total))
+                parts = self._abandoned_parts(bucket, owners.room(bucket, total))
             if bucket not in step.sent:
                 own, share = owners.own(bucket).handed_out, owners.share(bucket, total)
                 payload = pack_abandoned(own, share, self._clock.now)
@@ -204,11 +175,11 @@ class Owning(Averaging):
         hands out; ``receive`` raises it then.
 
         Raises:
-            PayloadError: they are not this bucket's.
+            PayloadError: they are not this bucket's; ``payload`` tells the others.
         """
         owners, senders = self._required_owners(), self.routing.senders[bucket]
         step, begun, part = self._step, perf_counter(), owners.own(bucket).sent
-        room = int(owners.shares.room(bucket, self._total(bucket))[owners.own_number])
+        room = int(owners.room(bucket, self._total(bucket))[owners.own_number])
         now, merged = self._clock.now, None
         try:
             payloads = unpack(part, room, total, senders)
@@ -218,6 +189,7 @@ class Owning(Averaging):
         except PayloadError:
             told, _ = headers_in(part, total)  # ranks in other steps send other numbers of entries
             if len(told) != len(senders) or all(x.clock == now and not x.abandoned for x in told):
+                step.abandoned[bucket] = Abandoned.OUT_OF_STEP  # what ``payload`` tells the others
                 raise
         if merged is not None:
             step.merged[bucket] = merged
@@ -256,7 +228,7 @@ class Owning(Averaging):
             self._check_clock(heard)  # who it was, and not only that the owners have heard of it
         senders, of_mates = self.routing.senders[bucket], dict[int, Told]()
         total, now = self._total(bucket), self._clock.now
-        shares = owners.shares.of(bucket, total)
+        shares = owners.shares(bucket, total)
         strip = owners.strip(bucket, shares, handed_out=True)
         length = int(strip.bounds[-1])
         if self.grouped:
@@ -285,7 +257,7 @@ class Owning(Averaging):
             told = {rank: each.told()[0] for rank, each in zip(senders, payloads, strict=True)}
             self._check_clock(of_mates | told)
             pieces = pieces_of(payloads)
-        return self._joined(bucket, pieces, strip.first), of_mates
+        return put_together(owners.dealings[bucket], pieces, strip.sketched), of_mates
 
     def _told_by_headers(self, bucket: int, gathered: np.ndarray) -> dict[int, Told]:
         if self.owners is None:
@@ -306,81 +278,8 @@ class Owning(Averaging):
             return dict(zip([senders[0], *others], told, strict=True))
         return super()._told_by_headers(bucket, gathered)
 
-    def _joined(self, bucket: int, pieces: Pieces, first: np.ndarray) -> Payloads:
-        """What all owners hand out of a bucket, as if one rank had sent it.
-
-        Args:
-            bucket: its number.
-            pieces: of all owners.
-            first: (P + 1,) each owner's first piece, and the number of all.
-        """
-        owners, of = self.owners, self.routing.buckets[bucket]
-        assert owners is not None
-        n, edges = len(of.layers), owners.edges(bucket)
-        # A layer is not finite if a piece is not, else it is sent if a piece is.
-        status = np.full(n, ABSENT, np.uint8)
-        status[edges.layers[pieces.status == SENT]] = SENT
-        status[edges.layers[pieces.status == NOT_FINITE]] = NOT_FINITE
-        lengths = np.diff(pieces.starts)
-        entries = np.zeros(n, np.int64)
-        np.add.at(entries, edges.layers, lengths)
-        bases, counts = _together(pieces, edges.layers, n)
-        indices = pieces.indices + np.repeat(edges.begins, lengths).astype(np.uint32)
-        self._step.of_regions[bucket] = (
-            np.maximum.reduceat(pieces.bases, first[:-1]).astype(np.int64),
-            np.add.reduceat(pieces.counts, first[:-1], axis=0),
-        )
-        return Payloads(
-            pieces.headers[:1],
-            pieces.watched[None],
-            status[None],
-            bases[None],
-            counts[None],
-            starts_of(entries[None]),
-            [(indices, pieces.values)],
-            from_owners=True,
-        )
-
-
-def _left_out(
-    numbers: np.ndarray, values: np.ndarray, bounds: np.ndarray, room: np.ndarray
-) -> np.ndarray:
-    """Places of the smallest entries, of those owners that have no room for all.
-
-    Args:
-        numbers: (K,) ascending, of entries of the bucket.
-        values: (K,).
-        bounds: (P + 1,) of the owners' regions.
-        room: (P,) entries.
-    """
-    cuts = np.searchsorted(numbers, bounds)
-    over = np.diff(cuts) - room
-    places = [np.empty(0, np.int64)]
-    for owner in np.flatnonzero(over > 0).tolist():
-        start, stop = cuts[owner : owner + 2].tolist()
-        order = np.argsort(np.abs(values[start:stop]), kind="stable")
-        places.append(start + order[: over[owner]])
-    return np.concatenate(places)
-
 
 def _status(found: Iterable[Any]) -> np.ndarray:
     """What is told of layers of which this was found: uint8."""
     told = [NOT_FINITE if x is None else ABSENT if x is ABSENT else SENT for x in found]
     return np.array(told, np.uint8)
-
-
-def _together(pieces: Pieces, layers: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sketches of pieces as one for each of n layers, from where all of them are known.
-
-    Those of pieces that are not sent, or without counts, do not count.
-    """
-    counted = (pieces.status == SENT) & pieces.counts.any(axis=1)
-    own, bases, counts = layers[counted], pieces.bases[counted], pieces.counts[counted]
-    tops, window = np.zeros(n, np.int64), pieces.counts.shape[1]
-    np.maximum.at(tops, own, bases.astype(np.int64))
-    # What lies beyond the window is in its last bin, and stays in sight.
-    moved = np.minimum(tops[own] - bases, window - 1)
-    bins = np.arange(window) - moved[:, None]
-    total, there = np.zeros((n, window), np.int64), bins >= 0
-    np.add.at(total, (np.broadcast_to(own[:, None], bins.shape)[there], bins[there]), counts[there])
-    return tops, total

@@ -51,7 +51,6 @@ class Step:
         merged: what this rank has made of its region of a bucket, with exchange="sparse_allreduce".
         rounding: what rounding to 16 bits leaves of the sums that it hands out.
         told: what ranks said to it, of those buckets where some is in another step.
-        of_regions: first bins and counts of all regions' sketches, by bucket.
         received: all ranks' payloads, by bucket.
         settled: layers whose residual and gradient are done.
         given_up: whether another rank has told that it gave the step up.
@@ -85,7 +84,6 @@ class Step:
         self.merged: dict[int, Merged] = {}
         self.rounding: dict[int, list[np.ndarray | None]] = {}
         self.told: dict[int, dict[int, Told]] = {}
-        self.of_regions: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.received: dict[int, Payloads] = {}
         self.settled: set[str] = set()
         self.given_up = False

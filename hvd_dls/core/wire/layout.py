@@ -1,7 +1,8 @@
 """Where things stand in the payload of a bucket, little-endian; parts begin at multiples of 8.
 
     header   HEADER, 40 bytes
-    records  RECORD, 104 bytes for each layer
+    records  RECORD, 8 bytes for each layer
+    sketches 96 bytes of counts for each layer that has one: see ``encode_counts``
     watched  one byte for each watched layer: its status
     values   room for C
     indices  Elias–Fano: lower part, upper part (elias_fano.py), counted through the whole bucket;
@@ -29,7 +30,7 @@ from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.values import WIRE_DTYPES
 from hvd_dls.errors import DLSError
 
-VERSION = 4
+VERSION = 5
 MAX_ENTRIES = (1 << 32) - 1  # of one bucket
 
 VALUE_CODES = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
@@ -59,10 +60,9 @@ RECORD = np.dtype(
         ("sketch_base", "<u2"),  # first bin of the sketch
         ("exponent", "i1"),  # of the values' scale; 0 but for float16
         ("status", "u1"),  # SENT, NOT_FINITE or ABSENT
-        ("counts", "<u2", WINDOW),  # of the sketch: see ``encode_counts``
     ]
 )
-RECORD_ALONE = np.dtype([(name, RECORD[name]) for name in RECORD.names or () if name != "counts"])
+COUNTS = np.dtype(("<u2", WINDOW))  # of a sketch
 
 
 class Status(IntEnum):
@@ -98,7 +98,7 @@ class Bucket:
             than it saves.
         watched: names of layers that go dense; the payload tells whether their gradients were
             there and finite.
-        sketches: whether records have their layer's sketch.
+        sketches: numbers of the layers that have sketches, ascending; None: all.
 
     Raises:
         DLSError: something else.
@@ -108,7 +108,7 @@ class Bucket:
     values: str = "float32"
     code: str = "elias-fano"
     watched: tuple[str, ...] = ()
-    sketches: bool = True
+    sketches: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         dtypes = {layer.work_dtype.name for layer in self.layers}
@@ -150,10 +150,11 @@ class Bucket:
         """Number of entries."""
         return sum(layer.size for layer in self.layers)
 
-    @property
-    def record(self) -> np.dtype:
-        """Of each layer: RECORD, or RECORD_ALONE."""
-        return RECORD if self.sketches else RECORD_ALONE
+    @cached_property
+    def sketched(self) -> np.ndarray:
+        """(T,) int64: numbers of the layers that have sketches, ascending."""
+        numbers = range(len(self.layers)) if self.sketches is None else self.sketches
+        return np.array(numbers, np.int64)
 
 
 class Parts(NamedTuple):
@@ -161,6 +162,7 @@ class Parts(NamedTuple):
 
     header: np.ndarray  # (1,)
     records: np.ndarray  # (L,)
+    counts: np.ndarray  # (T, WINDOW)
     watched: np.ndarray  # (W,), a few more where a word is not full
     values: np.ndarray  # (C,), a few more where a word is not full
     lower: np.ndarray  # uint64; all of the indices, uint32, if plain
@@ -180,7 +182,9 @@ def _ends(bucket: Bucket, capacity: int) -> list[int]:
         lower, upper = -(-capacity * 4 // 8) * 8, 0
     ends = [HEADER.itemsize]
     watched = -(-len(bucket.watched) // 8) * 8
-    for length in (bucket.record.itemsize * len(bucket.layers), watched, values, lower, upper):
+    records = RECORD.itemsize * len(bucket.layers)
+    counts = COUNTS.itemsize * len(bucket.sketched)
+    for length in (records, counts, watched, values, lower, upper):
         ends.append(ends[-1] + length)
     return ends
 
@@ -191,11 +195,12 @@ def parts_of(bucket: Bucket, capacity: int, payload: np.ndarray) -> Parts:
     words = np.dtype("<u8")
     return Parts(
         payload[..., : ends[0]].view(HEADER),
-        payload[..., ends[0] : ends[1]].view(bucket.record),
-        payload[..., ends[1] : ends[2]],
-        payload[..., ends[2] : ends[3]].view(WIRE_DTYPES[bucket.values]),
-        payload[..., ends[3] : ends[4]].view("<u4" if bucket.code == "plain" else words),
-        payload[..., ends[4] : ends[5]].view(words),
+        payload[..., ends[0] : ends[1]].view(RECORD),
+        payload[..., ends[1] : ends[2]].view("<u2").reshape(*payload.shape[:-1], -1, WINDOW),
+        payload[..., ends[2] : ends[3]],
+        payload[..., ends[3] : ends[4]].view(WIRE_DTYPES[bucket.values]),
+        payload[..., ends[4] : ends[5]].view("<u4" if bucket.code == "plain" else words),
+        payload[..., ends[5] : ends[6]].view(words),
     )
 
 

@@ -41,8 +41,8 @@ def pack(
         bucket: whose entries these are.
         k: (L,) entries of each layer; their sum is the payload's capacity.  Or that alone: layers
             may have any number of entries, as long as there is room.
-        found: of each layer its k entries; None if its gradient was not finite; ABSENT if it takes
-            no part in this step.
+        found: of each layer its k entries, and a sketch if it is to have one; None if its gradient
+            was not finite; ABSENT if it takes no part in this step.
         watched: status of those of the bucket's watched layers that is not SENT, by name.
         clock: of the step.
 
@@ -74,12 +74,15 @@ def pack(
     parts.watched[: len(bucket.watched)] = [told.get(name, SENT) for name in bucket.watched]
     parts.records["status"] = status
     parts.records["entries"] = entries
+    has_sketch = frozenset(bucket.sketched.tolist())
     if not sent:
         return Packed(payload, [None] * len(status))
-    if bucket.sketches:
-        parts.records["sketch_base"][rows] = [f.sketch.base for f in sent]
-        counts = np.concatenate([f.sketch.counts for f in sent]).reshape(-1, WINDOW)
-        parts.records["counts"][rows] = encode_counts(counts)
+    sketches = [(n, f.sketch) for n, f in zip(rows.tolist(), sent, strict=True) if n in has_sketch]
+    if sketches:
+        where = np.array([number for number, _ in sketches])
+        parts.records["sketch_base"][where] = [sketch.base for _, sketch in sketches]
+        counts = np.concatenate([sketch.counts for _, sketch in sketches]).reshape(-1, WINDOW)
+        parts.counts[np.searchsorted(bucket.sketched, where)] = encode_counts(counts)
     kept = _put_values(bucket, parts, starts, np.concatenate([f.values for f in sent]))
     _put_indices(bucket, parts, starts, np.concatenate([f.indices for f in sent]))
     if kept is None:

@@ -53,7 +53,7 @@ class Payload(NamedTuple):
     watched: np.ndarray  # (W,) uint8: as status, of the watched layers
     status: np.ndarray  # (L,) uint8: SENT, NOT_FINITE or ABSENT
     bases: np.ndarray  # (L,) uint16, of the sketches
-    counts: np.ndarray  # (L, WINDOW) int64
+    counts: np.ndarray  # (T, WINDOW) int64, of the layers that have sketches
     starts: np.ndarray  # (L + 1,) int64: where each layer's entries begin
     indices: np.ndarray  # (K,) uint32, in each layer ascending from its own zero
     values: np.ndarray  # (K,) of the work dtype, finite
@@ -72,7 +72,7 @@ class Payloads(Sequence[Payload]):
         watched: (P, W), as in ``Payload``.
         status: (P, L), as in ``Payload``.
         bases: (P, L), as in ``Payload``.
-        counts: (P, L, WINDOW), as in ``Payload``.
+        counts: (P, T, WINDOW), as in ``Payload``.
         starts: (P, L + 1), as in ``Payload``.
         entries: each rank's indices and values; longer than ``starts`` says, perhaps.
         from_owners: whether the one row is of sums, which owners have handed out.

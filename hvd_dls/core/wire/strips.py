@@ -15,7 +15,9 @@ from hvd_dls.core.balancing.sketch import LAST_BASE
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import (
     ABSENT,
+    COUNTS,
     HEADER,
+    RECORD,
     SENT,
     Bucket,
     Clock,
@@ -43,7 +45,7 @@ class Pieces(NamedTuple):
         watched: (W,) status of the watched layers.
         status: (S,) uint8.
         bases: (S,), of the sketches.
-        counts: (S, WINDOW) int64.
+        counts: (T, WINDOW) int64, of the pieces that have sketches.
         starts: (S + 1,) where each piece's entries begin.
         indices: (K,) uint32, in each piece ascending from its own zero.
         values: (K,) of the work dtype.
@@ -70,6 +72,8 @@ class Frame:
         headers: (P,) HEADER, for no room at all.
         universes: (P,) entries of each region.
         records: (P,) bytes of each one's records.
+        counts: (P,) bytes of each one's sketches.
+        sketched: (T,) the pieces that have sketches.
         watched: (P,) bytes that tell of watched layers.
         first: (P + 1,) each region's first piece, and the number S of all.
         region: (S,) of each piece.
@@ -82,8 +86,13 @@ class Frame:
         self.headers = np.stack([header_of(region, 0) for region in regions])
         self.universes = self.headers["size"].astype(np.int64)
         pieces, watched = (self.headers[x].astype(np.int64) for x in ("layers", "watched"))
-        self.records, self.watched = self.of.record.itemsize * pieces, -(-watched // 8) * 8
+        self.records, self.watched = RECORD.itemsize * pieces, -(-watched // 8) * 8
         self.first = np.concatenate([[0], np.cumsum(pieces)])
+        sketched = [region.sketched for region in regions]
+        self.counts = COUNTS.itemsize * np.array([len(each) for each in sketched])
+        self.sketched = np.concatenate(
+            [first + each for first, each in zip(self.first, sketched, strict=False)]
+        )
         self.region = np.repeat(np.arange(len(regions)), pieces)
         self.sizes = np.concatenate([np.diff(region.offsets) for region in regions])
         self.begins = np.concatenate([region.offsets[:-1] for region in regions])
@@ -100,10 +109,12 @@ class Strip:
         room: as given.
         bounds: (P + 1,) where each payload begins, in bytes.
         first: (P + 1,) each region's first piece, and the number S of all.
+        sketched: (T,) the pieces that have sketches.
     """
 
     def __init__(self, frame: Frame, room: np.ndarray) -> None:
         self._frame, self.room, self.first = frame, np.array(room, np.int64), frame.first
+        self.sketched = frame.sketched
         self._of, of = frame.of, frame.of
         itemsize = WIRE_DTYPES[of.values].itemsize
         self._low, *indices = elias_fano.all_lengths(frame.universes, self.room)
@@ -113,20 +124,24 @@ class Strip:
         lengths = [
             np.full_like(self.room, HEADER.itemsize),
             frame.records,
+            frame.counts,
             frame.watched,
             -(-self.room * itemsize // 8) * 8,
             *indices,
         ]
         self.bounds = np.concatenate([[0], np.cumsum(sum(lengths))])
         begins = self.bounds[:-1] + np.cumsum(lengths, axis=0)
-        records, watched, values, lower, upper, ends = begins
+        records, counts, watched, values, lower, upper, ends = begins
         self._watched, self._watched_end = int(watched[0]), int(values[0])
         self._headers = frame.headers.copy()
         self._headers["capacity"], self._headers["low_bits"] = self.room, self._low
         self._header_at = self.bounds[:-1, None] // 8 + np.arange(HEADER.itemsize // 8)
-        width, within = of.record.itemsize // 8, np.arange(self.first[-1])
-        within -= self.first[frame.region]
-        self._record_at = (records[frame.region] // 8 + width * within)[:, None] + np.arange(width)
+        within = np.arange(self.first[-1]) - self.first[frame.region]
+        self._record_at = records[frame.region] // 8 + RECORD.itemsize // 8 * within
+        width = COUNTS.itemsize // 8
+        region = frame.region[frame.sketched]
+        within = np.arange(len(region)) - np.searchsorted(region, region)
+        self._counts_at = (counts[region] // 8 + width * within)[:, None] + np.arange(width)
         self._values_at = values // itemsize
         self._slots = (lower - values) // itemsize  # for values, with what fills up a word
         self._lower_at, self._upper_at, self._ends = lower // 8, upper // 8, ends // 8
@@ -152,7 +167,7 @@ class Strip:
         """
         of, starts = self._of, starts_of(entries)
         totals, own = self._totals(starts)
-        assert not of.sketches
+        assert not len(of.sketched)
         assert (totals <= self.room).all()
         payloads = np.zeros(self.bounds[-1], np.uint8)
         words, kind = payloads.view(_WORD), WIRE_DTYPES[of.values]
@@ -163,10 +178,10 @@ class Strip:
         told = [watched.get(name, SENT) for name in of.watched]
         payloads[self._watched : self._watched + len(told)] = told
         rounded = round_values(values, of.values, starts)
-        records = np.zeros(len(entries), of.record)
+        records = np.zeros(len(entries), RECORD)
         records["entries"], records["status"] = entries, status
         records["exponent"] = rounded.exponents
-        words[self._record_at] = records.view(_WORD).reshape(self._record_at.shape)
+        words[self._record_at] = records.view(_WORD)
         payloads.view(kind)[self._places(self._values_at, totals, own)] = rounded.sent
         if of.code == "plain":
             payloads.view("<u4")[self._places(2 * self._lower_at, totals, own)] = indices
@@ -178,7 +193,7 @@ class Strip:
         return Written(payloads, rounded.kept)
 
     def read(self, payloads: np.ndarray, clock: Clock) -> Pieces | None:
-        """As ``unpack`` of each region, of which all have sketches.
+        """As ``unpack`` of each region.
 
         Args:
             payloads: uint8, of the right length.
@@ -195,7 +210,7 @@ class Strip:
         expected = self._headers.copy()
         expected["entries"], expected["attempt"] = headers["entries"], clock.attempt
         expected["step"] = clock.step & 0xFFFFFFFF
-        records = words[self._record_at].view(of.record)[:, 0]
+        records = words[self._record_at].view(RECORD)
         status, entries = records["status"], records["entries"].astype(np.int64)
         watched = payloads[self._watched : self._watched_end]
         told, rest = watched[: len(of.watched)], watched[len(of.watched) :]
@@ -217,7 +232,7 @@ class Strip:
         indices = self._read_indices(payloads, starts, totals, own)
         if values is None or indices is None:
             return None
-        counts = decode_counts(records["counts"])
+        counts = decode_counts(words[self._counts_at].view("<u2"))
         bases = records["sketch_base"]
         return Pieces(headers, told, status, bases, counts, starts, indices, values)
 

@@ -59,10 +59,8 @@ def unpack(
     _check_headers(bucket, capacity, parts.header, ranks)
     _check_records(bucket, each, parts, ranks)
     starts = starts_of(parts.records["entries"])
-    if bucket.sketches:
-        bases, counts = parts.records["sketch_base"], decode_counts(parts.records["counts"])
-    else:
-        bases = counts = np.zeros((*starts.shape[:-1], 0), np.int64)
+    bases = parts.records["sketch_base"]
+    counts = decode_counts(parts.counts)
     values = _take_values(bucket, parts, starts, ranks)
     indices = _take_indices(bucket, parts, starts, ranks)
     return Payloads(

@@ -12,6 +12,7 @@ from hvd_dls.core.balancing.layers import layer_spec
 from hvd_dls.core.checkpoint.parts import Part, write_part
 from hvd_dls.core.checkpoint.redistribution import ARRAYS, MOVED, redistributed, shares, wanted
 from hvd_dls.core.session.groups import Groups
+from hvd_dls.core.wire.dealing import places_of
 from tests.core.network import connect, outputs
 from tests.core.ranks import draw_gradients, make_sessions
 
@@ -117,8 +118,8 @@ def effective(sessions, part, averages=True):
         state = session.memory.state()
         held = {name: array.astype(float) for name, array in state[part].items()}
         for key, kept in state.get("kept", {}).items() if part == "residuals" else ():
-            name, begin = key.rsplit("@", 1)
-            held[name][int(begin) : int(begin) + len(kept)] += kept
+            name, piece = key.rsplit("@", 1)
+            held[name][places_of(len(held[name]), piece)] += kept
         for name, array in held.items():
             holders = groups.count if session.may_be_sparse(name) else groups.world_size
             totals[name] = totals.get(name, 0) + array * sums / holders

@@ -15,6 +15,7 @@ from hvd_dls.core.jit import HAVE_NUMBA
 from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.layout import (
     ABSENT,
+    COUNTS,
     HEADER,
     MAX_ENTRIES,
     NOT_FINITE,
@@ -199,18 +200,18 @@ def test_layout_is_pinned_byte_by_byte():
     )
     told = {"bn.bias": NOT_FINITE}
     payload = pack(bucket, [3, 3], [found, None], told, Clock(70_000, 2)).payload.tobytes()
-    assert VERSION == 4
+    assert VERSION == 5
     assert payload[0:3] == b"DLS"
-    assert payload[3] == 4
+    assert payload[3] == 5
     assert payload[4:8] == struct.pack("<I", zlib.crc32(b"fc.weight\x0060\x00fc.bias\x0036\x00"))
     assert payload[8:20] == struct.pack("<3I", 96, 3, 6)  # size, entries, capacity
     assert payload[20:24] == bytes([3, 1, 4, 0])  # float16, Elias–Fano, low bits, not abandoned
     assert payload[24:40] == struct.pack("<4I", 2, 2, 70_000, 2)  # layers, watched, step, attempt
     # 2.0 is scaled up to 2**14.
     assert payload[40:48] == struct.pack("<IHbB", 3, 1003, -13, SENT)
-    codes = struct.unpack("<48H", payload[48:144])
+    assert payload[48:56] == struct.pack("<IHbB", 0, 0, 0, NOT_FINITE)
+    codes = struct.unpack("<48H", payload[56:152])
     assert codes == (*range(2040, 2088),)  # mantissas 2**11 + m at exponent 1 follow on
-    assert payload[144:152] == struct.pack("<IHbB", 0, 0, 0, NOT_FINITE)
     assert payload[152:248] == bytes(96)
     assert payload[248:256] == bytes([SENT, NOT_FINITE, 0, 0, 0, 0, 0, 0])  # bn.weight, bn.bias
     assert payload[256:272] == struct.pack("<8e", 1.5 * 2**13, -(2.0**14), 0.75 * 2**13, *[0] * 5)
@@ -225,7 +226,7 @@ def test_layout_is_pinned_byte_by_byte():
 def test_status_numbers_are_pinned():
     assert (SENT, NOT_FINITE, ABSENT) == (1, 2, 3)
     assert HEADER.itemsize == 40
-    assert RECORD.itemsize == 104
+    assert (RECORD.itemsize, COUNTS.itemsize) == (8, 96)
 
 
 def test_plain_indices_count_from_each_layers_own_zero():

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_dls.core.wire import elias_fano
+from hvd_dls.core.wire.dealing import Dealing
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Clock
 from hvd_dls.core.wire.pack import pack
-from hvd_dls.core.wire.regions import bounds_of, regions_of
+from hvd_dls.core.wire.regions import regions_of
 from hvd_dls.core.wire.strips import Frame, Strip, pieces_of
 from hvd_dls.core.wire.unpack import unpack
 from hvd_dls.errors import PayloadError
@@ -36,7 +37,7 @@ def cases(draw):
     sizes = rng.integers(1, draw(st.sampled_from([3, 40, 700])), draw(st.integers(1, 5)))
     bucket = replace(bucket_of(sizes.tolist(), kind, code), watched=("bias", "norm"))
     owners = min(draw(st.integers(1, 9)), bucket.size)
-    regions = regions_of(bucket, bounds_of(bucket, owners, sizes // 4))
+    regions = regions_of(Dealing(bucket, owners))
     density, share = draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])), draw(st.sampled_from([0, 0.3]))
     found, room = [], []
     for region in regions:

@@ -37,13 +37,14 @@ def trained_by_keras(**options):
     return trained(keras.optimizers.SGD(0.05, **options))
 
 
-@pytest.mark.parametrize("compression", ["none", "fp16", "class", "instance"])
+@pytest.mark.parametrize("compression", ["none", "fp16", "class", "instance", "owners"])
 def test_without_such_options_it_is_keras_to_the_bit(compression):
     compression = {
         "none": hvd.Compression.none,
         "fp16": hvd.Compression.fp16,
         "class": DLSCompressor,
         "instance": DLSCompressor(density=0.01, **SPARSE),
+        "owners": DLSCompressor(density=0.01, exchange="sparse_allreduce", **SPARSE),
     }[compression]
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.05), compression=compression)
     np.testing.assert_array_equal(trained(optimizer), trained_by_keras())

@@ -14,6 +14,7 @@ import keras
 import hvd_dls.keras as hvd
 from hvd_dls.tensorflow import DLSCompressor, binding
 from tests.keras.with_ranks.keras3 import (
+    COMPRESSIONS,
     compiled,
     compressor,
     dense_and_dls,
@@ -33,7 +34,7 @@ from tests.keras.with_ranks.training import (
 )
 
 
-@each_compression
+@with_compressions("compression", *COMPRESSIONS)
 def test_fit_with_a_smaller_last_batch(compression):
     model = compiled(compression)
     model.fit(*data(40), 16, epochs=3, verbose=0)
@@ -83,6 +84,8 @@ def test_train_on_batch(compression, run_eagerly):
     ("fp16", "eager", "apply_gradients"),
     ("dls", "eager", "apply_gradients"),
     ("dls", "tf.function", "apply"),
+    ("owners", "eager", "apply"),
+    ("owners", "tf.function", "apply_gradients"),
 )
 def test_custom_loop(compression, mode, how):
     model = net(keras)
@@ -111,9 +114,16 @@ def test_custom_loop(compression, mode, how):
     assert_same_on_all_ranks(flat(model))
 
 
-@pytest.mark.parametrize("train", [by_fit, by_a_loop_of_our_own])
-def test_nothing_is_lost(train):
-    compression = compressor(density=0.1)
+@pytest.mark.parametrize(
+    ("train", "exchange"),
+    [
+        (by_fit, "allgather"),
+        (by_fit, "sparse_allreduce"),
+        (by_a_loop_of_our_own, "allgather"),
+    ],
+)
+def test_nothing_is_lost(train, exchange):
+    compression = compressor(density=0.1, exchange=exchange)
     optimizer = hvd.DistributedOptimizer(
         keras.optimizers.SGD(1.0), compression=compression, op=hvd.Sum
     )
@@ -155,6 +165,7 @@ def test_it_is_one_process_with_all_the_data():
     ("dls", "mixed_float16"),
     ("dls", "mixed_bfloat16"),
     ("dls", "bfloat16"),
+    ("owners", "mixed_float16"),
 )
 def test_mixed_precision(compression, policy):
     keras.config.set_dtype_policy(policy)

@@ -38,12 +38,14 @@ def compiled(compression, optimizer=None, seed=1, **options):
     return model
 
 
-@pytest.mark.parametrize("who", ["class", "instance"])
+@pytest.mark.parametrize("who", ["class", "instance", "owners"])
 def test_fit(who):
     class Bare(DLSCompressor):
         _default_instance = DLSCompressor(density=0.05, **SPARSE)
 
-    compression = Bare if who == "class" else DLSCompressor(density=0.05, **SPARSE)
+    exchange = "sparse_allreduce" if who == "owners" else "allgather"
+    instance = DLSCompressor(density=0.05, exchange=exchange, **SPARSE)
+    compression = Bare if who == "class" else instance
     model = compiled(compression, seed=hvd.rank())
     used = [
         hvd.callbacks.BroadcastGlobalVariablesCallback(0),
@@ -58,8 +60,9 @@ def test_fit(who):
     assert_same_on_all_ranks(flat(model))
 
 
-def test_nothing_is_lost():
-    compression = DLSCompressor(density=0.1, **SPARSE)
+@pytest.mark.parametrize("exchange", ["allgather", "sparse_allreduce"])
+def test_nothing_is_lost(exchange):
+    compression = DLSCompressor(density=0.1, exchange=exchange, **SPARSE)
     optimizer = hvd.DistributedOptimizer(
         keras.optimizers.SGD(1.0), compression=compression, op=horovod.Sum
     )

@@ -12,12 +12,14 @@ from tests.tensorflow.with_ranks.training import (
     Trainer,
     assert_same_on_all_ranks,
     flat,
+    held,
     reduced,
     whole_numbers,
 )
 
 HOSTS = {3: (1, 2), 4: (2, 2)}  # by number of ranks
 HIERARCHICAL = {**SPARSE, "hierarchical": True}
+OWNERS = {"exchange": "sparse_allreduce"}  # that add up, between hosts
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,7 @@ HIERARCHICAL = {**SPARSE, "hierarchical": True}
         ("eager", {}),
         ("tf.function", {"momentum": 0.9}),
         ("tf.function", {"warmup_steps": 3, "dense_steps": 2}),
+        ("tf.function", {"dense_steps": 1, "bucket_bytes": 4000} | OWNERS),
     ],
     ids=str,
 )
@@ -41,12 +44,19 @@ def test_parameters_and_ratios_agree_to_the_bit(mode, options):
     assert np.isfinite(flat(model)).all()
 
 
-@pytest.mark.parametrize(("mode", "dtype"), [("tf.function", "float32"), ("eager", "float64")])
-def test_nothing_is_lost(mode, dtype):
+@pytest.mark.parametrize(
+    ("mode", "dtype", "options"),
+    [
+        ("tf.function", "float32", {}),
+        ("eager", "float64", {}),
+        ("tf.function", "float32", OWNERS | {"bucket_bytes": 3000}),
+    ],
+)
+def test_nothing_is_lost(mode, dtype, options):
     """What all ranks received plus what hosts keep is what all gradients came to."""
     shapes = [(30, 40), (3, 3, 4, 8), (7, 11)]
     variables = [tf.Variable(tf.zeros(shape, dtype)) for shape in shapes]
-    compression = DLSCompressor(variables, density=0.05, **HIERARCHICAL)
+    compression = DLSCompressor(variables, density=0.05, **HIERARCHICAL, **options)
     received = [np.zeros(shape) for shape in shapes]
     for step in range(6):
         gradients = [whole_numbers(shape, step) for shape in shapes]
@@ -56,7 +66,7 @@ def test_nothing_is_lost(mode, dtype):
     session = compression._bindings[0].session
     names = [layer.name for layer in session.plan.sparse]
     for i, name in enumerate(names):
-        own = session.residuals.get(name, np.zeros(received[i].size, dtype))
+        own = held(compression).get(name, np.zeros(received[i].size, dtype))
         kept = hvd.allreduce(tf.constant(own), op=hvd.Sum, name=f"kept.{i}").numpy()
         kept = kept.reshape(shapes[i]) * hvd.size() / 2
         accumulated = sum(
@@ -84,10 +94,13 @@ def test_at_density_one_training_equals_dense_training(mode, horovod_options):
     np.testing.assert_allclose(trained[1], trained[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mode", "culprit"), [("eager", 0), ("tf.function", 2)])
-def test_nan_on_one_rank_refuses_the_step_on_all(mode, culprit):
+@pytest.mark.parametrize(
+    ("mode", "culprit", "options"),
+    [("eager", 0, {}), ("tf.function", 2, {}), ("tf.function", 1, OWNERS)],
+)
+def test_nan_on_one_rank_refuses_the_step_on_all(mode, culprit, options):
     variables = [tf.Variable(tf.zeros([40, 50])), tf.Variable(tf.zeros([30]))]
-    compression = DLSCompressor(variables, density=0.05, **HIERARCHICAL)
+    compression = DLSCompressor(variables, density=0.05, **HIERARCHICAL, **options)
     good = [whole_numbers([40, 50], 0), whole_numbers([30], 0)]
     reduced(variables, good, compression, mode)
     bad = [gradient.copy() for gradient in good]
@@ -100,7 +113,8 @@ def test_nan_on_one_rank_refuses_the_step_on_all(mode, culprit):
     assert_same_on_all_ranks(np.concatenate([o.numpy().ravel() for o in out]))
 
 
-def test_fit_of_keras_3():
+@pytest.mark.parametrize("options", [{}, OWNERS], ids=str)
+def test_fit_of_keras_3(options):
     import keras
 
     import hvd_dls.keras
@@ -108,7 +122,7 @@ def test_fit_of_keras_3():
     from tests.keras.with_ranks.training import flat as weights
 
     model = net(keras)
-    compression = DLSCompressor(density=0.05, **HIERARCHICAL)
+    compression = DLSCompressor(density=0.05, **HIERARCHICAL, **options)
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
     optimizer = hvd_dls.keras.DistributedOptimizer(optimizer, compression=compression)
     model.compile(optimizer, "sparse_categorical_crossentropy")

@@ -294,11 +294,14 @@ def test_variables_that_were_not_given_go_dense(mode, caplog):
 @pytest.mark.skipif(
     int(os.environ["HVD_DLS_TEST_RANKS"]) < 4, reason="needs two process sets of two ranks"
 )
-def test_process_sets(mode):
+@pytest.mark.parametrize(
+    ("mode", "exchange"), [("eager", "allgather"), ("tf.function", "sparse_allreduce")]
+)
+def test_process_sets(mode, exchange):
     halves = [hvd.add_process_set([0, 1]), hvd.add_process_set([2, 3])]
     mine = halves[hvd.rank() // 2]
     model = Net()
-    compression = compressor()
+    compression = compressor(exchange=exchange)
     Trainer(model, compression, mode, process_set=mine).train(range(4))
     assert compression.last_step().step == 4
     assert compression.state_dict()["models"][0]["world_size"] == 2

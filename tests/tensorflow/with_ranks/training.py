@@ -9,6 +9,8 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
+from hvd_dls.core.wire.dealing import places_of
+
 # Layers are small here: nothing but vectors goes dense unless a test wants it to.
 SPARSE = {"cost_rule": False, "dense_below": 0}
 
@@ -134,3 +136,21 @@ def whole_numbers(shape, step: int, rank: int | None = None) -> np.ndarray:
     """A gradient that adds up without rounding: whole numbers, known for every rank."""
     generator = np.random.default_rng([step, hvd.rank() if rank is None else rank])
     return generator.integers(-50, 51, size=tuple(shape)).astype(np.float32)
+
+
+def held(compression) -> dict[str, np.ndarray]:
+    """What this rank holds of each layer, flat: its residual, and what it has kept as an owner."""
+    (state,) = compression.state_dict()["models"]
+    of_layer = {name: np.array(residual) for name, residual in state["residuals"].items()}
+    for key, kept in state.get("kept", {}).items():
+        name, piece = key.rsplit("@", 1)
+        of_layer[name][places_of(of_layer[name].size, piece)] += kept
+    return of_layer
+
+
+def held_on_all_ranks(compression) -> dict[str, np.ndarray]:
+    """Of each layer, flat: the sum of what all ranks hold."""
+    return {
+        name: hvd.allreduce(tf.constant(own), op=hvd.Sum, name=f"held.{name}").numpy()
+        for name, own in held(compression).items()
+    }

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hvd_dls import DLSError
+from hvd_dls.core.wire.dealing import places_of
 from hvd_dls.torch import DLSCompressor
 from tests.restart import restart_horovod
 from tests.torch.with_ranks.training import (
@@ -76,9 +77,9 @@ def pending(compression, name, size) -> torch.Tensor:
     (state,) = compression.state_dict()["models"]
     held = state["residuals"].get(name, torch.zeros(size)).float().clone()
     for key, kept in state.get("kept", {}).items():
-        layer, begin = key.rsplit("@", 1)
+        layer, piece = key.rsplit("@", 1)
         if layer == name:
-            held[int(begin) : int(begin) + len(kept)] += kept.float()
+            held[places_of(len(held), piece)] += kept.float()
     return held
 
 
