@@ -118,7 +118,7 @@ class BaseBinding(ABC):
             if self._config.hierarchical:
                 groups, hosts = groups_of(rows, world)
                 sets = known_sets()
-            session = self._new_session(world, groups, self._with_exchange(groups.count))
+            session = self._new_session(world, groups)
             if old is None:
                 loaded = take_state_of(self.parameters_of_state, self.states)
             if loaded is not None:
@@ -174,7 +174,8 @@ class BaseBinding(ABC):
         """Whether the passes of some layer are made on a device, if they can be."""
         return False
 
-    def _new_session(self, world: World, groups: Groups, config: DLSConfig) -> Session:
+    def _new_session(self, world: World, groups: Groups) -> Session:
+        config = self._with_exchange(groups.count)
         threads.use(self._config.threads or threads.to_spare(world.local_size))
         norms = self._norms() if self._config.prior == "weight_norm" else None
         session = Session(
