@@ -125,10 +125,10 @@ def draw(jobs: Sequence[Job], file: Path) -> None:
                 linestyle="--" if name.startswith(("ddp", "powersgd")) else "-",
             )
         ax.axhline(target, color="black", linewidth=0.8, linestyle=":")
-        ax.set(xscale="log", xlabel="seconds of training", title=job["rate"])
+        ax.set(xscale="log", yscale="log", xlabel="seconds of training", title=job["rate"])
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"held-out loss, {first[0]['task']}")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=7, loc="lower left")
     save_picture(figure, file)
 
 
