@@ -20,13 +20,15 @@ def told_again(count: int) -> bool:
     return count == 1
 
 
-def started(plan: Plan, routing: Routing, k: list[int], world_size: int) -> None:
+def started(
+    plan: Plan, routing: Routing, k: list[int], world_size: int, owners: bool = False
+) -> None:
     """One line that says what will happen; the reasons of layers that go dense at DEBUG."""
     pairs = zip(routing.buckets, routing.rows, strict=True)
     by_bucket = (payload_bytes(bucket, sum(k[row] for row in rows)) for bucket, rows in pairs)
     _log.info(
         "compressing %d of %d layers: %d of %d entries a step, in %d payload(s) of %.3g MB "
-        "together; %d layers (%.3g MB) go dense; %d ranks",
+        "together; %d layers (%.3g MB) go dense; %d ranks%s",
         len(plan.sparse),
         len(plan.layers),
         sum(k),
@@ -36,6 +38,7 @@ def started(plan: Plan, routing: Routing, k: list[int], world_size: int) -> None
         len(plan.dense),
         plan.dense_bytes / 1e6,
         world_size,
+        ", owners add up what they send" if owners else "",
     )
     for layer, reason in plan.dense:
         _log.debug("layer %r of shape %s goes dense: %s", layer.name, layer.shape, reason)

@@ -137,7 +137,8 @@ class Session(Settling):
     def announce(self) -> None:
         """Logs what will happen, on rank 0."""
         if self.rank == 0:
-            log.started(self.plan, self.routing, self.k.tolist(), self.world_size)
+            owners = self.owners is not None
+            log.started(self.plan, self.routing, self.k.tolist(), self.world_size, owners)
 
     def inherit(self, other: Session, factor: float = 1.0) -> None:
         """Takes over what another session of the same model remembers: see ``Memory.inherit``."""

@@ -50,6 +50,11 @@ def test_one_line_says_what_will_happen(caplog):
     ]
 
 
+def test_it_says_that_owners_add_up(caplog):
+    text = announced(caplog, exchange="sparse_allreduce")[0][1]
+    assert text.endswith("2 ranks, owners add up what they send")
+
+
 def test_buckets_are_counted(caplog):
     assert "in 4 payload(s) of" in announced(caplog, bucket_bytes=1)[0][1]
 
