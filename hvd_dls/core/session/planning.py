@@ -17,7 +17,7 @@ from hvd_dls.core.wire.buckets import make_bucket
 from hvd_dls.core.wire.layout import payload_bytes
 from hvd_dls.errors import DLSError
 
-_WITH_OWNERS = 3  # payloads that a rank receives, at most: see balancing/shares.py
+_WITH_OWNERS = 3  # payloads that a rank receives, at most: see session/owners.py
 
 
 def make_plan(layers: Sequence[LayerSpec], config: DLSConfig, world_size: int) -> Plan:
