@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hvd_dls.errors import DLSError
@@ -40,6 +40,10 @@ class DLSConfig:
     # Momentum before the selection, instead of the optimizer's, which must then be 0 (momentum
     # correction: DGC, arXiv:1712.01887, 3.2), in [0, 1).
     momentum: float = 0.0
+    # Adam before the selection, instead of the optimizer's: its betas, such as (0.5, 0.999).  Each
+    # rank makes updates of its own gradients and these wait, so the optimizer must be plain SGD, at
+    # about twice Adam's learning rate; its weight decay is decoupled then.  See docs/adam.md.
+    adam: tuple[float, float] | None = None
     # Steps at first that send whole gradients.
     dense_steps: int = 0
     # Steps after these in which the density halves, from ``warmup_density`` down to ``density``.
@@ -67,8 +71,10 @@ class DLSConfig:
     # Nesterov's momentum, as torch.optim.SGD has it.
     nesterov: bool = False
     # Clear the momentum of entries that are sent, so that they do not go on in an old direction
-    # (momentum factor masking: DGC 3.3).
+    # (momentum factor masking: DGC 3.3).  Of ``momentum`` only: Adam's moments stay.
     momentum_masking: bool = True
+    # What Adam adds to the root that it divides by.
+    adam_eps: float = 1e-8
     # Largest L2 norm of each layer's own gradient, before it enters momentum and residual.
     clip_norm: float | None = None
     # Largest magnitude of each entry of it.
@@ -114,6 +120,7 @@ class DLSConfig:
         self._require_number("density", "a number in (0, 1]", lambda v: 0 < v <= 1)
         self._require_choice("strategy", STRATEGIES)
         self._require_number("momentum", "a number in [0, 1)", lambda v: 0 <= v < 1)
+        self._check_adam()
         self._require_integer("dense_steps", 0)
         self._require_integer("warmup_steps", 0)
         self._require_number("warmup_density", "a number in (0, 1]", lambda v: 0 < v <= 1)
@@ -165,17 +172,44 @@ class DLSConfig:
                 raise DLSError(f"unknown option {name!r}: accepted are {', '.join(known)}")
         return cls(**options)  # type: ignore[arg-type]
 
+    def as_plain(self) -> dict[str, Any]:
+        """All options by name, in types that JSON has: as saved states have them."""
+        options = asdict(self) | {"layer_density": [list(pair) for pair in self.layer_density]}
+        return options | {"adam": self.adam and list(self.adam)}
+
+    def _check_adam(self) -> None:
+        self._require_number("adam_eps", "a finite number > 0", lambda v: 0 < v < math.inf)
+        if self.adam is None:
+            return
+        try:
+            betas = tuple(float(beta) for beta in self.adam)
+            good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise DLSError(
+                f"adam={self.adam!r}: accepted are Adam's two betas, numbers in [0, 1), such as "
+                "(0.5, 0.999), or None"
+            )
+        object.__setattr__(self, "adam", betas)
+        if self.momentum or self.nesterov:
+            raise DLSError(
+                f"adam={self.adam} with momentum={self.momentum}, nesterov={self.nesterov}: Adam's "
+                "momentum is its first beta; leave the others out"
+            )
+
     def _check_hierarchical(self) -> None:
         if self.strategy not in ("dls", "layerwise"):
             raise DLSError(
                 f"hierarchical=True with strategy={self.strategy!r}: accepted are 'dls' and "
                 "'layerwise'; the others are there to compare with, without hosts"
             )
-        if self.momentum and (self.dense_steps or self.prior == MEASURED):
+        if (self.momentum or self.adam) and (self.dense_steps or self.prior == MEASURED):
+            given = f"adam={self.adam}" if self.adam else f"momentum={self.momentum}"
             raise DLSError(
-                f"hierarchical=True and momentum={self.momentum} with dense_steps="
-                f"{self.dense_steps}, prior={self.prior!r}: a host's velocities begin with its "
-                "first sparse step; use warmup_steps, or the optimizer's momentum"
+                f"hierarchical=True and {given} with dense_steps={self.dense_steps}, "
+                f"prior={self.prior!r}: a host's velocities begin with its first sparse step; use "
+                f"warmup_steps, or the optimizer's {'Adam' if self.adam else 'momentum'}"
             )
 
     def _check_sparse_allreduce(self) -> None:

@@ -15,6 +15,7 @@ GOOD = {
     "density": [1e-9, 0.5, 1, 1.0, Fraction(1, 3), np.float32(0.25)],
     "strategy": ["dls", "layerwise", "global", "norm", "hard"],
     "momentum": [0, 0.0, 0.9, 0.999, np.float32(0.5), Fraction(1, 2)],
+    "adam": [None, (0.5, 0.999), (0, 0.0), (np.float32(0.5), Fraction(1, 2))],
     "dense_steps": [0, 1, 1000, np.int64(4)],
     "warmup_steps": [0, 1, 1000, np.int64(4)],
     "nonfinite": ["raise", "skip"],
@@ -24,6 +25,7 @@ GOOD = {
     "warmup_density": [1e-9, 0.5, 1, 1.0, Fraction(1, 3)],
     "nesterov": [True, False],
     "momentum_masking": [True, False],
+    "adam_eps": [1e-12, 1e-8, np.float32(1e-6), 1],
     "clip_norm": [None, 1e-9, 1, 10.0, np.float32(5)],
     "clip_value": [None, 1e-9, 1, 10.0, np.float32(5)],
     "clip_global_norm": [None, 1e-9, 1, 10.0, np.float32(5)],
@@ -45,6 +47,7 @@ BAD = {
     "density": [0, -0.1, 1.0001, 2, float("nan"), float("inf"), "0.1", None, True, 1j],
     "strategy": ["DLS", "", None, 3],
     "momentum": [-0.1, 1, 1.5, float("nan"), "0.9", None, True],
+    "adam": [0.9, (0.9,), (0.9, 0.999, 0.9), (0.9, 1), (-0.1, 0.9), ("a", "b"), True, "adam"],
     "dense_steps": [-1, 1.0, "1", None, True],
     "warmup_steps": [-1, 1.0, "1", None, False],
     "nonfinite": ["ignore", "", None, True],
@@ -69,6 +72,7 @@ BAD = {
     "warmup_density": [0, -0.1, 1.0001, float("nan"), float("inf"), "0.1", None, True],
     "nesterov": [0, 1, "yes", None],
     "momentum_masking": [0, 1, "yes", None],
+    "adam_eps": [0, -1e-8, float("inf"), "1e-8", None],
     "clip_norm": [0, -1.0, float("nan"), float("inf"), "1", True],
     "clip_value": [0, -1.0, float("nan"), float("inf"), "1", False],
     "clip_global_norm": [0, -1.0, float("nan"), float("inf"), "1", False],
@@ -149,6 +153,12 @@ def test_a_threshold_belongs_to_hard_and_hard_needs_one(strategy):
         DLSConfig(strategy=strategy, threshold=None if strategy == "hard" else 1.0)
 
 
+@pytest.mark.parametrize("others", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+def test_adam_has_a_momentum_of_its_own(others):
+    with pytest.raises(DLSError, match=r"adam=\(0.5, 0.999\) with momentum=0.9.*first beta"):
+        DLSConfig(adam=(0.5, 0.999), **others)
+
+
 def test_nesterov_needs_a_momentum():
     with pytest.raises(DLSError, match="nesterov=True needs a momentum"):
         DLSConfig(nesterov=True)
@@ -191,6 +201,8 @@ def test_the_public_names_exist():
         ({"strategy": "hard", "threshold": 1.0}, "strategy='hard'"),
         ({"momentum": 0.9, "dense_steps": 5}, "dense_steps=5"),
         ({"momentum": 0.9, "prior": "measured"}, "prior='measured'"),
+        ({"adam": (0.5, 0.9), "dense_steps": 5}, "dense_steps=5"),
+        ({"adam": (0.5, 0.9), "prior": "measured"}, "prior='measured'"),
     ],
 )
 def test_hierarchical_refuses_what_it_cannot_do(others, words):

@@ -191,8 +191,8 @@ def _part(gradients: Gradients, names: set[str]) -> Gradients:
 class Updater:
     """Exchanges what workers accumulate, and applies it to the weights.
 
-    Updates that were made in front of the selection are subtracted as they come; all else, such as
-    layers that go dense, goes through Adam.
+    Updates that were made in front of the selection are subtracted as they come, as by plain SGD.
+    Where the benchmark made them, and not the compressor, layers that go dense go through Adam.
 
     Args:
         model: that trains.
@@ -203,11 +203,14 @@ class Updater:
     def __init__(self, model: torch.nn.Module, job: SimulatedJob, way: Way) -> None:
         self._job, self._way = job, way
         self._parameters = dict(model.named_parameters())
-        sessions = job.sessions[:1] if way.moments is not None else []
-        self._plain = {n for n in self._parameters for s in sessions if s.may_be_sparse(n)}
+        self._plain: set[str] = set()
+        if way.options and way.options.get("adam"):
+            self._plain = set(self._parameters)
+        elif way.moments is not None:
+            self._plain = {n for n in self._parameters if job.sessions[0].may_be_sparse(n)}
         rest = [p for n, p in self._parameters.items() if n not in self._plain]
         betas = (way.first if way.moments is None else way.moments.first, BETAS[1])
-        self._adam = torch.optim.Adam(rest, betas=betas, amsgrad=way.amsgrad)
+        self._adam = torch.optim.Adam(rest, betas=betas, amsgrad=way.amsgrad) if rest else None
 
     def apply(self, gradients: list[Gradients], rate: float) -> None:
         """Makes a step of what each worker accumulates; overwrites it."""
@@ -221,6 +224,8 @@ class Updater:
                 arrived = arrived.sign()
             factor = rate if way.rate_when == "arrives" else 1.0
             parameter.data.sub_(arrived, alpha=factor)
+        if self._adam is None:
+            return
         # In front of the selection, the factor on the rate is for what goes through it alone.
         self._adam.param_groups[0]["lr"] = rate if way.moments is None else rate / way.rate
         self._adam.step()

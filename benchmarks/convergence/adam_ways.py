@@ -58,6 +58,9 @@ def _ways() -> Iterator[tuple[str, Way]]:
             yield f"momentum{beta}", Way(title, options, first=0.0)
         title = f"both moments behind the compressor{said}"
         yield f"behind{beta}", Way(title, first=first)
+        options = {"adam": (first, BETAS[1])}
+        title = f"Adam in the compressor, twice the learning rate{said}"
+        yield f"adam-double{beta}", Way(title, options, rate=2.0)
         own = Moments("own", first=first)
         title = f"own second moment in front, twice the learning rate{said}"
         yield f"own-double{beta}", Way(title, moments=own, rate=2.0)

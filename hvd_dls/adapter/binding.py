@@ -23,16 +23,18 @@ from hvd_dls.core import disk_cache
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.selection import threads
 from hvd_dls.core.selection.backend import Backend
+from hvd_dls.core.session import moments
 from hvd_dls.core.session.base import SessionBase
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.session import Session
 from hvd_dls.core.wire import agreement
 from hvd_dls.core.wire.agreement import Claim
+from hvd_dls.errors import DLSError
 
 # Names of the operations in which ranks compare notes.  They depend on nothing that may differ
 # between ranks; where a rank is missing, Horovod's stall report shows them.
 _HOSTS, _AGREE, _LOAD = "hvd_dls.hosts", "hvd_dls.agree", "hvd_dls.load_state_dict"
-_LEAVE = "hvd_dls.leave"
+_LEAVE, _MOMENTS = "hvd_dls.leave", "hvd_dls.moments"
 _labels: set[str] = set()  # of operations, of all models so far
 
 
@@ -135,7 +137,7 @@ class BaseBinding(ABC):
             checksum=agreement.checksum(facts),
             error=f"{type(error).__name__}: {error}" if error else "",
             label=(self._label or _new_label(world)) if first else "",
-            numbers=session.agreed().tolist() if first and session else None,
+            numbers=self._numbers(session, first) if session else None,
         )
         try:
             claims = [own] if world.size == 1 else self._compare(_AGREE, own, facts, world)
@@ -152,6 +154,7 @@ class BaseBinding(ABC):
         if exchanges_by_hosts:
             meet_at_exit(session, world.set_id, self._meet)
         session.agree(np.array(claims[0].numbers, np.int64))
+        self._hand_moments_on(session, [claim.numbers for claim in claims])
         self._label = claims[0].label
         session.observers = self.observers
         _labels.add(self._label)  # this rank may be the first one some day
@@ -159,6 +162,31 @@ class BaseBinding(ABC):
         if old is None:
             session.announce()
         return session
+
+    def _numbers(self, session: Session, first: bool) -> list[int] | None:
+        numbers: list[int] = session.agreed().tolist()
+        if first:
+            return numbers
+        return numbers[:1] if self._config.adam else None
+
+    def _hand_moments_on(self, session: Session, numbers: list[Any]) -> None:
+        """Ranks that have come later begin with the moments of one that has trained.
+
+        With moments of zero, their first updates would be as large as at the start of a training.
+
+        Args:
+            session: that all have agreed on.
+            numbers: of all claims; the first of each is how many steps the rank has made.
+        """
+        trained = [bool(own and own[0]) for own in numbers]
+        if not self._config.adam or session.grouped or all(trained) or not any(trained):
+            return
+        rank = session.groups.rank
+        giving = rank == trained.index(True)
+        own = moments.pack(session.memory) if giving else np.empty(0, np.uint8)
+        message = self._gather(_MOMENTS, own)
+        if not trained[rank]:
+            moments.unpack(message, session.memory)
 
     def _meet(self) -> None:
         """Returns when all ranks have called it."""
@@ -175,6 +203,12 @@ class BaseBinding(ABC):
         return False
 
     def _new_session(self, world: World, groups: Groups) -> Session:
+        if self._config.adam and not world.averages:
+            raise DLSError(
+                f"adam={self._config.adam} with op=hvd.Sum: each rank makes an update of its own, "
+                "and their sum would be a step too large by the number of ranks (Adam behind the "
+                "exchange divides that out); use op=hvd.Average"
+            )
         config = self._with_exchange(groups.count)
         threads.use(self._config.threads or threads.to_spare(world.local_size))
         norms = self._norms() if self._config.prior == "weight_norm" else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,8 +149,7 @@ class _Reader:
             CheckpointError: a part is missing or damaged.
             StateMismatchError: it was saved with other options.
         """
-        own = {**asdict(self._config)}
-        own["layer_density"] = [list(pair) for pair in self._config.layer_density]
+        own = self._config.as_plain()
         for model in self._manifest["models"]:
             check_options(model["config"], own, free="hierarchical")
         with ExitStack() as stack:
@@ -170,7 +168,7 @@ class _Reader:
             of_set or (sizes == self._sizes and model["config"]["hierarchical"] == hosts)
         )
         if same and here:
-            return {**model, **{part: dict(model[part]) for part in ARRAYS}}
+            return {**model, **{part: dict(model[part]) for part in ARRAYS if part in model}}
         if of_set:
             raise CheckpointError(
                 f"{self._folder}: a model was trained by a process set of {model['world_size']} of "
@@ -225,7 +223,7 @@ class _Reader:
 
 
 def _without_arrays(model: Mapping[str, Any]) -> dict[str, Any]:
-    return {**model, **{part: {} for part in ARRAYS}}
+    return {**model, **{part: {} for part in ARRAYS if part in model}}
 
 
 def _copy(folder: Path, files: Mapping[str, int], sees: bool, together: Together) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Told:
 def model_line(number: int, session: SessionBase) -> dict[str, Any]:
     """The line that comes before a model's first step, and again if it goes on elsewhere."""
     plan, groups = session.plan, session.groups
-    config = asdict(session.config) | {"layer_density": [*map(list, session.config.layer_density)]}
+    config = session.config.as_plain()
     line: dict[str, Any] = plain_of(
         {
             "kind": MODEL,

@@ -144,6 +144,8 @@ def _check_passes(optimizer: Any, passes: int, average: bool) -> None:
 
 def _refuse_second_momentum(optimizer: Any, compression: Any) -> None:
     config = getattr(compression, "config", None)
+    if config is not None and config.adam:
+        _refuse_all_but_sgd(inner_optimizer(optimizer), config)
     if config is None or not config.momentum:
         return
     for theirs in ("momentum", "beta_1"):  # of SGD; of Adam and its like
@@ -152,6 +154,18 @@ def _refuse_second_momentum(optimizer: Any, compression: Any) -> None:
                 f"momentum={config.momentum} in DLSCompressor takes the place of the optimizer's, "
                 f"which has {theirs}={value}: make it with {theirs}=0"
             )
+
+
+def _refuse_all_but_sgd(optimizer: Any, config: Any) -> None:
+    momentum = getattr(optimizer, "momentum", 0)
+    if isinstance(optimizer, keras.optimizers.SGD) and not momentum:
+        return
+    given = type(optimizer).__name__ + (f" with momentum={momentum}" if momentum else "")
+    raise DLSError(
+        f"adam={config.adam} in DLSCompressor makes Adam's updates before they are sent, so the "
+        f"optimizer must be plain keras.optimizers.SGD, and it is {given}: make it with about "
+        "twice the learning rate, and weight_decay (which is decoupled, as AdamW's)"
+    )
 
 
 def _public_module(kind: type) -> str:

@@ -23,6 +23,7 @@ from hvd_dls.keras.xla import refuse_jit
 from hvd_dls.tensorflow import zeroing
 from hvd_dls.tensorflow.binding import Binding
 from hvd_dls.tensorflow.compressor import DLSCompressor
+from hvd_dls.tensorflow.refusals import refuse_slices
 from hvd_dls.tensorflow.traced_models import agreement
 
 
@@ -160,6 +161,7 @@ class Reduction:
         ours = [v for v, g in zip(variables, gradients, strict=True) if is_compressed(g, v)]
         if self._compressor is None or not ours:
             return None
+        refuse_slices(self._compressor.config, gradients)
         binding = self._compressor.binding_of(ours)
         binding.marks_skipped = self.may_skip or self.scales_loss
         if self.scales_loss and binding.loss_scale is None:

@@ -13,6 +13,7 @@ import tensorflow as tf
 from hvd_dls.adapter import BaseBinding, World, is_elastic
 from hvd_dls.config import ALLGATHER, DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
+from hvd_dls.core.checkpoint.redistribution import ARRAYS
 from hvd_dls.core.selection.backend import Backend
 from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.session import Session
@@ -196,8 +197,8 @@ class Binding(BaseBinding):
         state = super().state_dict()
         if self.session is None:
             return state
-        for part in ("residuals", "velocities"):
-            arrays = state[part]
+        for part in ARRAYS:
+            arrays = state.get(part, {})
             for name in arrays.keys() & self.devices.keys():
                 arrays[name] = self.devices[name].to_host(arrays[name])
         return state

@@ -23,6 +23,7 @@ from hvd_dls.tensorflow.horovod_frames import (
     wrapping_keras3_optimizer,
 )
 from hvd_dls.tensorflow.reduction import Context, compress_gradient, send_uncompressed
+from hvd_dls.tensorflow.refusals import refuse_slices
 from hvd_dls.tensorflow.summaries import SummaryScalars
 
 _log = logging.getLogger("hvd_dls")
@@ -171,6 +172,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
                 return None
         if zeroing.applies() and any(isinstance(g, tf.IndexedSlices) for g in call.gradients):
             raise DLSError(_SLICES)
+        refuse_slices(self.config, call.gradients)
         binding = self.binding_of(variables)
         binding.left_out_alone = True
         binding.start(call.process_set, call.op)

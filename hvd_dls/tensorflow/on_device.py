@@ -30,6 +30,7 @@ from hvd_dls.core.balancing.sketch import (
     WINDOW,
     histogram,
 )
+from hvd_dls.core.selection.adam import Factors, Moments
 from hvd_dls.core.selection.backend import Future
 from hvd_dls.core.selection.norms import Norm
 from hvd_dls.core.selection.passes import Found, found_on_device
@@ -214,7 +215,7 @@ class Device:
         unused, nothing = self.zeros(out.shape[0], dtype), np.empty(0, np.uint32)
         self.settle(unused, unused, nothing, None, received, scale, out)
 
-    # Clipping and momentum ----------------------------------------------------------------------
+    # Clipping, momentum, Adam -------------------------------------------------------------------
 
     @_on_its_device
     def correct(
@@ -234,6 +235,29 @@ class Device:
         into.assign(velocity * config.momentum)
         into.assign_add(own)
         return tf.Variable(into * config.momentum + own) if config.nesterov else into
+
+    @_on_its_device
+    def update(
+        self,
+        gradient: tf.Tensor,
+        before: Moments,
+        into: Moments,
+        update: tf.Variable,
+        factors: Factors,
+        config: DLSConfig,
+        loss_scale: float = 1.0,
+        norm: Norm | None = None,
+    ) -> None:
+        """See ``adam.update_of``."""
+        own = _clipped(tf.cast(gradient, update.dtype), config, loss_scale, norm)
+        into.first.assign(before.first * factors.first)
+        into.first.assign_add(own * factors.of_first)
+        own = own * factors.unscale
+        into.second.assign(before.second * factors.second)
+        into.second.assign_add(own * own * factors.of_second)
+        root = tf.sqrt(into.second * factors.debias_second) + factors.epsilon
+        of_finite = into.first * factors.debias_first / root
+        update.assign(of_finite + into.second * 0)  # NaN where it is Inf
 
     @_on_its_device
     def norm(self, gradient: tf.Tensor, limit: float | None) -> tf.Tensor:

@@ -26,7 +26,7 @@ def refuse_options(config: DLSConfig) -> None:
     Raises:
         DLSError: gradients are to be clipped or to have momentum.
     """
-    options = ("momentum", "nesterov", "clip_norm", "clip_value", "clip_global_norm")
+    options = ("momentum", "nesterov", "adam", "clip_norm", "clip_value", "clip_global_norm")
     given = [f"{name}={getattr(config, name)}" for name in options if getattr(config, name)]
     if given:
         raise DLSError(

@@ -14,6 +14,7 @@ from hvd_dls.adapter.loading import REFUSE, find
 from hvd_dls.adapter.saving import resolved, save
 from hvd_dls.adapter.together import Together
 from hvd_dls.adapter.world import World
+from hvd_dls.core.checkpoint.redistribution import ARRAYS
 from hvd_dls.errors import CheckpointError, DLSError
 from hvd_dls.torch.exchange import gather
 
@@ -134,6 +135,6 @@ def _to_host(array: Any) -> np.ndarray:
 
 def _as_tensors(model: dict[str, Any]) -> dict[str, Any]:
     """As ``DLSCompressor.state_dict`` has them, which may be asked for before the first step."""
-    parts = ("residuals", "velocities")
+    parts = [part for part in ARRAYS if part in model]
     tensors = {p: {n: torch.as_tensor(a) for n, a in model[p].items()} for p in parts}
     return {**model, **tensors}

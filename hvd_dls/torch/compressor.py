@@ -12,6 +12,7 @@ import horovod.torch as hvd
 import torch
 
 from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
+from hvd_dls.errors import DLSError
 from hvd_dls.torch import horovod_frames, watching
 from hvd_dls.torch.binding import Binding
 from hvd_dls.torch.bookkeeping import forget_step, names_and_parameters, reductions_in, wait_for
@@ -159,7 +160,14 @@ class DLSCompressor(BaseCompressor):
         if self._given is None:
             return ours
         reduced = {id(parameter) for _, parameter in ours}
-        return [(name, p) for name, p in self._given.named() if id(p) in reduced]
+        theirs = [(name, p) for name, p in self._given.named() if id(p) in reduced]
+        if self.config.adam and len(theirs) < len(ours):
+            raise DLSError(
+                f"adam={self.config.adam}: the optimizer has {len(ours)} parameters, of which "
+                f"DLSCompressor was given {len(theirs)}; the others would go without Adam. Give it "
+                "all, or none"
+            )
+        return theirs
 
     def _bound_to(self) -> str:
         if self._given is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
+from hvd_dls.core.selection.adam import Factors, Moments
 from hvd_dls.core.selection.backend import Future
 from hvd_dls.core.selection.norms import Norm
 from hvd_dls.core.selection.passes import Found, found_on_device
@@ -192,7 +193,7 @@ class Device:
         np.concatenate(arrays, out=staged.numpy())
         return staged.to(self._device, non_blocking=True)
 
-    # Clipping and momentum ----------------------------------------------------------------------
+    # Clipping, momentum, Adam -------------------------------------------------------------------
 
     def correct(
         self,
@@ -209,6 +210,26 @@ class Device:
             return into.copy_(own)
         torch.mul(velocity, config.momentum, out=into).add_(own)
         return (into * config.momentum).add_(own) if config.nesterov else into
+
+    def update(
+        self,
+        gradient: Tensor,
+        before: Moments,
+        into: Moments,
+        update: Tensor,
+        factors: Factors,
+        config: DLSConfig,
+        loss_scale: float = 1.0,
+        norm: Norm | None = None,
+    ) -> None:
+        """See ``core.adam.update_of``."""
+        own = _clipped(gradient.to(update.dtype), config, loss_scale, norm)
+        torch.mul(before.first, factors.first, out=into.first).add_(own * factors.of_first)
+        own = (own * factors.unscale).square_().mul_(factors.of_second)
+        torch.mul(before.second, factors.second, out=into.second).add_(own)
+        torch.mul(into.second, factors.debias_second, out=update).sqrt_().add_(factors.epsilon)
+        torch.div(into.first * factors.debias_first, update, out=update)
+        update.add_(into.second * 0)  # NaN where it is Inf
 
     def norm(self, gradient: Tensor, limit: float | None) -> Tensor:
         """See ``core.norms.l2_norm``; () on this device."""

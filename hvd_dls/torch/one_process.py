@@ -14,6 +14,7 @@ import torch
 
 from hvd_dls.adapter import World
 from hvd_dls.torch.compressor import DLSCompressor
+from hvd_dls.torch.refusals import refuse_sparse_gradients
 
 
 def apply_options(compressor: DLSCompressor, optimizer: Any) -> None:
@@ -25,9 +26,10 @@ def apply_options(compressor: DLSCompressor, optimizer: Any) -> None:
 
     Raises:
         NonFiniteGradientError: a gradient holds NaN or Inf, with nonfinite="raise".
-        DLSError: see ``DLSCompressor.binding_of``.
+        DLSError: see ``DLSCompressor.binding_of`` and ``refuse_sparse_gradients``.
     """
     binding = compressor.binding_of(optimizer)
+    refuse_sparse_gradients((p for _, p in binding.parameters.named()), compressor.config)
     named = [
         (name, parameter)
         for name, parameter in binding.parameters.named()

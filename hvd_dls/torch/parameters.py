@@ -11,6 +11,7 @@ import torch
 from torch.utils.weak import TensorWeakRef
 
 from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
+from hvd_dls.core.checkpoint.redistribution import ARRAYS
 from hvd_dls.errors import DLSError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -140,7 +141,7 @@ def with_tensors(state: dict[str, Any]) -> dict[str, Any]:
     lists = {key: state[key].tolist() for key in ("ratios", "thresholds")}
     tensors = {
         part: {name: torch.as_tensor(array) for name, array in state[part].items()}
-        for part in ("residuals", "velocities", "kept")
+        for part in (*ARRAYS, "kept")
         if part in state
     }
     return state | lists | tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import horovod.torch as hvd
@@ -20,7 +21,8 @@ def refuse_optimizer(optimizer: Any, config: DLSConfig, process_set: Any) -> Non
         process_set: that was given to the compressor; None: whatever the optimizer has.
 
     Raises:
-        DLSError: op=hvd.Adasum; another process set; momentum in compressor and optimizer.
+        DLSError: op=hvd.Adasum; another process set; momentum in compressor and optimizer; with
+            Adam in the compressor, any optimizer but plain SGD.
     """
     refuse_adasum(optimizer)
     if process_set is not None and process_set.ranks != optimizer.process_set.ranks:
@@ -31,6 +33,8 @@ def refuse_optimizer(optimizer: Any, config: DLSConfig, process_set: Any) -> Non
         )
     if config.momentum:
         refuse_second_momentum(optimizer, config.momentum)
+    if config.adam:
+        refuse_all_but_sgd(optimizer, config.adam)
 
 
 def refuse_adasum(optimizer: Any) -> None:
@@ -56,6 +60,34 @@ def refuse_second_momentum(optimizer: torch.optim.Optimizer, momentum: float) ->
             f"momentum={momentum} in DLSCompressor takes the place of the optimizer's, which has "
             f"{theirs}: make it with {instead}"
         )
+
+
+def refuse_all_but_sgd(optimizer: torch.optim.Optimizer, betas: tuple[float, float]) -> None:
+    """Raises DLSError unless an optimizer subtracts Adam's updates as they come."""
+    with_momentum = [g for g in optimizer.param_groups if g.get("momentum") or g.get("maximize")]
+    if isinstance(optimizer, torch.optim.SGD) and not with_momentum:
+        return
+    given = type(optimizer).__name__  # that of the class which Horovod derives its own from
+    if isinstance(optimizer, torch.optim.SGD):
+        group = with_momentum[0]
+        given += f" with momentum={group['momentum']}, maximize={group['maximize']}"
+    raise DLSError(
+        f"adam={betas} in DLSCompressor makes Adam's updates before they are sent, so the "
+        f"optimizer must be plain torch.optim.SGD, and it is {given}: make it with the parameters, "
+        "about twice the learning rate, and weight_decay (which is decoupled then, as AdamW's)"
+    )
+
+
+def refuse_sparse_gradients(parameters: Iterable[torch.Tensor], config: DLSConfig) -> None:
+    """Raises DLSError if a gradient is sparse, which Adam in the compressor never sees."""
+    for parameter in parameters if config.adam else ():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise DLSError(
+                f"adam={config.adam} in DLSCompressor, but the gradient of a parameter of shape "
+                f"{tuple(parameter.shape)} is sparse, and would go without Adam: make the "
+                "embedding with sparse=False, or pass sparse_as_dense=True to "
+                "hvd.DistributedOptimizer"
+            )
 
 
 def refuse_unreduced(optimizer: Any) -> None:

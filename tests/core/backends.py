@@ -8,6 +8,7 @@ import pytest
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import layer_spec
+from hvd_dls.core.checkpoint.redistribution import ARRAYS
 from hvd_dls.core.session.session import Session
 from tests.core.selection.test_passes import load, store
 
@@ -117,12 +118,17 @@ def check_sessions(framework, device, backend, names, dtype, options):
                 two.load_state_dict(of_host)
                 parts = {
                     part: {
-                        n: np.frombuffer(framework.bits(x), one.residuals["out"].dtype)
+                        n: np.frombuffer(framework.bits(x), _dtype_of(part, one))
                         for n, x in of_other[part].items()
                     }
-                    for part in ("residuals", "velocities")
+                    for part in ARRAYS
+                    if part in of_other
                 }
                 one.load_state_dict(of_other | parts)
+
+
+def _dtype_of(part, session):
+    return np.float64 if part == "moment_weights" else session.residuals["out"].dtype
 
 
 def _step(framework, sessions, gradients):
@@ -169,6 +175,6 @@ def _floats(framework, gradient):
 
 def _state_of(framework, session):
     state = session.state_dict()
-    parts = [*state["residuals"].values(), *state["velocities"].values()]
+    parts = [array for part in ARRAYS for array in state.get(part, {}).values()]
     bits = [framework.bits(part) for part in parts]
     return bits, state["ratios"].tolist(), state["thresholds"].tolist()

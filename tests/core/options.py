@@ -22,5 +22,6 @@ OPTIONS = [
     {"momentum": 0.5},
     {"momentum": 0.5, "nesterov": True, "momentum_masking": False, "dense_steps": 1},
     {"momentum": 0.5, "strategy": "hard", "threshold": 6.0, "dense_steps": 1},
+    {"adam": (0.0, 0.0), "adam_eps": 1e-30, "bucket_bytes": 50_000},
 ]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)

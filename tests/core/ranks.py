@@ -10,6 +10,7 @@ import numpy as np
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec, layer_spec
+from hvd_dls.core.checkpoint.redistribution import ARRAYS
 from hvd_dls.core.selection.passes_numpy import widened
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.session import Session
@@ -169,8 +170,14 @@ def velocities_of(session: Session) -> Gradients:
 
 
 def contribution(session: Session, velocities: Gradients, name: str, gradient: np.ndarray):
-    """What a gradient, not clipped, adds to the residual, by torch.optim.SGD's recurrences."""
+    """What a gradient, not clipped, adds to the residual, by torch.optim.SGD's recurrences.
+
+    With betas of 0, Adam's updates are signs.
+    """
     config, own = session.config, widened(gradient)
+    if config.adam:
+        assert config.adam == (0, 0)
+        return np.sign(own) * own.dtype.type(session.loss_scale)
     if not config.momentum:
         return own
     momentum = own.dtype.type(config.momentum)
@@ -186,7 +193,8 @@ def frozen(session: Session) -> dict[str, object]:
     state = session.state_dict()
     arrays = {
         part: {name: zlib.crc32(values.tobytes()) for name, values in state.pop(part).items()}
-        for part in ("residuals", "velocities")
+        for part in ARRAYS
+        if part in state
     }
     arrays |= {part: zlib.crc32(state.pop(part).tobytes()) for part in ("ratios", "thresholds")}
     return arrays | {"others": repr(state)}

@@ -9,7 +9,8 @@ import psutil
 
 from tests.elastic.job import ElasticJob, Event
 
-ALIKE = ("weights", "ratios", "step_of_compressor", "sent")  # on all ranks, to the bit
+# On all ranks, to the bit; of Adam's moments what they are divided by, which tells their age.
+ALIKE = ("weights", "ratios", "step_of_compressor", "sent", "age_of_moments")
 CLOSE = 1e-5  # of sums of a thousand float32, each of them below one
 
 

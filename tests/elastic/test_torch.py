@@ -34,8 +34,8 @@ def test_workers_come_die_and_leave():
 
 
 def test_one_worker_becomes_many_and_two_die_at_once():
-    """The state is given the compressor, which has momentum and a warm-up."""
-    with job_of(1, SMALL | {"momentum": 0.5, "warmup_steps": 40}, "given") as job:
+    """The state is given the compressor, which has Adam and a warm-up."""
+    with job_of(1, SMALL | {"adam": [0.5, 0.999], "warmup_steps": 40}, "given") as job:
         history = History(job)
         history.wait_for_steps(1)
         job.add(host(1), slots=2)

@@ -89,7 +89,9 @@ def report(state, loss: float) -> dict[str, object]:
         return report
     [model], record = COMPRESSION.state_dict()["models"], COMPRESSION.last_step()
     residual = model["residuals"].get("0.weight", torch.zeros(1))  # alone, a rank sends nothing
-    if not OPTIONS.get("momentum"):  # else gradients reach residuals by way of velocities
+    if OPTIONS.get("adam"):  # those who come begin with the moments of those who are there
+        report["age_of_moments"] = repr(model["moment_weights"]["0.weight"].tolist())
+    elif not OPTIONS.get("momentum"):  # else gradients reach residuals by way of velocities
         report["sum_of_residual"] = residual.double().sum().item()
     return report | {
         "ratios": zlib.crc32(repr(model["ratios"]).encode()),

@@ -1,7 +1,8 @@
 """A rank's part of a checkpoint: one file in NumPy's own format (.npz, without pickles).
 
 Whoever has NumPy can read it: ``numpy.load(file)``.  "header" holds JSON in uint8; the other arrays
-are "<model>/residuals/<layer>" and "<model>/velocities/<layer>".  Each array has a checksum.
+are "<model>/residuals/<layer>" and so on, for those of ``ARRAYS`` that there are.  Each array has a
+checksum.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ def header_of(model: Mapping[str, Any]) -> dict[str, Any]:
     header = {key: _plain(value) for key, value in model.items() if key not in (*ARRAYS, KEPT)}
     if KEPT in model:
         header[KEPT] = {}  # it is in the residuals: see ``write_part``
-    for part in ARRAYS:
+    for part in _parts_of(model):
         header[part] = {name: list(array.shape) for name, array in model[part].items()}
     return header
+
+
+def _parts_of(model: Mapping[str, Any]) -> list[str]:
+    return [part for part in ARRAYS if part in model]
 
 
 def _with_kept(model: Mapping[str, Any], to_host: Callable[[Any], np.ndarray]) -> Mapping[str, Any]:
@@ -76,7 +81,7 @@ def write_part(
     arrays: dict[str, np.ndarray] = {}
     models = [_with_kept(model, to_host) for model in models]
     for number, model in enumerate(models):
-        for part in ARRAYS:
+        for part in _parts_of(model):
             for name, array in model[part].items():
                 arrays[f"{number}/{part}/{name}"] = to_host(array)
     header = {"format": FORMAT, **facts, "models": [header_of(model) for model in models]}
@@ -122,7 +127,7 @@ class Part:
     def models(self) -> list[dict[str, Any]]:
         """Each model's state; arrays are read when they are asked for."""
         return [
-            {**model, **{p: _Arrays(self, f"{number}/{p}/", model[p]) for p in ARRAYS}}
+            {**model, **{p: _Arrays(self, f"{number}/{p}/", model[p]) for p in _parts_of(model)}}
             for number, model in enumerate(self.header["models"])
         ]
 

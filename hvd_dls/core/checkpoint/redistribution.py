@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 MOVED = "redistributed"  # key of a state that was made here
-ARRAYS = ("residuals", "velocities")
+OF_ADAM = ("second_moments", "moment_weights")  # without loss scale
+ARRAYS = ("residuals", "velocities", *OF_ADAM)  # in a model's state, those of Adam only with it
 
 
 def shares(before: int, now: int, rank: int) -> dict[int, Fraction]:
@@ -81,11 +82,12 @@ def redistributed(
     sparse = {name for name, _ in first["layers"]}
     arrays = {}
     for part in ARRAYS:
-        names = dict.fromkeys(name for state in states.values() for name in state[part])
-        arrays[part] = {
-            name: _mean(states, part, name, of_sparse if name in sparse else of_dense)
-            for name in names
-        }
+        if part in first:
+            names = dict.fromkeys(name for state in states.values() for name in state[part])
+            arrays[part] = {
+                name: _mean(states, part, name, of_sparse if name in sparse else of_dense)
+                for name in names
+            }
     of = first.get(MOVED, {"groups": sizes, "factor": 1.0})
     return {
         **first,
@@ -119,7 +121,9 @@ def _mean(
         if name not in state[part]:
             continue
         array = np.asarray(state[part][name])  # read now, if it is in a file
-        weight = float(weights[rank]) * _scale(states, rank)
+        weight = float(weights[rank])
+        if part not in OF_ADAM:
+            weight *= _scale(states, rank)
         if len(states) == 1 and weight == 1:
             return array
         dtype = array.dtype

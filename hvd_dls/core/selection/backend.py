@@ -15,6 +15,7 @@ import numpy as np
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.sketch import histogram
 from hvd_dls.core.selection import passes
+from hvd_dls.core.selection.adam import Factors, Moments, update_of
 from hvd_dls.core.selection.momentum import correct
 from hvd_dls.core.selection.norms import Norm, l2_norm
 from hvd_dls.core.selection.passes import Found
@@ -65,6 +66,19 @@ class Backend(Protocol):
     ) -> Array:
         """``momentum.correct``."""
 
+    def update(
+        self,
+        gradient: Array,
+        before: Moments,
+        into: Moments,
+        update: Array,
+        factors: Factors,
+        config: DLSConfig,
+        loss_scale: float,
+        norm: Norm | None,
+    ) -> None:
+        """``adam.update_of``."""
+
     def norm(self, gradient: Array, limit: float | None) -> Any:
         """``norms.l2_norm``; of a gradient on a device, a number there that ``float`` waits for."""
 
@@ -114,6 +128,7 @@ class Host:
     """The host: NumPy arrays."""
 
     correct = staticmethod(correct)
+    update = staticmethod(update_of)
     norm = staticmethod(l2_norm)
     find = staticmethod(passes.find)
     settle = staticmethod(passes.settle)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_dls.core.checkpoint.redistribution import ARRAYS, MOVED
+from hvd_dls.core.checkpoint.redistribution import ARRAYS, MOVED, OF_ADAM
 from hvd_dls.errors import StateMismatchError
 
 _LAYOUT = ("hierarchical", "exchange")  # options that say who holds what
@@ -49,7 +49,7 @@ def fitted(
     lengths = {name: math.prod(shape) for name, shape in own["parameters"]}
     factor = 1.0 if averages else float(state[MOVED]["factor"])
     saved_layers, layers = dict(state["layers"]), dict(own["layers"])
-    arrays = {part: _scaled(state[part], factor) for part in ARRAYS}
+    arrays = {part: _scaled(state[part], factor) for part in ARRAYS if part in state}
     leftovers = {n: array for n, array in arrays["residuals"].items() if n not in layers}
     saved = list(map(list, state["layers"]))
     return {
@@ -63,7 +63,20 @@ def fitted(
         "norms": _by_name(state, own, "norms", factor),
         "residuals": {n: _or_zeros(arrays["residuals"], n, lengths) for n in owned} | leftovers,
         "velocities": {n: _or_zeros(arrays["velocities"], n, lengths) for n in own["velocities"]},
+        **_moments(arrays, own, lengths),
         **({"kept": {}} if "kept" in own else {}),  # it is in the residuals
+    }
+
+
+def _moments(
+    arrays: Mapping[str, Any], own: Mapping[str, Any], lengths: Mapping[str, int]
+) -> dict[str, Any]:
+    """Adam's, of each layer that has some here; where it had none, as at the start."""
+    sizes = {"second_moments": lengths, "moment_weights": dict.fromkeys(lengths, 2)}
+    return {
+        part: {name: _or_zeros(arrays[part], name, sizes[part]) for name in own[part]}
+        for part in OF_ADAM
+        if part in arrays and part in own
     }
 
 

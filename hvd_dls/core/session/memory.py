@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from hvd_dls.config import SPARSE_ALLREDUCE, DLSConfig
 from hvd_dls.core.balancing.controller import Controller
+from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.balancing.plan import Plan, initial_k
 from hvd_dls.core.checkpoint.redistribution import MOVED
+from hvd_dls.core.selection.adam import Weights
 from hvd_dls.core.selection.backend import HOST, Array, Backend
 from hvd_dls.core.selection.correction import Correction
 from hvd_dls.core.session.baselines import BASELINES, BaselineStrategy
@@ -129,13 +130,11 @@ class Memory:
             own = self.residuals.get(name)
             if own is None:
                 layer = next(x for x in self.plan.layers if x.name == name)
+                self._check_leftover(layer)
                 own = self.leftovers[name] = backend.zeros(layer.size, layer.work_dtype)
             backend.load(own, other.backends[name].to_host(array))
             backend.scale(own, factor * self._senders_for(name) / other._senders_for(name))
-        for name, own in self.correction.velocities.items():
-            array = other.correction.velocities.get(name)
-            if array is not None:
-                self.backends[name].load(own, other.backends[name].to_host(array))
+        self._inherit_moments(other)
         if self.correction.shares is not None and other.correction.shares is not None:
             self.correction.shares.load(other.correction.shares.squares)
         for name in self.thresholds:
@@ -147,6 +146,32 @@ class Memory:
         else:
             self.controller.start_at(other.controller.step)
         self._start_baseline()
+
+    def _inherit_moments(self, other: Memory) -> None:
+        """Velocities, or Adam's moments, of layers that had some."""
+        own, theirs = self.correction, other.correction
+        for arrays, before in (
+            (own.velocities, theirs.velocities),
+            (own.second_moments, theirs.second_moments),
+        ):
+            for name in arrays.keys() & before.keys():
+                array = other.backends[name].to_host(before[name])
+                self.backends[name].load(arrays[name], array)
+        own.weights |= {name: theirs.weights[name] for name in own.weights.keys() & theirs.weights}
+
+    def _check_leftover(self, layer: LayerSpec) -> None:
+        """Refuses a residual that would be added to the gradient of what another rank sends.
+
+        Raises:
+            DLSError: it holds Adam's updates, which are no gradients.
+        """
+        if self.config.adam and layer in self.plan.sparse:
+            raise DLSError(
+                f"adam={self.config.adam}: layer {layer.name!r} is sent by another rank of this "
+                "host than before, but what waits in its residual are updates, and cannot be "
+                "added to gradients. When ranks or hosts change, save a checkpoint before and "
+                "load it in a new process: see docs/checkpoints.md"
+            )
 
     def _take_kept(
         self, other: Memory, waiting: dict[str, Array], factor: float
@@ -189,7 +214,6 @@ class Memory:
 
     def state(self) -> dict[str, Any]:
         """Plain values and arrays; the large ones are not copied."""
-        config = asdict(self.config)
         stable = {layer.name: layer.stable_name for layer in self.plan.layers}
         residuals, velocities = self.residuals | self.leftovers, self.correction.velocities
         return (
@@ -198,7 +222,7 @@ class Memory:
                 "rank": self.groups.rank,
                 "world_size": self.groups.world_size,
                 "groups": list(self.groups.sizes),
-                "config": config | {"layer_density": [list(x) for x in self.config.layer_density]},
+                "config": self.config.as_plain(),
                 "parameters": [[x.stable_name, list(x.shape)] for x in self.plan.layers],
                 "layers": [
                     [x.stable_name, [*x.shape, x.work_dtype.name]] for x in self.plan.sparse
@@ -211,9 +235,19 @@ class Memory:
                 "residuals": {stable[name]: array for name, array in residuals.items()},
                 "velocities": {stable[name]: array for name, array in velocities.items()},
             }
+            | self._state_of_adam(stable)
             | self._state_of_owners()
             | self._usual_shares(stable)
         )
+
+    def _state_of_adam(self, stable: Mapping[str, str]) -> dict[str, Any]:
+        if not self.config.adam:
+            return {}
+        second, weights = self.correction.second_moments, self.correction.weights
+        return {
+            "second_moments": {stable[name]: array for name, array in second.items()},
+            "moment_weights": {stable[name]: np.array(own) for name, own in weights.items()},
+        }
 
     def _usual_shares(self, stable: Mapping[str, str]) -> dict[str, Any]:
         if self.correction.shares is None:
@@ -283,10 +317,17 @@ class Memory:
             saved = state.get("usual_shares", {})
             there = {name: saved[key] for name, key in stable.items() if key in saved}
             self.correction.shares.load(there)
-        residuals, velocities = self.residuals | self.leftovers, self.correction.velocities
-        for part, own in (("residuals", residuals), ("velocities", velocities)):
+        arrays = {
+            "residuals": self.residuals | self.leftovers,
+            "velocities": self.correction.velocities,
+            "second_moments": self.correction.second_moments,
+        }
+        for part, own in arrays.items():
             for name, array in own.items():
                 self.backends[name].load(array, state[part][stable[name]])
+        for name in self.correction.weights:
+            weights = state["moment_weights"][stable[name]]
+            self.correction.weights[name] = Weights(*map(float, weights))
         for key, sums in self._kept().items():
             # In a checkpoint it is in the residuals, and here nothing.
             sums[:] = np.asarray(state["kept"].get(key, 0.0))

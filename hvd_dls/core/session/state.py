@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hvd_dls.core.balancing.attendance import PATIENCE
+from hvd_dls.core.checkpoint.redistribution import OF_ADAM
 from hvd_dls.errors import StateMismatchError
 
 STATE_VERSION = 3
@@ -26,6 +27,7 @@ FREE_OPTIONS = (
     "clip_norm",
     "clip_value",
     "clip_global_norm",
+    "adam_eps",
 )
 _MAY_LACK = {"usual_shares"}  # what only some sessions save, and any can begin without
 _BEFORE = {"exchange": "allgather"}  # options that older states do not name
@@ -78,7 +80,7 @@ def _checked(
         version = state.get("version") if isinstance(state, Mapping) else state
         raise StateMismatchError(f"saved state has version {version}, expected {STATE_VERSION}")
     old = state["version"] == _OLDEST
-    if missing := own.keys() - state.keys() - _MAY_LACK - (_NEW if old else set()):
+    if missing := own.keys() - state.keys() - _MAY_LACK - set(OF_ADAM) - (_NEW if old else set()):
         raise StateMismatchError(f"the saved state lacks {', '.join(sorted(missing))}")
     if old:
         state = _upgraded(state, own)
@@ -154,7 +156,10 @@ def _check_arrays(
     Layers that go dense may have residuals, too: of times when they did not.
     """
     lengths = {name: math.prod(shape) for name, shape in own["parameters"]}
-    for part, needed in (("residuals", needed_residuals), ("velocities", own["velocities"])):
+    parts = {"residuals": needed_residuals, "velocities": own["velocities"]}
+    if OF_ADAM[0] in own:
+        parts |= {part: own[part] for part in OF_ADAM}
+    for part, needed in parts.items():
         there = state[part]
         for name in needed:
             if name not in there:
@@ -163,10 +168,10 @@ def _check_arrays(
             if name not in (lengths if part == "residuals" else needed):
                 raise StateMismatchError(f"{part} of layer {name!r} are saved, not there now")
             saved = np.asarray(array)
-            if saved.shape != (lengths[name],):
+            length = 2 if part == "moment_weights" else lengths[name]
+            if saved.shape != (length,):
                 raise StateMismatchError(
-                    f"layer {name!r}: {part} saved in shape {saved.shape}, expected "
-                    f"({lengths[name]},)"
+                    f"layer {name!r}: {part} saved in shape {saved.shape}, expected ({length},)"
                 )
             if not np.issubdtype(saved.dtype, np.floating):
                 raise StateMismatchError(f"layer {name!r}: {part} saved as {saved.dtype}")
@@ -175,6 +180,10 @@ def _check_arrays(
                 raise StateMismatchError(
                     f"layer {name!r}: {part} hold {saved[where]} at entry {where}, expected finite "
                     "numbers"
+                )
+            if part in OF_ADAM and (lowest := saved.min(initial=0)) < 0:
+                raise StateMismatchError(
+                    f"layer {name!r}: {part} hold {lowest}, expected numbers >= 0"
                 )
 
 

@@ -37,8 +37,8 @@ class Claim(NamedTuple):
         checksum: of what must be the same on all ranks.
         error: why this rank cannot go on; empty if it can.
         label: of the operations to come, if this is the set's first rank.
-        numbers: ``Session.agreed()``, if this is the set's first rank; where ranks vote on a state,
-            each one's ``Session.rounds``.
+        numbers: ``Session.agreed()``, if this is the set's first rank; with Adam each other one's
+            begins likewise, with its steps; where ranks vote on a state, ``Session.rounds``.
     """
 
     checksum: str

@@ -7,6 +7,7 @@ import pytest
 
 from hvd_dls.core.balancing.layers import layer_spec
 from hvd_dls.core.balancing.schedule import density_at
+from hvd_dls.errors import DLSError
 from tests.core.options import each_option
 from tests.core.ranks import copies, draw_gradients, frozen, make_sessions, run, same, step
 from tests.core.ranks import velocities_of as velocities
@@ -284,6 +285,18 @@ def test_what_waits_of_hosts_reaches_the_weights_also_where_it_goes_dense(after)
         assert before.any()
         assert np.array_equal(owed(new, name), before), name
         assert np.array_equal(owed(back, name), before), name
+
+
+def test_adam_s_updates_are_not_added_to_the_gradients_of_another_rank_s_layer():
+    options = {"hierarchical": True, "adam": (0.5, 0.999), "dense_below": 0, "density": 0.05}
+    sessions = make_sessions(4, LAYERS, [2, 2], **options)
+    for session, old in zip(make_sessions(4, LAYERS, [2, 2], **options), sessions, strict=True):
+        session.inherit(old)
+    new = make_sessions(4, LAYERS, [1, 3], **options)
+    lost = [old.residuals.keys() - own.residuals for own, old in zip(new, sessions, strict=True)]
+    number = next(i for i, names in enumerate(lost) if names)
+    with pytest.raises(DLSError, match=r"is sent by another rank of this host.*checkpoint"):
+        new[number].inherit(sessions[number])
 
 
 def fill_residuals(sessions):

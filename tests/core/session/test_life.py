@@ -32,6 +32,8 @@ OPTIONS = [
     {"values": "bfloat16", "bucket_bytes": 900},
     {"momentum": 0.5, "bucket_bytes": 1800},
     {"momentum": 0.5, "nesterov": True, "momentum_masking": False, "dense_steps": 2},
+    {"adam": (0, 0), "adam_eps": 1e-30, "bucket_bytes": 900},  # updates are signs, exactly
+    {"adam": (0, 0), "adam_eps": 1e-30, "values": "float16", "dense_steps": 2},
     {"cost_rule": True, "warmup_steps": 4},
     {"cost_rule": True, "momentum": 0.5},
     {"density": 1.0},
@@ -279,6 +281,7 @@ OPTIONS_OF_HOSTS = [
     {"values": "bfloat16"},
     {"momentum": 0.5, "bucket_bytes": 900},
     {"momentum": 0.5, "nesterov": True, "momentum_masking": False},
+    {"adam": (0, 0), "adam_eps": 1e-30},
     {"density": 1.0},
 ]
 HOSTS = [(2, 2), (2, 2), (1, 3), (2, 1, 1), (1, 1, 1), (4,)]
@@ -308,10 +311,10 @@ class LifeOnHosts(Life):
     def grouped(self):
         return self.world.sessions[0].grouped
 
-    @precondition(lambda self: not self.world.options.get("momentum"))
+    @precondition(lambda self: not self.world.options.keys() & {"momentum", "adam"})
     @rule(sizes=st.sampled_from(HOSTS), then=st.sampled_from(["", "scale", "restart"]))
     def other_ranks(self, sizes, then):
-        """On other hosts: with momentum, what waits would gather it again."""
+        """On other hosts: with momentum, what waits would gather it again; with Adam, refused."""
         super().other_ranks(sizes, then)
 
 
@@ -319,6 +322,7 @@ OPTIONS_OF_OWNERS = [
     {},
     {"bucket_bytes": 900, "values": "float16", "min_k": 3},
     {"momentum": 0.5, "warmup_steps": 6, "index_code": "plain"},
+    {"adam": (0, 0), "adam_eps": 1e-30},
     {"density": 1.0, "bucket_bytes": 900},
     {"prior": "measured", "layer_density": {"conv1.weight": 0.3, "conv2.weight": "dense"}},
 ]

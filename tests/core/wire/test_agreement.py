@@ -56,6 +56,8 @@ OTHER = {
     "density": 0.011,
     "strategy": "layerwise",
     "momentum": 0.9,
+    "adam": (0.5, 0.999),
+    "adam_eps": 1e-6,
     "dense_steps": 1,
     "warmup_steps": 1,
     "nonfinite": "skip",

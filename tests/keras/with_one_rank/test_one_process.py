@@ -72,6 +72,17 @@ def test_clipping_and_momentum_hold(ours, of_keras, eagerly):
     assert not np.allclose(weights, trained_by_keras(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_adam_is_adamw(eagerly):
+    compression = DLSCompressor(density=0.01, adam=(0.5, 0.99), **SPARSE)
+    sgd = keras.optimizers.SGD(0.003, weight_decay=0.1)
+    weights = trained(hvd.DistributedOptimizer(sgd, compression=compression), eagerly)
+    of_keras = keras.optimizers.AdamW(0.003, 0.1, 0.5, 0.99, epsilon=1e-8)
+    # Gradients in front of batch normalization are mere rounding, which Adam blows up.
+    same = np.isclose(weights, trained(of_keras), rtol=1e-3, atol=1e-5)
+    assert same.mean() > 0.99
+
+
 def test_momentum_is_that_of_accumulated_gradients():
     compression = DLSCompressor(density=0.01, momentum=0.9, **SPARSE)
     ours = hvd.DistributedOptimizer(

@@ -27,6 +27,40 @@ def test_momentum_in_both_is_refused(theirs):
     hvd.DistributedOptimizer(kind(0.1, **{theirs: 0.0}), compression=ours)
 
 
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (lambda: keras.optimizers.SGD(0.1, momentum=0.9), "SGD with momentum=0.9"),
+        (lambda: keras.optimizers.AdamW(0.1), "AdamW"),
+    ],
+    ids=["SGD", "AdamW"],
+)
+def test_adam_needs_plain_sgd(make, given):
+    with pytest.raises(DLSError, match=f"plain keras.optimizers.SGD, and it is {given}: make it"):
+        hvd.DistributedOptimizer(make(), compression=DLSCompressor(adam=(0.5, 0.999)))
+
+
+def test_adam_trains_alike_and_refuses_slices():
+    def model(sparse_as_dense):
+        layers = [keras.Input((1,)), keras.layers.Embedding(40, 30), keras.layers.Dense(2)]
+        net = keras.Sequential(layers)
+        optimizer = hvd.DistributedOptimizer(
+            keras.optimizers.SGD(0.01, weight_decay=0.1),
+            compression=compressor(adam=(0.5, 0.999)),
+            sparse_as_dense=sparse_as_dense,
+        )
+        net.compile(optimizer, "mse")
+        return net
+
+    words = np.arange(32)[:, None] % 40 + hvd.rank()
+    with pytest.raises(Exception, match="sparse_as_dense=True"):
+        model(False).fit(words, np.ones((32, 1, 2)), 16, verbose=0)
+    trained = model(True)
+    hvd.broadcast_variables(trained.variables, root_rank=0)
+    trained.fit(words, np.ones((32, 1, 2)), 16, epochs=2, verbose=0)
+    assert_same_on_all_ranks(flat(trained))
+
+
 def test_saved_and_loaded_without_horovod_and_trained_on(tmp_path):
     model = compiled(compressor())
     model.fit(*data(32), 16, epochs=2, verbose=0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.sketch import SAMPLE, WINDOW, histogram
-from hvd_dls.core.selection import momentum, passes
+from hvd_dls.core.selection import adam, momentum, passes
 from hvd_dls.core.selection.norms import Norm, l2_norm
 from hvd_dls.tensorflow.on_device import Device
 from tests.core.backends import SHAPES, Framework, check_sessions, each_dtype, each_option
@@ -238,6 +238,35 @@ def test_clipping_and_momentum_are_the_core_s(name, work, dtype, options, mass):
                 np.testing.assert_allclose(array_of(own), core, rtol=1e-6)
             else:
                 assert bits(own) == bits(core)
+
+
+@on_each_device
+@pytest.mark.parametrize(("work", "dtype"), DTYPES)
+@pytest.mark.parametrize("options", [{}, {"clip_value": 0.5}, {"clip_norm": 2.0}], ids=str)
+def test_adam_s_updates_are_the_core_s(name, work, dtype, options):
+    """Up to rounding: roots are not the same to the bit everywhere."""
+    config, backend = DLSConfig(adam=(0.5, 0.999), **options), Device(name)
+    rng, weights = np.random.default_rng(0), adam.Weights()
+    own = adam.Moments(np.zeros(3000, work), np.zeros(3000, work))
+    there = adam.Moments(*(variable(array, name) for array in own))
+    for factor in (1, 1e-3, 0, 1e3):
+        gradient = store(factor * rng.standard_normal(3000), dtype)
+        gradient[7] = store(np.array([np.nan if factor == 1e3 else 1.0]), dtype)[0]
+        weights = weights.with_one_more(config.adam)
+        by = adam.factors_of(config, weights, 2.0)
+        then, update = adam.Moments(*(np.empty(3000, work) for _ in own)), np.empty(3000, work)
+        adam.update_of(gradient, own, then, update, by, config, 2.0)
+        after = adam.Moments(*(variable(np.zeros(3000, work), name) for _ in own))
+        result, given_gradient = variable(np.zeros(3000, work), name), tensor(gradient, name)
+        backend.update(given_gradient, there, after, result, by, config, 2.0)
+        assert bits(given_gradient) == bits(gradient)
+        if factor == 1e3:  # NaN, to be found later
+            assert np.isnan(update).any()
+            assert np.isnan(array_of(result)).any()
+            continue
+        for device_s, core_s in ((result, update), *zip(after, then, strict=True)):
+            np.testing.assert_allclose(array_of(device_s), core_s, rtol=1e-5, atol=1e-30)
+        own, there = then, after
 
 
 @on_each_device

@@ -30,20 +30,20 @@ def saved_of(model):
 
 
 @pytest.mark.parametrize(
-    ("mode", "shared", "known"),
+    ("mode", "shared", "known", "options"),
     [
-        ("eager", True, True),
-        ("tf.function", False, True),
-        ("eager", False, False),
-        ("tf.function", True, False),
+        ("eager", True, True, {}),
+        ("tf.function", False, True, {}),
+        ("eager", False, False, {}),
+        ("tf.function", True, False, {"momentum": 0.0, "adam": (0.5, 0.999)}),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{value:d}",
+    ids=lambda value: f"{value:d}" if isinstance(value, bool) else str(value),
 )
-def test_a_training_goes_on_bit_for_bit(mode, shared, known):
+def test_a_training_goes_on_bit_for_bit(mode, shared, known, options):
     folder = tempfile.mkdtemp()
     if shared:
         folder = hvd.broadcast_object(folder, name="folder")
-    model, compression, trainer = start(mode)
+    model, compression, trainer = start(mode, **options)
     assert load_checkpoint(folder, saved_of(model), compression) is None
     trainer.train(range(4))
     written = save_checkpoint(folder, saved_of(model), compression)
@@ -52,7 +52,7 @@ def test_a_training_goes_on_bit_for_bit(mode, shared, known):
         again, other, retrained = model, compression, trainer
         expected = flat(model)
     else:
-        again, other, retrained = start(mode, seed=2)
+        again, other, retrained = start(mode, seed=2, **options)
         expected = flat(model)
     assert load_checkpoint(folder, saved_of(again), other) == written
     retrained.train(range(4, 8))

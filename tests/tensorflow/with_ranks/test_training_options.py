@@ -26,6 +26,7 @@ traced = pytest.mark.parametrize("mode", ["tf.function"])
     [
         {"momentum": 0.9, "warmup_steps": 4, "dense_steps": 2},
         {"clip_norm": 0.1, "clip_value": 0.01, "clip_global_norm": 0.5},
+        {"adam": (0.5, 0.999), "warmup_steps": 2, "dense_steps": 2},
         {"strategy": "global"},
         {"strategy": "norm"},
         {"strategy": "hard", "threshold": 1e-3},

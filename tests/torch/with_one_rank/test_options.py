@@ -77,6 +77,19 @@ def test_momentum_is_the_optimizer_s(nesterov, named, update):
     torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-5, atol=1e-6)
 
 
+@EACH_WAY
+@pytest.mark.parametrize("named", [True, False], ids=["named", "bare"])
+def test_adam_is_adamw(named, update):
+    """Plain SGD behind it has a decoupled weight decay, and a learning rate that may change."""
+    plain, ours, betas = net(), net(), (0.5, 0.99)
+    adamw = torch.optim.AdamW(plain.parameters(), 0.003, betas, weight_decay=0.1)
+    train(plain, wrap(plain, hvd.Compression.none, adamw), range(8), update)
+    given = ours.named_parameters() if named else None
+    sgd = torch.optim.SGD(ours.parameters(), 0.003, weight_decay=0.1)
+    train(ours, wrap(ours, DLSCompressor(given, adam=betas), sgd), range(8), update)
+    torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
 def test_momentum_in_both_is_refused_as_on_several(make):
     model = net()

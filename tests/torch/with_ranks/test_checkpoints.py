@@ -44,15 +44,17 @@ def save(folder, model, optimizer, compression, **options):
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one disk", "a disk for each rank"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained before", "new"])
-@pytest.mark.parametrize("bare", [True, False], ids=["class", "instance"])
-def test_a_training_goes_on_bit_for_bit(folder, shared, trained, bare):
+@pytest.mark.parametrize("use", ["class", "momentum", "adam"])
+def test_a_training_goes_on_bit_for_bit(folder, shared, trained, use):
     if not shared:
         folder = folder / f"disk{hvd.rank()}"
 
     class Bare(DLSCompressor):
         _default_instance = DLSCompressor(density=0.05, **SPARSE)
 
-    model, compression, optimizer = start(compression=Bare if bare else None)
+    bare = use == "class"
+    options = {"momentum": 0.0, "adam": (0.5, 0.999)} if use == "adam" else {}
+    model, compression, optimizer = start(compression=Bare if bare else None, **options)
     assert load_checkpoint(folder, compression) is None
     train(model, optimizer, range(4))
     written = save(folder, model, optimizer, compression)
@@ -62,7 +64,7 @@ def test_a_training_goes_on_bit_for_bit(folder, shared, trained, bare):
     expected = flat(model)
     if not trained:
         Bare._default_instance = DLSCompressor(density=0.05, **SPARSE)
-        model, compression, optimizer = start(2, compression if bare else None)
+        model, compression, optimizer = start(2, compression if bare else None, **options)
     state = load_checkpoint(folder, compression)
     assert state["epoch"] == 3
     assert written == folder / "checkpoint-00000000"

@@ -55,9 +55,10 @@ def broadcast(value):
     return hvd.broadcast_object(value, name="test")
 
 
+@pytest.mark.parametrize("options", [{"momentum": 0.5}, {"adam": (0.5, 0.999)}], ids=str)
 @pytest.mark.parametrize("use", USES)
-def test_the_way_back_to_a_commit_is_exact(use):
-    model, compression, optimizer, state = start(use, momentum=0.5)
+def test_the_way_back_to_a_commit_is_exact(use, options):
+    model, compression, optimizer, state = start(use, **options)
     train(model, optimizer, range(3))
     state.commit()
     committed = learnt(compression)

@@ -58,6 +58,8 @@ def test_momentum_at_density_one_is_the_optimizer_s_momentum(options):
         {"momentum": 0.9, "warmup_steps": 4, "dense_steps": 1},
         {"clip_norm": 0.1, "clip_value": 0.01},
         {"clip_global_norm": 0.1, "momentum": 0.9},
+        {"adam": (0.5, 0.999), "warmup_steps": 4, "dense_steps": 1},
+        {"adam": (0.5, 0.999), "exchange": "sparse_allreduce"},
         {"strategy": "global"},
         {"strategy": "norm"},
         {"strategy": "hard", "threshold": 1e-3},
@@ -312,6 +314,48 @@ def test_momentum_in_both_is_refused(make, instead):
     compression = DLSCompressor(model.named_parameters(), momentum=0.9, **SPARSE)
     optimizer = wrap(model, compression, make(model.parameters()))
     with pytest.raises(DLSError, match=re.escape(f"make it with {instead}")):
+        train(model, optimizer, [0])
+
+
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (
+            lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
+            "SGD with momentum=0.9",
+        ),
+        (lambda parameters: torch.optim.AdamW(parameters, betas=(0.0, 0.999)), "AdamW"),
+        (torch.optim.RMSprop, "RMSprop"),
+    ],
+    ids=["SGD", "AdamW", "RMSprop"],
+)
+def test_adam_needs_plain_sgd(make, given):
+    model = net()
+    optimizer = wrap(model, DLSCompressor(adam=(0.5, 0.999), **SPARSE), make(model.parameters()))
+    with pytest.raises(DLSError, match=rf"plain torch.optim.SGD, and it is {given}.*: make it"):
+        train(model, optimizer, [0])
+
+
+def test_adam_needs_averages():
+    model = net()
+    optimizer = wrap(model, DLSCompressor(adam=(0.5, 0.999), **SPARSE), sgd(model), op=hvd.Sum)
+    with pytest.raises(DLSError, match=r"adam=\(0.5, 0.999\) with op=hvd.Sum.*use op=hvd.Average"):
+        train(model, optimizer, [0])
+
+
+def test_adam_must_see_all_gradients():
+    model = nn.ModuleList([nn.Embedding(50, 40, sparse=True), nn.Linear(40, 30)])
+    optimizer = wrap(model, DLSCompressor(adam=(0.5, 0.999), **SPARSE), sgd(model))
+    before = flat(model)
+    model[1](model[0](torch.arange(5))).sum().backward()
+    with pytest.raises(DLSError, match=r"parameter of shape \(50, 40\) is sparse.*sparse=False"):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
+
+    model = net()
+    some = list(model.named_parameters())[:2]
+    optimizer = wrap(model, DLSCompressor(some, adam=(0.5, 0.999), **SPARSE), sgd(model))
+    with pytest.raises(DLSError, match="parameters, of which DLSCompressor was given 2"):
         train(model, optimizer, [0])
 
 

@@ -1,0 +1,124 @@
+"""Adam in front of the selection: a rank divides its own momentum, and updates wait.
+
+Behind the exchange, Adam's second moment is quadratic in what arrives, and an entry that has waited
+arrives as one late lump, whose step shrinks.  Here the residual holds updates instead, and a plain
+sum of them reaches the weights, behind plain SGD.  Measured in docs/adam.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.selection.clipping import limits_of
+from hvd_dls.core.selection.momentum import BLOCK
+from hvd_dls.core.selection.norms import Norm
+
+
+class Moments(NamedTuple):
+    """The moments of a layer's gradients, arrays as its backend has them.
+
+    Attributes:
+        first: (n,) mean of gradients, multiplied by the loss scale.
+        second: (n,) mean of their squares, without it.
+    """
+
+    first: Any
+    second: Any
+
+
+class Weights(NamedTuple):
+    """What the weights of all gradients in a layer's moments add up to: 1 - beta ** steps.
+
+    Moments are divided by them, as they begin at zero (Adam, arXiv:1412.6980, section 3).
+    """
+
+    first: float = 0.0
+    second: float = 0.0
+
+    def with_one_more(self, betas: tuple[float, float]) -> Weights:
+        """After another gradient."""
+        return Weights(*(1 - beta + beta * own for beta, own in zip(betas, self, strict=True)))
+
+
+class Factors(NamedTuple):
+    """Numbers of an update, in the order in which they are used; see ``update_of``."""
+
+    first: float
+    of_first: float
+    unscale: float
+    second: float
+    of_second: float
+    debias_first: float
+    debias_second: float
+    epsilon: float
+
+
+def factors_of(config: DLSConfig, weights: Weights, loss_scale: float) -> Factors:
+    """The numbers of an update.
+
+    Args:
+        config: the options, of which ``adam`` is given.
+        weights: with the gradient that is new.
+        loss_scale: that it is multiplied by.
+    """
+    assert config.adam is not None
+    first, second = config.adam
+    return Factors(
+        first,
+        1 - first,
+        1 / loss_scale,
+        second,
+        1 - second,
+        1 / weights.first,
+        1 / weights.second,
+        config.adam_eps,
+    )
+
+
+def update_of(
+    gradient: np.ndarray,
+    before: Moments,
+    into: Moments,
+    update: np.ndarray,
+    factors: Factors,
+    config: DLSConfig,
+    loss_scale: float = 1.0,
+    known_norm: Norm | None = None,
+) -> None:
+    """Clips a gradient, and makes the moments and the update with it, on the host.
+
+    Where the square of a gradient is too large for its type, the update is NaN: to be found later.
+
+    Args:
+        gradient: (n,) of any dtype that ``passes.find`` takes.
+        before: the moments without it, of the work dtype.
+        into: become the moments with it.
+        update: (n,) of the work dtype; becomes what Adam would subtract at a learning rate of 1,
+            multiplied by the loss scale.
+        factors: see ``factors_of``.
+        config: the options, for clipping.
+        loss_scale: see ``Correction.apply``.
+        known_norm: of the gradient, values clipped, and its limit, instead of the options'.
+    """
+    limits = limits_of(gradient, config, loss_scale, known_norm)
+    dtype = update.dtype.type
+    by = Factors(*map(dtype, factors))
+    with np.errstate(all="ignore"):  # what is not finite is found later
+        for start in range(0, len(gradient), BLOCK):
+            block = slice(start, start + BLOCK)
+            own = limits.clipped(gradient[block])
+            first, second, out = into.first[block], into.second[block], update[block]
+            np.multiply(before.first[block], by.first, out=first)
+            first += own * by.of_first
+            own = own * by.unscale
+            own *= own
+            np.multiply(before.second[block], by.second, out=second)
+            second += own * by.of_second
+            np.multiply(second, by.debias_second, out=out)
+            np.sqrt(out, out=out)
+            out += by.epsilon
+            np.divide(first * by.debias_first, out, out=out)
+            out += second * dtype(0)  # NaN where it is Inf
