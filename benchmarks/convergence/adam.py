@@ -4,6 +4,7 @@
     python -m benchmarks.convergence.adam --ways dense scaled --seeds 0 1 2
     python -m benchmarks.convergence.adam --density 0.001            # with a longer warm-up
     python -m benchmarks.convergence.adam --rate 2                   # at twice the learning rate
+    python -m benchmarks.convergence.adam --workers 16               # who share the same batch
     python -m benchmarks.convergence.adam --small                    # short trainings: to scout
     python -m benchmarks.convergence.adam --minutes 8                # goes on where it stopped
     python -m benchmarks.convergence.adam --report                   # only prints the table
@@ -58,6 +59,7 @@ class Run(NamedTuple):
             wants a third of the steps: to scout.
         density: share of entries that are sent, once the warm-up is over.
         rate: factor on the way's learning rate.
+        workers: that share each batch.
     """
 
     way: str
@@ -66,13 +68,15 @@ class Run(NamedTuple):
     small: bool = False
     density: float = DENSITIES[0]
     rate: float = 1.0
+    workers: int = WORKERS
 
     def file(self, folder: Path) -> Path:
         """Returns where its result is kept in a folder of results."""
         density = "" if self.density == DENSITIES[0] else f"-density-{self.density:g}"
         rate = "" if self.rate == 1 else f"-rate-{self.rate:g}"
+        workers = "" if self.workers == WORKERS else f"-workers-{self.workers}"
         small = "-small" * self.small
-        return folder / f"{self.way}-{self.steps}-{self.seed}{density}{rate}{small}.json"
+        return folder / f"{self.way}-{self.steps}-{self.seed}{density}{rate}{workers}{small}.json"
 
     def description(self) -> dict[str, Any]:
         """Returns all that its result follows from, as JSON has it."""
@@ -80,6 +84,8 @@ class Run(NamedTuple):
         moments = WAYS[self.way].moments
         way["moments"] = None if moments is None else moments._asdict()
         about = {"version": VERSION, "task": TASK, "way": way, **self._asdict()}
+        if self.workers == WORKERS:
+            del about["workers"]  # results of before have none
         result: dict[str, Any] = json.loads(json.dumps(about))
         return result
 
@@ -128,11 +134,11 @@ class Training:
     def __init__(self, run: Run, make_job: Callable[..., SimulatedJob] = SimulatedJob) -> None:
         self._run, self._way = run, WAYS[run.way]
         self._model = run.make_model()
-        self._job = make_job(self._model, WORKERS, run.config())
+        self._job = make_job(self._model, run.workers, run.config())
         self._updater = Updater(self._model, self._job, self._way)
         self._preconditioner = None
         if self._way.moments is not None:
-            self._preconditioner = Preconditioner(self._way.moments, WORKERS, run.warmup_steps)
+            self._preconditioner = Preconditioner(self._way.moments, run.workers, run.warmup_steps)
         self.losses: list[float] = []
         self._bytes: list[float] = []
         self._seconds = 0.0
@@ -146,7 +152,7 @@ class Training:
     def step(self) -> None:
         """Makes a step."""
         begun, task, way, step = time.perf_counter(), TASKS[TASK], self._way, len(self.losses)
-        about = {"seed": self._run.seed, "workers": WORKERS}
+        about = {"seed": self._run.seed, "workers": self._run.workers}
         loss_of = worker_loss(task, self._model, data_of(TASK), about, step)
         gradients, loss = self._job.gradients(loss_of)
         self.losses.append(loss)
@@ -273,7 +279,7 @@ def table(runs: Sequence[Run], folder: Path) -> str:
     for name in dict.fromkeys(run.way for run in runs):
         pairs = []
         for each in (run for run in runs if run.way == name):
-            beside = each._replace(way="dense", density=DENSITIES[0], rate=1.0)
+            beside = each._replace(way="dense", density=DENSITIES[0], rate=1.0, workers=WORKERS)
             result, dense = (run.result(folder) for run in (each, beside))
             if result is not None and result["loss"] is not None:
                 pairs.append((result["loss"], dense and dense["loss"], result["bytes"]))
@@ -296,6 +302,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--density", type=float, choices=DENSITIES, default=DENSITIES[0])
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rate")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="that share each batch")
     parser.add_argument("--small", action="store_true", help="a smaller model, 3 %, 800 steps")
     parser.add_argument("--steps", type=int, help="(default: 2400, or 800 with --small)")
     parser.add_argument("--folder", type=Path, default=KEPT, help="where results are kept")
@@ -311,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = args.steps or TASKS[TASK].steps // (3 if args.small else 1)
     pairs = itertools.product(args.seeds, args.ways)
     about = {"small": args.small, "density": args.density, "rate": args.rate}
+    about["workers"] = args.workers
     dense = about | {"density": DENSITIES[0]}  # which it has none of
     runs = [
         Run(way, steps, seed, **(about if WAYS[way].options is not None else dense))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -12,6 +13,9 @@ from hvd_dls.keras.accumulation import inner_optimizer
 from hvd_dls.keras.distributed import Distributed
 from hvd_dls.keras.gradient_allreduce import Allreduce
 from hvd_dls.keras.reduction import Reduction
+from hvd_dls.tensorflow.compressor import DLSCompressor
+
+_log = logging.getLogger("hvd_dls")
 
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name
@@ -84,6 +88,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     if backward_passes_per_step != 1:
         inner_optimizer(made).gradient_accumulation_steps = backward_passes_per_step
     _refuse_second_momentum(made, compression)
+    _warn_of_clipping(made, compression)
     made._reduction = Reduction(
         made,
         name or f"Distributed{kind.__name__}",
@@ -153,6 +158,26 @@ def _refuse_second_momentum(optimizer: Any, compression: Any) -> None:
             raise DLSError(
                 f"momentum={config.momentum} in DLSCompressor takes the place of the optimizer's, "
                 f"which has {theirs}={value}: make it with {theirs}=0"
+            )
+
+
+def _warn_of_clipping(optimizer: Any, compression: Any) -> None:
+    """Says so if the optimizer clips what arrives: the rest of it arrives later."""
+    config = getattr(compression, "config", None)
+    if config is None and compression is not DLSCompressor:
+        return
+    instead = {
+        "clipnorm": "clip_norm",
+        "clipvalue": "clip_value",
+        "global_clipnorm": "clip_global_norm",
+    }
+    for theirs, ours in instead.items():
+        if limit := getattr(inner_optimizer(optimizer), theirs, None):
+            _log.warning(
+                "the optimizer has %s=%s, which clips sparse sums behind the exchange: too late, "
+                "as what waits brings the rest in later steps. Leave it out, and give "
+                "DLSCompressor %s=%s, which clips each rank's gradient before",
+                *(theirs, limit, ours, limit),
             )
 
 

@@ -61,6 +61,18 @@ def test_adam_trains_alike_and_refuses_slices():
     assert_same_on_all_ranks(flat(trained))
 
 
+@pytest.mark.parametrize("compression", [DLSCompressor, DLSCompressor()], ids=["class", "instance"])
+def test_clipping_behind_the_exchange_is_told(compression, caplog):
+    kind = keras.optimizers.SGD
+    hvd.DistributedOptimizer(kind(0.1, global_clipnorm=1.0))
+    hvd.DistributedOptimizer(kind(0.1), compression=compression)
+    assert not caplog.messages
+    hvd.DistributedOptimizer(kind(0.1, global_clipnorm=1.5), compression=compression)
+    assert len(caplog.messages) == 1
+    assert "global_clipnorm=1.5, which clips sparse sums" in caplog.messages[0]
+    assert "give DLSCompressor clip_global_norm=1.5" in caplog.messages[0]
+
+
 def test_saved_and_loaded_without_horovod_and_trained_on(tmp_path):
     model = compiled(compressor())
     model.fit(*data(32), 16, epochs=2, verbose=0)
