@@ -25,7 +25,7 @@ OWNERS = {"exchange": "sparse_allreduce"}  # that add up, between hosts
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
-        ("eager", {}),
+        ("eager", {"adam": (0.5, 0.999)}),
         ("tf.function", {"momentum": 0.9}),
         ("tf.function", {"warmup_steps": 3, "dense_steps": 2}),
         ("tf.function", {"dense_steps": 1, "bucket_bytes": 4000} | OWNERS),

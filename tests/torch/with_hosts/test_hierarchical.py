@@ -52,6 +52,7 @@ def session_of(compression):
         {"warmup_steps": 4, "dense_steps": 2},
         {"exchange": "sparse_allreduce"},
         {"exchange": "sparse_allreduce", "momentum": 0.9, "bucket_bytes": 4000},
+        {"adam": (0.5, 0.999), "clip_norm": 1.0},
     ],
     ids=str,
 )

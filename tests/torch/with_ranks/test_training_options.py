@@ -279,10 +279,10 @@ def scaled_training(model, optimizer, scaler=None, overflow_at=()):
     return scales
 
 
-@pytest.mark.parametrize("own", [0.0, 0.5])
+@pytest.mark.parametrize("own", [{}, {"momentum": 0.5}, {"adam": (0.5, 0.999)}], ids=str)
 def test_grad_scaler_gives_the_same_as_no_scaling(own):
     """With growing scales, to the bit; an overflow on one rank is skipped by all."""
-    options = {"density": 0.1, "momentum": own, **SPARSE}
+    options = {"density": 0.1, **SPARSE, **own}
     models = [nn.Sequential(nn.Flatten(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 5))]
     hvd.broadcast_parameters(models[0].state_dict(), root_rank=0)
     models.append(nn.Sequential(nn.Flatten(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 5)))
