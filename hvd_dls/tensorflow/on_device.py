@@ -257,7 +257,7 @@ class Device:
         into.second.assign_add(own * own * factors.of_second)
         root = tf.sqrt(into.second * factors.debias_second) + factors.epsilon
         of_finite = into.first * factors.debias_first / root
-        update.assign(of_finite + into.second * 0)  # NaN where it is Inf
+        update.assign(of_finite + into.second * factors.nothing)  # NaN where it is Inf
 
     @_on_its_device
     def norm(self, gradient: tf.Tensor, limit: float | None) -> tf.Tensor:

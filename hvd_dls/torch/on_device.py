@@ -229,7 +229,7 @@ class Device:
         torch.mul(before.second, factors.second, out=into.second).add_(own)
         torch.mul(into.second, factors.debias_second, out=update).sqrt_().add_(factors.epsilon)
         torch.div(into.first * factors.debias_first, update, out=update)
-        update.add_(into.second * 0)  # NaN where it is Inf
+        update.add_(into.second * factors.nothing)  # NaN where it is Inf
 
     def norm(self, gradient: Tensor, limit: float | None) -> Tensor:
         """See ``core.norms.l2_norm``; () on this device."""

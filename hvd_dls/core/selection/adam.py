@@ -7,14 +7,18 @@ sum of them reaches the weights, behind plain SGD.  Measured in docs/adam.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hvd_dls.config import DLSConfig
+from hvd_dls.core.jit import HAVE_NUMBA
+from hvd_dls.core.selection import adam_loops, threads
 from hvd_dls.core.selection.clipping import limits_of
-from hvd_dls.core.selection.momentum import BLOCK
 from hvd_dls.core.selection.norms import Norm
+
+_BLOCK = 1 << 15  # entries worked on at once: all that is touched of them stays in cache
 
 
 class Moments(NamedTuple):
@@ -44,7 +48,7 @@ class Weights(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Numbers of an update, in the order in which they are used; see ``update_of``."""
+    """The numbers of an update: see ``update_of``."""
 
     first: float
     of_first: float
@@ -54,6 +58,7 @@ class Factors(NamedTuple):
     debias_first: float
     debias_second: float
     epsilon: float
+    nothing: float = 0.0  # times the second moment: NaN where that is Inf
 
 
 def factors_of(config: DLSConfig, weights: Weights, loss_scale: float) -> Factors:
@@ -103,22 +108,46 @@ def update_of(
         loss_scale: see ``Correction.apply``.
         known_norm: of the gradient, values clipped, and its limit, instead of the options'.
     """
-    limits = limits_of(gradient, config, loss_scale, known_norm)
-    dtype = update.dtype.type
-    by = Factors(*map(dtype, factors))
+    own = limits_of(gradient, config, loss_scale, known_norm).clipped(gradient)
+    by = np.array(factors, update.dtype)
+
+    def work(part: tuple[int, int]) -> None:
+        _one_pass(own, *before, *into, update, by, *part)
+
+    if threads.of_use(len(own)):
+        threads.each(work, threads.parts(len(own), _BLOCK))
+    else:
+        work((0, len(own)))
+
+
+def _in_blocks(
+    gradient: np.ndarray,
+    first_before: np.ndarray,
+    second_before: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    update: np.ndarray,
+    by: np.ndarray,
+    start: int,
+    stop: int,
+) -> None:
+    """``adam_loops.one_pass`` in NumPy: the same bits."""
+    of = Factors(*by)
     with np.errstate(all="ignore"):  # what is not finite is found later
-        for start in range(0, len(gradient), BLOCK):
-            block = slice(start, start + BLOCK)
-            own = limits.clipped(gradient[block])
-            first, second, out = into.first[block], into.second[block], update[block]
-            np.multiply(before.first[block], by.first, out=first)
-            first += own * by.of_first
-            own = own * by.unscale
+        for begin in range(start, stop, _BLOCK):
+            block = slice(begin, min(begin + _BLOCK, stop))
+            own, mean, square, out = gradient[block], first[block], second[block], update[block]
+            np.multiply(first_before[block], of.first, out=mean)
+            mean += own * of.of_first
+            own = own * of.unscale
             own *= own
-            np.multiply(before.second[block], by.second, out=second)
-            second += own * by.of_second
-            np.multiply(second, by.debias_second, out=out)
+            np.multiply(second_before[block], of.second, out=square)
+            square += own * of.of_second
+            np.multiply(square, of.debias_second, out=out)
             np.sqrt(out, out=out)
-            out += by.epsilon
-            np.divide(first * by.debias_first, out, out=out)
-            out += second * dtype(0)  # NaN where it is Inf
+            out += of.epsilon
+            np.divide(mean * of.debias_first, out, out=out)
+            out += square * of.nothing
+
+
+_one_pass: Callable[..., None] = adam_loops.one_pass if HAVE_NUMBA else _in_blocks

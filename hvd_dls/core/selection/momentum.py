@@ -8,7 +8,7 @@ from hvd_dls.config import DLSConfig
 from hvd_dls.core.selection.clipping import limits_of
 from hvd_dls.core.selection.norms import Norm
 
-BLOCK = 1 << 15  # entries worked on at once: all that is touched of them stays in cache
+_BLOCK = 1 << 15  # entries worked on at once: all that is touched of them stays in cache
 
 
 def correct(
@@ -36,8 +36,8 @@ def correct(
     momentum = into.dtype.type(config.momentum)
     ahead = np.empty_like(into) if config.nesterov else None
     with np.errstate(all="ignore"):  # what is not finite is found later
-        for start in range(0, len(gradient), BLOCK):
-            block = slice(start, start + BLOCK)
+        for start in range(0, len(gradient), _BLOCK):
+            block = slice(start, start + _BLOCK)
             own = limits.clipped(gradient[block])
             if velocity is None:
                 into[block] = own

@@ -5,6 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvd_dls.config import DLSConfig
+from hvd_dls.core.jit import HAVE_NUMBA
+from hvd_dls.core.selection import adam, adam_loops, threads
 from hvd_dls.core.selection.passes_numpy import widened
 from hvd_dls.errors import StateMismatchError
 from tests.core.ranks import copies, draw_gradients, make_sessions, run, same, step
@@ -58,6 +61,36 @@ def test_updates_are_adam_s_multiplied_by_the_loss_scale(seed, size, dtype, beta
         own.commit({"w": np.arange(min(size, 3))})  # nothing is cleared
         assert close(own.velocities["w"], scale * reference.first)
         assert close(own.second_moments["w"], reference.second)
+
+
+@pytest.mark.skipif(not HAVE_NUMBA, reason="numba is not installed")
+@given(seeds, st.sampled_from([np.float32, np.float64]), st.sampled_from(SIZES))
+def test_the_compiled_loop_does_the_same_as_numpy(seed, dtype, size):
+    rng = np.random.default_rng(seed)
+    arrays = [rng.standard_normal(size).astype(dtype) for _ in range(6)]
+    np.abs(arrays[2], out=arrays[2])
+    arrays[0][::97] = rng.choice([0.0, np.nan, np.inf, 1e30], len(arrays[0][::97]))
+    factors = adam.factors_of(DLSConfig(adam=BETAS), adam.Weights(0.75, 0.01), 1024.0)
+    by, results = np.array(factors, dtype), []
+    for one_pass in (adam._in_blocks, adam_loops.one_pass):
+        own = [array.copy() for array in arrays]
+        one_pass(*own, by, 0, size)
+        results.append([array.tobytes() for array in own])
+    assert results[0] == results[1]
+
+
+def test_large_layers_in_parts_are_the_same_to_the_bit(monkeypatch):
+    monkeypatch.setattr(threads, "_LEAST", 50_000)
+    gradient = draw(np.random.default_rng(0), 200_001)
+    updates = []
+    for count in (1, 3):
+        monkeypatch.setattr(threads, "_count", count)
+        own = make(200_001, adam=BETAS)
+        for _ in range(2):
+            update = own.apply("w", gradient)
+            own.commit({})
+        updates.append(update)
+    assert np.array_equal(*updates)
 
 
 def test_a_sum_of_squares_that_overflows_is_not_a_step_of_zero():
