@@ -27,12 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.advise.comparing import Case, Compared, candidate_of, compare, judge
+from benchmarks.advise.comparing import Case, Compared, compare, judge
 from benchmarks.advise.models import MODELS
 from benchmarks.common.command_line import make_parser
 from benchmarks.common.reporting import markdown, write_json
 from benchmarks.hosts import Hosts, HostsError
 from benchmarks.hosts.jobs import JobError, launcher, run_job
+from hvd_dls.advice.candidates import Candidate
+from hvd_dls.config import ALLGATHER, SPARSE_ALLREDUCE
 
 WANTED = 0.2  # error of a step time, at most
 FREE = "none"  # a link that is not shaped
@@ -41,6 +43,7 @@ FREE = "none"  # a link that is not shaped
 def measure(args: argparse.Namespace, count: int, rate: str) -> list[Case]:
     """Runs a job on new hosts; returns the figures of each model."""
     options = ["--models", *args.models, "--densities", *map(str, args.densities)]
+    options += ["--exchanges", *args.exchanges]
     for name in ("rounds", "turn_seconds", "seconds"):
         options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     place = f"{count} hosts, {'not shaped' if rate == FREE else rate}"
@@ -95,7 +98,7 @@ def show_steps(rows: list[Compared]) -> None:
     lines = [
         [
             row.case,
-            candidate_of(row.name).title,
+            Candidate.of(row.name).title,
             cell(row.predicted),
             cell(row.measured),
             f"{row.error:+.0%}",
@@ -138,6 +141,12 @@ def main() -> None:
         "--rates", nargs="+", default=["100mbit", "1gbit", FREE], help=f"as in 1gbit, or {FREE}"
     )
     parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.01, 0.001])
+    parser.add_argument(
+        "--exchanges",
+        nargs="+",
+        choices=(ALLGATHER, SPARSE_ALLREDUCE),
+        default=[ALLGATHER, SPARSE_ALLREDUCE],
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="of the advice's turns")
     parser.add_argument("--rounds", type=int, default=3, help="turns before and after")
     parser.add_argument("--turn-seconds", type=float, default=1.5, help="of a training's turn")

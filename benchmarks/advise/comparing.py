@@ -41,17 +41,6 @@ class Compared(NamedTuple):
         return self.predicted[1] <= self.measured[0] <= self.predicted[2]
 
 
-def candidate_of(name: str) -> Candidate:
-    """The candidate with a name like "dls:0.01:bfloat16"."""
-    method, *rest = name.split(":")
-    if not rest:
-        return Candidate(method)
-    density, *more = rest
-    between_hosts = "hierarchical" in more
-    values = next((each for each in more if each != "hierarchical"), "float32")
-    return Candidate(method, float(density), values, between_hosts)
-
-
 def compare(case: Case) -> list[Compared]:
     """Each candidate's prediction beside what was measured."""
     rows = []
@@ -105,10 +94,10 @@ class Verdict(NamedTuple):
 def judge(case: Case) -> Verdict:
     """Compares the recommendation with what measured times lead to."""
     measured: Mapping[Candidate, float] = {
-        candidate_of(row.name): row.measured[0] for row in compare(case)
+        Candidate.of(row.name): row.measured[0] for row in compare(case)
     }
     advice = case["advice"]
-    recommended = candidate_of(advice["recommended"]["name"])
+    recommended = Candidate.of(advice["recommended"]["name"])
     votes, fastest = advice["votes"], min(measured.values())
     cautious = [s for each, s in measured.items() if each.caution < recommended.caution]
     return Verdict(

@@ -20,6 +20,7 @@ import torch
 from benchmarks.advise.models import MODELS, Made
 from benchmarks.common.command_line import make_parser
 from benchmarks.common.reporting import write_json
+from hvd_dls.advice.candidates import Candidate, candidates
 from hvd_dls.torch import DLSCompressor, advise
 
 WARMUP = 25  # steps of DLS before any is timed
@@ -30,15 +31,14 @@ class Training:
 
     Args:
         made: model, step and optimizer.
-        method: "dense", "fp16", "dls:0.01" or "dls:0.01:bfloat16".
+        candidate: dense, fp16 or DLS.
     """
 
-    def __init__(self, made: Made, method: str) -> None:
-        kind, *rest = method.split(":")
+    def __init__(self, made: Made, candidate: Candidate) -> None:
+        kind = candidate.method
         compression: Any = getattr(hvd.Compression, "fp16" if kind == "fp16" else "none")
         if kind == "dls":
-            values = rest[1] if len(rest) > 1 else "float32"
-            compression = DLSCompressor(density=float(rest[0]), values=values)
+            compression = DLSCompressor(**candidate.options)
         self._model, self._step = made.model, made.step
         self._optimizer = hvd.DistributedOptimizer(
             made.optimizer(made.model.parameters()),
@@ -72,8 +72,9 @@ def run(args: argparse.Namespace, model: str) -> dict[str, Any]:
         "advice"; and the "load" of the machine before, between and after these.
     """
     made = MODELS[model]
-    methods = ["dense", "fp16", *(f"dls:{density:g}" for density in args.densities)]
-    trainings = {method: Training(made(), method) for method in methods}
+    wanted = candidates(args.densities, ["float32"], args.exchanges)
+    methods = [candidate.name for candidate in wanted]
+    trainings = {each.name: Training(made(), each) for each in wanted}
     steps = {}
     for method, training in trainings.items():
         training.train(training.warmup)
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace, model: str) -> dict[str, Any]:
         optimizer=asked.optimizer,
         quiet=True,
         densities=args.densities,
+        exchanges=args.exchanges,
         seconds=args.seconds,
     )
     load.append(os.getloadavg()[0])
@@ -117,6 +119,7 @@ def main() -> None:
     parser = make_parser("advise.training", __doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, required=True)
     parser.add_argument("--densities", type=float, nargs="+", required=True)
+    parser.add_argument("--exchanges", nargs="+", required=True)
     parser.add_argument("--rounds", type=int, required=True, help="before and after the advice")
     parser.add_argument("--turn-seconds", type=float, required=True)
     parser.add_argument("--seconds", type=float, required=True, help="of the advice")

@@ -10,11 +10,17 @@ from typing import Any
 from hvd_dls.advice.candidates import ALONE, DENSE, Candidate
 from hvd_dls.advice.deciding import Decision, Prediction
 from hvd_dls.advice.link import Line
+from hvd_dls.config import ALLGATHER
 from hvd_dls.core.session.stats import bytes_text, plain_of, table
 
 UNKNOWN = (
     "What no clock can tell is whether the model trains as well: docs/convergence.md has what was "
     "measured, docs/tuning.md what to set with it (warm-up, momentum correction)."
+)
+
+OWNERS = (
+    "With sparse_allreduce a step changes fewer entries of the model than with allgather at the "
+    "same density: docs/scale.md compares how both train at equal bytes."
 )
 
 
@@ -27,7 +33,8 @@ class Row:
         seconds: of a step, forward and backward included.
         dense_over_this: how many times as long a dense step takes, of steps of the same turn.
         link_bytes: that a rank sends in a step by ring algorithms, (P - 1) payloads and
-            2 (P - 1) / P of all else; with ``hierarchical``, between hosts.
+            2 (P - 1) / P of all else; with ``hierarchical``, between hosts; with
+            "sparse_allreduce", on average of all ranks.
         parts: seconds of a step on this rank, by the part of compression, in the last turn
             (``compression.stats()``); "wait" is no work, "total" no part.
         turns: seconds of a step in each turn.
@@ -128,6 +135,8 @@ class Advice:
         if left_out:
             yield left_out
         yield [*self._conclusion(), UNKNOWN]
+        if any(row.candidate.exchange != ALLGATHER for row in self.rows):
+            yield [OWNERS]
 
     def _speeds(self) -> Iterator[str]:
         for name, line in self.lines.items():

@@ -54,7 +54,7 @@ class Lab(ABC):
 
     Attributes:
         rank, size, local_size: this rank, the number of ranks, of those on this host.
-        cross_size: number of hosts.
+        cross_size: number of hosts, of those that have a rank of this local number.
     """
 
     rank: int

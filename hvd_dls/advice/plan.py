@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hvd_dls.advice.candidates import candidates
+from hvd_dls.advice.candidates import Candidate, candidates
+from hvd_dls.config import ALLGATHER, SPARSE_ALLREDUCE
 from hvd_dls.errors import DLSError
+
+OWNERS_FROM = 4  # senders: with fewer, owners have been slower everywhere (docs/scale.md)
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class Plan:
     Attributes:
         densities: of DLS, each in (0, 1].
         values: types of the values that it sends, of "float32", "bfloat16", "float16".
+        exchanges: of DLS, of "allgather", "sparse_allreduce"; None: the former, and from
+            OWNERS_FROM ranks on (with ``hierarchical``, hosts) the latter, too.
         seconds: that turns should take together, about; slow steps take longer.
         turns: of each candidate, 2 at least.
         worth: how many times as fast a step has to be for a less cautious candidate, >= 1.
@@ -27,12 +32,14 @@ class Plan:
 
     densities: tuple[float, ...] = (0.05, 0.01, 0.001)
     values: tuple[str, ...] = ("float32",)
+    exchanges: tuple[str, ...] | None = None
     seconds: float = 40.0
     turns: int = 5
     worth: float = 1.2
 
     def __post_init__(self) -> None:
-        for name in ("densities", "values"):
+        lists = ["densities", "values", *([] if self.exchanges is None else ["exchanges"])]
+        for name in lists:
             given = tuple(getattr(self, name))
             if not given:
                 raise DLSError(f"{name}={given!r}: one at least")
@@ -43,7 +50,23 @@ class Plan:
                 raise DLSError(f"{name}={value!r}: accepted is a number >= {least:g}")
         if not isinstance(self.turns, int) or self.turns < 2:
             raise DLSError(f"turns={self.turns!r}: accepted is an integer >= 2")
-        candidates(self.densities, self.values, False)  # refuses what DLS does not accept
+        for exchange in self.exchanges or ():
+            if exchange not in (ALLGATHER, SPARSE_ALLREDUCE):
+                raise DLSError(
+                    f"exchange={exchange!r}: accepted are {ALLGATHER!r} and {SPARSE_ALLREDUCE!r}"
+                )
+        candidates(self.densities, self.values)  # refuses what DLS does not accept
+
+    def candidates(self, ranks: int, hosts: int) -> list[Candidate]:
+        """All that are compared in a job of so many ranks and hosts, the most cautious first."""
+        between_hosts = self._among(hosts) if 1 < hosts < ranks else ()
+        return candidates(self.densities, self.values, self._among(ranks), between_hosts)
+
+    def _among(self, senders: int) -> tuple[str, ...]:
+        """Exchanges to try among so many that send."""
+        if self.exchanges is not None:
+            return self.exchanges
+        return (ALLGATHER, SPARSE_ALLREDUCE) if senders >= OWNERS_FROM else (ALLGATHER,)
 
 
 def plan_of(options: dict[str, Any]) -> Plan:

@@ -10,7 +10,7 @@ import numpy as np
 
 import hvd_dls
 from hvd_dls.advice.advice import Advice, Row
-from hvd_dls.advice.candidates import ALONE, DENSE, Candidate, candidates
+from hvd_dls.advice.candidates import ALONE, DENSE, Candidate
 from hvd_dls.advice.deciding import Prediction, recommend
 from hvd_dls.advice.lab import OPERATIONS, Lab, Subject
 from hvd_dls.advice.link import sent_by_allreduce
@@ -52,13 +52,14 @@ def find_out(
     entries, sizes = np.array(subject.gradients(), np.int64).reshape(-1, 2).T
     whole = float((entries * sizes).sum())
     lines = {operation: line_of(lab, operation, whole) for operation in OPERATIONS}
-    between_hosts = 1 < lab.cross_size < lab.size
-    wanted = [ALONE, *candidates(plan.densities, plan.values, between_hosts)]
+    # Where hosts have different numbers of ranks, some of these count fewer hosts.
+    hosts = max(everyone(lab, "hosts", lab.cross_size))
+    wanted = [ALONE, *plan.candidates(lab.size, hosts)]
     running, unavailable = take_turns(lab, subject, plan, wanted, tell)
     turns = {each: tuple(of.turns) for each, of in running.items() if each != ALONE}
     return Advice(
         ranks=lab.size,
-        hosts=lab.cross_size,
+        hosts=hosts,
         local_size=lab.local_size,
         entries=int(entries.sum()),
         tensors=len(entries),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvd_dls.advice.plan import Plan
+from hvd_dls.advice.plan import OWNERS_FROM, Plan
 from hvd_dls.errors import DLSError
 
 if TYPE_CHECKING:
@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--values", nargs="+", default=list(_DEFAULTS.values), help="float32, bfloat16, float16"
+    )
+    parser.add_argument(
+        "--exchanges",
+        nargs="+",
+        metavar="EXCHANGE",
+        help="of DLS: allgather, sparse_allreduce (default: the former; from "
+        f"{OWNERS_FROM} ranks or hosts on, both)",
     )
     parser.add_argument(
         "--seconds",
@@ -149,6 +156,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return Plan(
         densities=tuple(arguments.densities),
         values=tuple(arguments.values),
+        exchanges=arguments.exchanges and tuple(arguments.exchanges),
         seconds=arguments.seconds,
         turns=arguments.turns,
         worth=arguments.worth,

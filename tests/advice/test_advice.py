@@ -8,12 +8,13 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_dls.advice.advice import UNKNOWN, Advice, Row
+from hvd_dls.advice.advice import OWNERS, UNKNOWN, Advice, Row
 from hvd_dls.advice.candidates import DENSE, Candidate, candidates
 from hvd_dls.advice.deciding import Prediction, recommend
 from hvd_dls.advice.link import Line
 
-TRIED = candidates((0.01, 0.001), ("float32",), hierarchical=True)
+BOTH = ("allgather", "sparse_allreduce")
+TRIED = candidates((0.01, 0.001), ("float32",), BOTH, BOTH)
 TURNS = st.fixed_dictionaries(
     {each: st.lists(st.floats(1e-4, 100), min_size=3, max_size=3) for each in TRIED}
 )
@@ -44,6 +45,7 @@ def test_a_report_names_what_to_write_and_what_it_cannot_know(turns):
     advice = advice_of(turns)
     text = str(advice)
     assert UNKNOWN in text
+    assert OWNERS in text
     assert "100 Mbit/s sent by a rank" in text
     for each in TRIED:
         assert f"\n{each.title} " in text

@@ -14,14 +14,15 @@ from hvd_dls.advice.plan import Plan
 from hvd_dls.errors import DLSError
 
 SECONDS = st.floats(1e-4, 1e3)
-TRIED = candidates((0.05, 0.01, 0.001), ("float32", "bfloat16"), hierarchical=True)
+BOTH = ("allgather", "sparse_allreduce")
+TRIED = candidates((0.05, 0.01, 0.001), ("float32", "bfloat16"), BOTH, BOTH)
 TIMES = st.fixed_dictionaries(dict.fromkeys(TRIED, SECONDS))
 WORTH = st.floats(1, 3)
 ONE, TENTH = Candidate("dls", 0.01), Candidate("dls", 0.001)
 
 
 def test_candidates_come_with_the_most_cautious_first_and_say_what_to_write():
-    names = [each.name for each in candidates((0.001, 0.01), ("bfloat16", "float32"), False)]
+    names = [each.name for each in candidates((0.001, 0.01), ("bfloat16", "float32"))]
     assert names == [
         "dense",
         "fp16",
@@ -31,6 +32,50 @@ def test_candidates_come_with_the_most_cautious_first_and_say_what_to_write():
     code = "compression=DLSCompressor(density=0.01, values='bfloat16', hierarchical=True)"
     assert (between.code, FP16.code) == (code, "compression=hvd.Compression.fp16")
     assert between.title == "DLS 1 %, bfloat16, hierarchical"
+    owners = Candidate("dls", 0.01, exchange="sparse_allreduce")
+    assert owners.code == "compression=DLSCompressor(density=0.01, exchange='sparse_allreduce')"
+    assert owners.title == "DLS 1 %, sparse_allreduce"
+
+
+def test_of_one_density_allgather_is_more_cautious_than_owners_and_both_than_a_lower_density():
+    names = [each.name for each in candidates((0.001, 0.01), ("float32", "bfloat16"), BOTH)]
+    assert names[2:7] == [
+        "dls:0.01",
+        "dls:0.01:bfloat16",
+        "dls:0.01:sparse_allreduce",
+        "dls:0.01:bfloat16:sparse_allreduce",
+        "dls:0.001",
+    ]
+
+
+@pytest.mark.parametrize("candidate", TRIED, ids=lambda each: each.name)
+def test_names_are_read(candidate):
+    assert Candidate.of(candidate.name) == candidate
+
+
+@pytest.mark.parametrize(
+    ("exchanges", "ranks", "hosts", "tried"),
+    [
+        (None, 3, 1, [""]),
+        (None, 4, 1, ["", ":sparse_allreduce"]),
+        (None, 4, 4, ["", ":sparse_allreduce"]),
+        (None, 6, 3, ["", ":hierarchical", ":sparse_allreduce"]),
+        (
+            None,
+            8,
+            4,
+            ["", ":hierarchical", ":sparse_allreduce", ":hierarchical:sparse_allreduce"],
+        ),
+        (["allgather"], 8, 4, ["", ":hierarchical"]),
+        (["sparse_allreduce"], 2, 1, [":sparse_allreduce"]),
+    ],
+)
+def test_owners_are_tried_where_there_are_enough_or_where_that_is_asked_for(
+    exchanges, ranks, hosts, tried
+):
+    plan = Plan(densities=(0.01,), exchanges=exchanges)
+    names = [each.name for each in plan.candidates(ranks, hosts)]
+    assert names == ["dense", "fp16", *(f"dls:0.01{end}" for end in tried)]
 
 
 @given(TIMES, WORTH)
@@ -97,6 +142,8 @@ def test_times_that_do_not_grow_have_no_bandwidth():
         ({"densities": (0.01, 1.5)}, "density=1.5"),
         ({"densities": (0.0,)}, "density=0.0"),
         ({"values": ("int8",)}, "values='int8'"),
+        ({"exchanges": ()}, "exchanges=()"),
+        ({"exchanges": ("auto",)}, "exchange='auto'"),
         ({"seconds": -1.0}, "seconds=-1.0"),
         ({"seconds": float("nan")}, "seconds=nan"),
         ({"turns": 1}, "turns=1"),

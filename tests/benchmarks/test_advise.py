@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks.advise.comparing import candidate_of, compare, judge
+from benchmarks.advise.comparing import compare, judge
 
 
 def case_of(measured, recommended, predicted=1.0):
@@ -62,8 +62,3 @@ def test_what_is_near_the_limit_is_right_on_either_side():
     assert all(judge(case_of(measured, name)).right for name in measured)
     assert judge(case_of(measured, "dls:0.05")).same
     assert not judge(case_of(measured, "dense")).same
-
-
-@pytest.mark.parametrize("name", ["dense", "fp16", "dls:0.05", "dls:0.01:bfloat16:hierarchical"])
-def test_names_are_read(name):
-    assert candidate_of(name).name == name

@@ -39,23 +39,27 @@ def test_two_ranks_are_advised(tmp_path):
     file = tmp_path / "out" / "advice.json"
     # 0.0001 is too low for two layers of 9,000 entries: that is said, and the others are tried.
     densities = ["--densities", "0.05", "0.0001"]
-    said = horovodrun(2, [*command, *densities, "--json", str(file)], env=path)
+    exchanges = ["--exchanges", "allgather", "sparse_allreduce"]
+    said = horovodrun(2, [*command, *densities, *exchanges, "--json", str(file)], env=path)
     assert said.count("hvd-dls advise: 2 ranks on 1 host(s), 9,344 gradients in 4 tensors") == 1
     assert said.count(UNKNOWN) == 1
     assert "turn 2 of 2" in said
     assert re.search(r"not tried: DLS 0\.01 %: .*density=0\.0001", said), said
     written = json.loads(file.read_text())
-    assert [row["name"] for row in written["rows"]] == ["dense", "fp16", "dls:0.05"]
+    tried = ["dense", "fp16", "dls:0.05", "dls:0.05:sparse_allreduce"]
+    assert [row["name"] for row in written["rows"]] == tried
     for row in written["rows"]:
         assert len(row["turns"]) == 2
         assert min(row["turns"]) > 0
-    dense, fp16, dls = (row["link_bytes"] for row in written["rows"])
+    dense, fp16, dls, owners = (row["link_bytes"] for row in written["rows"])
     assert dense == 2 * fp16 == 4 * 9344
     assert dls < fp16
-    assert set(written["rows"][2]["parts"]) >= {"find", "pack", "wait", "settle"}
+    assert owners < fp16
+    for row in written["rows"][2:]:
+        assert set(row["parts"]) >= {"find", "pack", "wait", "settle"}
     assert len(written["votes"]) == 2
     recommended = written["recommended"]["name"]
-    assert recommended in ("dense", "fp16", "dls:0.05")
+    assert recommended in tried
     assert ("Leave it dense" in said) == (recommended == "dense")
 
 
