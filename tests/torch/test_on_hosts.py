@@ -18,7 +18,8 @@ def test_two_hosts_of_two_ranks():
 
 
 def test_a_host_of_one_rank_and_one_of_two():
-    chosen = "density_one or accumulated or shared_out or take_no_part or (given_up and 2) or advised"
+    chosen = "density_one or accumulated or shared_out or take_no_part or (given_up and 2)"
+    chosen += " or advised"
     output = pytest_on_ranks(3, HERE, "-k", chosen, per_host=(1, 2))
     assert output.count(" passed") == 3, output
 
