@@ -22,6 +22,7 @@ from hvd_dls.core.session import averaging, ending, gathering, owning, settling,
 from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.owners import Owners
 from hvd_dls.core.session.planning import make_plan
+from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.session.session import Session
 from hvd_dls.core.session.stopwatch import Stopwatch
 from hvd_dls.core.session.tally import Tally
@@ -46,6 +47,7 @@ __all__ = [
     "StepSize",
     "Stopwatch",
     "Tally",
+    "bucket_count",
     "clocked_modules",
     "elias_fano",
     "find",
@@ -91,6 +93,20 @@ def step_size(shapes: Shapes, config: DLSConfig, ranks: int) -> StepSize:
     shares = (round(entries * bucket.size / plan.sizes.sum()) for bucket in buckets)
     payloads = sum(payload_bytes(b, share) for b, share in zip(buckets, shares, strict=True))
     return StepSize(entries, payloads, plan.dense_bytes)
+
+
+def bucket_count(shapes: Shapes, config: DLSConfig, hosts: int, per_host: int = 1) -> int:
+    """Counts the buckets that a model's compressed layers travel in.
+
+    Args:
+        shapes: of the model's parameters.
+        config: the compressor's options.
+        hosts: number of ranks that send a bucket: of hosts, where these average first.
+        per_host: ranks that average before one of them sends.
+    """
+    layers = [layer_spec(name, shape) for name, shape in shapes.items()]
+    plan = make_plan(layers, config, hosts)
+    return len(Routing(plan, config, Groups([per_host] * hosts, 0)).buckets)
 
 
 def received_by_owners(shapes: Shapes, config: DLSConfig, ranks: int, sharing: int = 1) -> int:

@@ -9,7 +9,7 @@ from benchmarks.common.reporting import markdown
 from benchmarks.convergence.pictures import smooth
 from benchmarks.convergence.results import Group, Groups, Result
 from benchmarks.convergence.settings import WORKERS
-from benchmarks.cost_model.fit import factors_of, fit, points_of
+from benchmarks.cost_model.fit import Senders, factors_of, fit, points_of
 from benchmarks.hosts import bits_per_second
 
 MEASURED = [ROOT / "build" / "results" / name for name in ("exchange.json", "network.json")]
@@ -66,7 +66,8 @@ def exchange_seconds(group: Group, terms: np.ndarray, rate: str) -> float:
     method = "dense" if group.density is None else f"dls:{group.density:g}"
     k = group.mean("entries_sent")
     bits = bits_per_second(rate)
-    return float(factors_of(method, ranks, n, k, wire, bits, shared=1.0) @ terms)
+    senders = Senders(ranks, averaging=1, buckets=1)
+    return float(factors_of(method, senders, n, k, wire, bits, shared=1.0) @ terms)
 
 
 def time_to_target(groups: Groups, task: str, terms: np.ndarray) -> str:

@@ -1,37 +1,48 @@
 """A formula for the time of a step, fitted to measurements, and where DLS pays by it.
 
     python -m benchmarks.cost_model build/exchange.json build/network.json --picture cost.png
+    python -m benchmarks.cost_model build/network.json --check build/hosts.json
 
 Takes JSON files of benchmarks.exchange and benchmarks.network. The time of a step, of P ranks over
 links of B bytes a second:
 
-    dense   start + hop P' + copy N             + wire 2 P'/P 4 N / B
-    fp16    start + hop P' + copy N + convert N + wire 2 P'/P 2 N / B
-    sparse  start + hop P' + pass N + entry K P + wire (P' payload + 2 P'/P rest) / B
-    owners  start + (hop + scatter) P' + pass N + region N/P + entry 2 K
-                                                + wire (received + 2 P'/P rest) / B
+    dense   start + (hop + ring) P' + copy N             + wire 2 P'/P 4 N / B
+    fp16    start + (hop + ring) P' + copy N + convert N + wire 2 P'/P 2 N / B
+    sparse  start + operation b + hop P' b + pass N + entry K P
+                                              + wire (P' payload + 2 P'/P rest) / B
+    owners  start + operation 3 b + (hop + scatter) P' b + pass N + region N/P + entry 2 K
+                                              + wire (received + 2 P'/P rest) / B
 
-with P' = P - 1, N entries of the model, K entries a rank sends, and `rest` the bytes that go dense.
-`owners` is exchange="sparse_allreduce", `received` what its busiest rank receives: of its own
-region from all others, and of theirs, what they hand out; the telemetry has it or, in predictions,
-the plan. All but the last term is time of a processor: where ranks share cores, it counts as often
-as ranks share one. `wire` should come out a little above 1: headers. The terms are added up, as if
-nothing overlapped. The first tables show the terms, and what they make beside what was measured.
-(`start` cannot be told from `copy` and `pass` by measurements of a single model, nor `hop` by a
-single P, nor what owners cost by a few: then they share.)
+with P' = P - 1, N entries of the model, b buckets, K entries a rank sends, and `rest` the bytes
+that go dense. `owners` is exchange="sparse_allreduce", `received` what its busiest rank receives:
+of its own region from all others, and of theirs, what they hand out; the telemetry has it or, in
+predictions, the plan. It has three operations a bucket: an alltoall of lengths, one of entries, and
+an allgather.
 
-The predictions are for ranks with as fast a core as measured, and another `hop`, and `scatter`: P'
-times --latency-us, twice (dense), three times (sparse: an allgather, and what goes dense) or five
-times (owners: two alltoalls more). "Horovod" compares with dense as fitted, on CPUs; "ideal" with
-an allreduce that costs nothing but the wire, as GPUs with NCCL nearly have it, while DLS still pays
-for passes on a CPU. An allgather grows with P, an allreduce does not: with P density above about
-1.5 (float32), DLS sends more than dense and cannot win on any link. Where owners add up, what is
-received grows by headers and sketches only, and steps change P times fewer entries: the same
-density is not the same training (docs/scale.md).
+In two levels (hierarchical=True) of H hosts with L ranks each, P is H in all that is sparse, a rank
+selects from N/L entries and owns N/(H L), and there are two operations more a bucket, both inside
+the host: an average, ring (L - 1) + copy N for all buckets together, as for a dense allreduce but
+for the wire; and what came in is handed on, hop (L - 1) b.
 
-With --per-host L, ranks share a host's link, and each exchange comes flat, and in "two levels"
-(hierarchical=True). There, P is the number of hosts for all that is sparse, and the dense
-allreduce inside each host costs what `start` and `copy` say.
+All but the last term is time of a processor: where ranks share cores, each term counts as often as
+ranks share one, P over the cores of the machine; so 16 ranks on two cores pay each of them eight
+times. `wire` should come out a little above 1: headers. The terms are added up, as if nothing
+overlapped. The first tables show the terms, and what they make beside what was measured; --check
+shows that for measurements that are not fitted to. (`start` cannot be told from `copy` and `pass`
+by measurements of a single model, nor `hop` by a single P, nor `operation` and what owners cost by
+a few: then they share.)
+
+The predictions are for ranks with a core each, as fast as measured. Instead of `hop`, `ring` and
+`scatter` each operation takes P' times --latency-us, an allreduce twice. "Horovod" compares with
+dense as fitted, on CPUs; "ideal" with an allreduce that costs nothing but the wire, as GPUs with
+NCCL nearly have it, while DLS still pays for passes on a CPU. An allgather grows with P, an
+allreduce does not: with P density above about 1.5 (float32), DLS sends more than dense and cannot
+win on any link. Where owners add up, what is received grows by headers and sketches only, and steps
+change P times fewer entries: the same density is not the same training (docs/scale.md).
+
+With --per-host L, ranks share a host's link, and each exchange comes flat, and in two levels. With
+--bucket-bytes, buckets of another size than the compressor's default: larger ones mean fewer
+operations, and fewer hops.
 """
 
 from __future__ import annotations
@@ -52,25 +63,37 @@ from benchmarks.rounds.summary import title_of
 
 UNITS = {
     "start": (1e3, "ms a step"),
-    "hop": (1e3, "ms a step and rank"),
+    "operation": (1e3, "ms an operation of a bucket"),
+    "hop": (1e3, "ms an operation and rank"),
+    "ring": (1e3, "ms an allreduce and rank"),
     "copy": (1e9, "ns an entry of the model"),
     "convert": (1e9, "ns an entry of the model"),
     "pass": (1e9, "ns an entry of the model"),
     "entry": (1e9, "ns an entry received"),
     "region": (1e9, "ns an entry of an owner's region"),
-    "scatter": (1e3, "ms a step and rank, with owners"),
+    "scatter": (1e3, "ms a bucket and rank, with owners"),
     "wire": (1.0, "of the bytes claimed"),
 }
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
-    """Prints the terms, and what they make beside what was measured; returns the latter."""
+def show_terms(terms: np.ndarray) -> None:
+    """Prints the terms."""
     fitted = [
         [name, f"{value * UNITS[name][0]:.3g}", UNITS[name][1]]
         for name, value in zip(TERMS, terms, strict=True)
     ]
     print(markdown(["term", "fitted", ""], fitted))
+
+
+def show_beside(points: list[Point], terms: np.ndarray, what: str) -> list[dict[str, Any]]:
+    """Prints what the terms make beside what was measured, and returns it.
+
+    Args:
+        points: measurements.
+        terms: fitted to these, or to others.
+        what: they are, in words.
+    """
     rows: list[dict[str, Any]] = []
     for point in points:
         model = float(point.factors @ terms)
@@ -95,7 +118,7 @@ def show_fit(points: list[Point], terms: np.ndarray) -> list[dict[str, Any]]:
     ]
     print(markdown(["", "method", "measured, ms", "model, ms", "error"], compared))
     errors = np.abs([row["error"] for row in rows])
-    print(f"Errors: median {np.median(errors):.0%}, largest {errors.max():.0%}\n")
+    print(f"{what}: median {np.median(errors):.0%}, largest {errors.max():.0%}\n")
     return rows
 
 
@@ -143,6 +166,9 @@ def parse() -> argparse.Namespace:
     """Parses the command line."""
     parser = make_parser("cost_model", __doc__)
     parser.add_argument("measured", type=Path, nargs="+", help="files of exchange or network")
+    parser.add_argument(
+        "--check", type=Path, nargs="+", default=[], help="files to compare with, not to fit to"
+    )
     parser.add_argument("--model", choices=MODELS, default="resnet50", help="to predict for")
     parser.add_argument("--density", type=float, nargs="+", default=[0.01, 0.001])
     parser.add_argument("--values", default="float32")
@@ -150,6 +176,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--per-host", type=int, default=1, help="ranks on each host, for hierarchical=True, too"
     )
+    parser.add_argument("--bucket-bytes", type=int, help="of the compressor (default: its own)")
     parser.add_argument("--latency-us", type=float, default=20.0, help="of one hop of a ring")
     add_output_options(parser)
     return parser.parse_args()
@@ -160,12 +187,15 @@ def main() -> None:
     args = parse()
     points = [point for path in args.measured for point in points_of(path)]
     terms = fit(points)
-    fitted = show_fit(points, terms)
-    rows = predict(terms, args, any(p.method.startswith(OWNERS) for p in points))
+    show_terms(terms)
+    fitted = show_beside(points, terms, "Errors")
+    others = [point for path in args.check for point in points_of(path)]
+    checked = show_beside(others, terms, "Errors of what is not fitted to") if others else []
+    rows = predict(terms, args, any(OWNERS in p.method for p in points))
     show_predictions(rows, args)
     if args.json:
-        result = {"terms": dict(zip(TERMS, terms, strict=True)), "fit": fitted, "predicted": rows}
-        write_json(result, args.json)
+        result = {"terms": dict(zip(TERMS, terms, strict=True)), "fit": fitted}
+        write_json(result | {"checked": checked, "predicted": rows}, args.json)
     if args.picture:
         draw(fitted, rows, args.picture)
 

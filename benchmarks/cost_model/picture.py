@@ -21,7 +21,7 @@ def draw(fitted: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -
     """Draws model against measurements; below, where which exchange is the fastest.
 
     Args:
-        fitted: of ``show_fit``.
+        fitted: of ``show_beside``.
         rows: of ``predict``.
         path: of the picture.
     """

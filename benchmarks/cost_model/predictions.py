@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common.internals import received_by_owners, step_size
+from benchmarks.common.internals import bucket_count, received_by_owners, step_size
 from benchmarks.common.shapes import MODELS, entries
-from benchmarks.cost_model.fit import OWNERS, TERMS
+from benchmarks.cost_model.fit import OWNERS, TERMS, Senders
 from benchmarks.hosts import bits_per_second
 from hvd_dls.config import DLSConfig
 
@@ -53,73 +53,55 @@ def dense_costs(terms: np.ndarray, n: int, ranks: int, latency: float, ideal: bo
 def sparse_costs(
     terms: np.ndarray,
     model: str,
-    density: float,
-    values: str,
+    config: DLSConfig,
     ranks: int,
     latency: float,
     per_host: int = 1,
+    sharing: int = 1,
 ) -> Costs:
     """Predicts the costs of a step with DLS.
 
     Args:
         terms: fitted.
         model: one of MODELS.
-        density: of the compressor.
-        values: type of the values that are sent.
+        config: the compressor's options: density, values, exchange and bucket_bytes.
         ranks: number of ranks.
         latency: seconds of one hop of a ring.
         per_host: ranks that average their gradients on each host before one sends for all: that
             costs as much as a dense allreduce but for the wire, where a host's own is free.
+        sharing: ranks on each host that do not average first, and share its link; for owners.
     """
-    hosts = ranks // per_host
+    hosts, owners = ranks // per_host, config.exchange == OWNERS
     at = dict(zip(TERMS, terms, strict=True))
-    # The cost rule would send layers dense where sparse is no smaller: here, what sparse costs.
-    config = DLSConfig(density=density, values=values, cost_rule=False)
     shapes = MODELS[model]()
     n, size = entries(shapes), step_size(shapes, config, hosts)
-    fixed = at["start"] + at["pass"] * n + at["entry"] * size.entries * hosts
-    fixed += 3 * (hosts - 1) * latency
-    if per_host > 1:
-        fixed += at["start"] + at["copy"] * n + 3 * (per_host - 1) * latency
-    sent = (hosts - 1) * size.payload_bytes + 2 * (ranks - 1) / ranks * size.dense_bytes
+    senders = Senders(hosts, per_host, bucket_count(shapes, config, hosts, per_host))
+    fixed = at["start"] + at["operation"] * senders.operations(owners)
+    fixed += at["pass"] * n / per_host + at["entry"] * size.entries * (2 if owners else hosts)
+    # Each operation of each bucket, and what goes dense.
+    fixed += ((3 if owners else 1) * senders.buckets + 2) * (hosts - 1) * latency
+    if per_host > 1:  # an allreduce and an allgather of each bucket
+        fixed += at["copy"] * n + 3 * senders.buckets * (per_host - 1) * latency
+    if owners:
+        fixed += at["region"] * n / ranks
+        sent = float(received_by_owners(shapes, config, hosts, sharing))
+    else:
+        sent = float((hosts - 1) * size.payload_bytes)
+    sent += 2 * (ranks - 1) / ranks * size.dense_bytes
     return Costs(fixed, 8 * sent * max(at["wire"], 1.0))
 
 
-def owner_costs(
-    terms: np.ndarray,
-    model: str,
-    density: float,
-    values: str,
-    ranks: int,
-    latency: float,
-    per_host: int = 1,
-    sharing: int = 1,
-) -> Costs:
-    """Predicts the costs of a step with exchange="sparse_allreduce".
+def config_of(
+    density: float, values: str, exchange: str, bucket_bytes: int | None = None
+) -> DLSConfig:
+    """Options to predict for: the cost rule would have layers go dense where sparse is no smaller.
 
     Args:
-        terms: as for ``sparse_costs``, and all others but these.
-        model: likewise.
-        density: likewise.
-        values: likewise.
-        ranks: likewise.
-        latency: likewise.
-        per_host: likewise; owners add up between hosts, behind these averages.
-        sharing: ranks on each host that do not average first, and share its link.
+        density, values, exchange: of the compressor.
+        bucket_bytes: likewise; None: its default.
     """
-    hosts = ranks // per_host
-    at = dict(zip(TERMS, terms, strict=True))
-    config = DLSConfig(density=density, values=values, cost_rule=False, exchange=OWNERS)
-    shapes = MODELS[model]()
-    n, size = entries(shapes), step_size(shapes, config, hosts)
-    fixed = at["start"] + at["pass"] * n + at["region"] * n / hosts + at["entry"] * size.entries * 2
-    # One alltoall tells how much comes in the next; an allgather; what goes dense.
-    fixed += 5 * (hosts - 1) * latency
-    if per_host > 1:
-        fixed += at["start"] + at["copy"] * n + 3 * (per_host - 1) * latency
-    received = float(received_by_owners(shapes, config, hosts, sharing))
-    received += 2 * (ranks - 1) / ranks * size.dense_bytes
-    return Costs(fixed, 8 * received * max(at["wire"], 1.0))
+    options: dict[str, Any] = {} if bucket_bytes is None else {"bucket_bytes": bucket_bytes}
+    return DLSConfig(density=density, values=values, cost_rule=False, exchange=exchange, **options)
 
 
 def crossover(dense: Costs, sparse: Costs) -> tuple[float, float]:
@@ -164,12 +146,10 @@ def predict(
     for density, ranks, per_host, exchange in itertools.product(
         args.density, args.ranks, sorted({1, args.per_host}), exchanges
     ):
-        if ranks > per_host:
-            case = (terms, args.model, density, args.values, ranks, latency, per_host)
-            if exchange == OWNERS:
-                sparse = owner_costs(*case, sharing=args.per_host // per_host)
-            else:
-                sparse = sparse_costs(*case)
+        if ranks > args.per_host:  # or there is no link between hosts
+            config = config_of(density, args.values, exchange, args.bucket_bytes)
+            sharing = args.per_host // per_host
+            sparse = sparse_costs(terms, args.model, config, ranks, latency, per_host, sharing)
             both = {
                 kind: dense_costs(terms, n, ranks, latency, kind == "ideal")
                 for kind in ("Horovod", "ideal")
