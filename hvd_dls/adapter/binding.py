@@ -16,7 +16,7 @@ import hvd_dls
 from hvd_dls.adapter.exchanges import exchange_of
 from hvd_dls.adapter.hosts import HostSets, groups_of, host_sets, known_sets, row_of
 from hvd_dls.adapter.leaving import meet_at_exit
-from hvd_dls.adapter.states import take_state_of
+from hvd_dls.adapter.states import LoadedStates, take_state_of
 from hvd_dls.adapter.world import World, epoch
 from hvd_dls.config import DLSConfig
 from hvd_dls.core import disk_cache
@@ -62,7 +62,7 @@ class BaseBinding(ABC):
         self.loss_scale: Callable[[], float] | None = None
         self._layers = list(layers)
         self._config = config
-        self.states: list[Mapping[str, Any]] = []
+        self.states = LoadedStates()
         self.observers: list[Callable[[SessionBase], None]] = []
         self._world: World | None = None
         self._epoch: Any = None
@@ -110,6 +110,7 @@ class BaseBinding(ABC):
             StateMismatchError: a state that was loaded before does not fit.
         """
         old, error, session, loaded = self.session, None, None, None
+        before, of_former = old, None
         groups, hosts = Groups.of_one(world.size, world.rank), list[list[int]]()
         sets: dict[tuple[int, ...], int] = {}
         # All ranks gather this, whatever their options are: these are compared afterwards.
@@ -120,8 +121,11 @@ class BaseBinding(ABC):
             if self._config.hierarchical:
                 groups, hosts = groups_of(rows, world)
                 sets = known_sets()
-            session = self._new_session(world, groups)
-            if old is None:
+            if old is None and self.states.of_former_ranks:
+                of_former = take_state_of(self.parameters_of_state, self.states)
+                before = self._session_of_former(of_former, world)
+            session = self._new_session(world, groups, before)
+            if before is None:
                 loaded = take_state_of(self.parameters_of_state, self.states)
             if loaded is not None:
                 session.load_state_dict(loaded)
@@ -142,8 +146,8 @@ class BaseBinding(ABC):
         try:
             claims = [own] if world.size == 1 else self._compare(_AGREE, own, facts, world)
         except BaseException:
-            if loaded is not None:
-                self.states.insert(0, loaded)  # for the next attempt
+            if (taken := loaded or of_former) is not None:
+                self.states.insert(0, taken)  # for the next attempt
             raise
         if error is not None:
             raise error
@@ -202,7 +206,21 @@ class BaseBinding(ABC):
         """Whether the passes of some layer are made on a device, if they can be."""
         return False
 
-    def _new_session(self, world: World, groups: Groups) -> Session:
+    def _session_of_former(self, state: Mapping[str, Any] | None, world: World) -> Session | None:
+        """The session that goes on from a state that was loaded among other ranks than today's.
+
+        Elastic training: what waits weighs as much as before, as if this rank had begun then.
+        """
+        if state is None:
+            return None
+        rank, size = self.states.rank, self.states.size
+        then = world._replace(rank=rank, size=size)
+        session = self._new_session(then, Groups.of_one(size, rank), None)
+        session.load_state_dict(state)
+        return session
+
+    def _new_session(self, world: World, groups: Groups, old: Session | None) -> Session:
+        """A session of these ranks, which goes on from one of others."""
         if self._config.adam and not world.averages:
             raise DLSError(
                 f"adam={self._config.adam} with op=hvd.Sum: each rank makes an update of its own, "
@@ -223,14 +241,14 @@ class BaseBinding(ABC):
             self._planned_for,
         )
         session.memory.averages = world.averages
-        if self.session is not None:
+        if old is not None:
             # What waits in a residual reaches the weights divided by the number of senders; sums
             # over ranks, multiplied by that of ranks.
-            before = self.session.groups
+            before = old.groups
             factor = groups.count / before.count
             if not world.averages:
                 factor *= before.world_size / groups.world_size
-            session.inherit(self.session, factor)
+            session.inherit(old, factor)
         return session
 
     @property

@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any, ClassVar
 
 from hvd_dls.adapter.binding import BaseBinding
-from hvd_dls.adapter.states import STATE_VERSION, models_in, take_state_of
+from hvd_dls.adapter.states import STATE_VERSION, LoadedStates, models_in, take_state_of
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.session.stats import Stats
 from hvd_dls.core.session.telemetry import StepRecord
@@ -58,7 +58,7 @@ class BaseCompressor:
         self.config = DLSConfig.from_options(**options)
         self._loss_scale = loss_scale
         self._bindings: list[Any] = []
-        self._loaded: list[Mapping[str, Any]] = []  # states of models to come
+        self._loaded = LoadedStates()  # states of models to come
         self._logs: list[Any] = []  # that observe each model's steps
 
     @InstanceOrDefault
@@ -196,7 +196,7 @@ class BaseCompressor:
             raise error
         for binding, saved, of_all in zip(living, chosen, rounds, strict=True):
             binding.load_state_dict(saved, of_all)
-        self._loaded[:] = waiting  # models without a session look here
+        self._loaded.load(waiting)  # models without a session look here
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Spark and Ray pickle the compressor before training starts: options are all there is.

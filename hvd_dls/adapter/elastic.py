@@ -38,6 +38,7 @@ class Commit:
         for binding in self._compressor._living():
             if binding.session is not None:
                 self._sessions[binding] = binding.session.copy()
+        self._compressor._loaded.date()
         self._loaded: list[Mapping[str, Any]] = list(self._compressor._loaded)
 
     def restore(self) -> None:
@@ -56,32 +57,43 @@ class Commit:
         """Of each model, how many steps it has made on this rank."""
         return [b.session.memory.controller.step for b in self._compressor._living() if b.session]
 
+    @property
+    def told(self) -> tuple[list[int], bool]:
+        """What other ranks compare with: ``steps``, and whether there is a state from before.
+
+        Such a state was loaded when ranks were others, and no model has taken it yet.
+        """
+        return self.steps, self._compressor._loaded.of_former_ranks
+
     def sync(self, broadcast: Callable[[Any], Any]) -> None:
         """Compares with rank 0 what each rank has learnt; together with all other ranks.
 
         Args:
             broadcast: gives rank 0's object to all ranks.
         """
-        self.compare(broadcast(self.steps))
+        self.compare(*broadcast(self.told))
 
-    def compare(self, first: list[int]) -> None:
-        """Compares what this rank has learnt with rank 0.
+    def compare(self, first: list[int], has_loaded: bool = False) -> None:
+        """Compares what this rank has learnt with rank 0, which has been there for longest.
 
         Nothing is copied from rank to rank: residuals are each rank's own, and ratios follow rank
         0's at the next gradient.  A state that was loaded by a rank that has come later is dropped,
-        if rank 0 has trained already: it is older than the weights.
+        if rank 0 has trained already, as it is older than the weights; and if rank 0 is to go on
+        from what it has loaded itself, as residuals of ranks that are gone are lost.
 
         Args:
             first: rank 0's ``steps``.
+            has_loaded: the rest of what rank 0 ``told``.
         """
-        own = self.steps
-        if first and not own and self._compressor._loaded:
+        own, loaded = self.steps, self._compressor._loaded
+        if not own and loaded and (first or (has_loaded and not loaded.of_former_ranks)):
+            done = f"trained for {max(first)} steps already" if first else "loaded one before"
             _log.warning(
-                "the state that was loaded on this rank is dropped: the job it has joined has "
-                "trained for %d steps already",
-                max(first),
+                "the state that was loaded on this rank is dropped: the job it has joined has %s",
+                done,
             )
-            self._compressor._loaded.clear()
+            loaded.clear()
+            self._loaded = []
         if first and own and first != own:
             _log.warning(
                 "residuals of this rank are of step(s) %s, the weights of rank 0's step(s) %s, as "

@@ -1,13 +1,52 @@
-"""Which saved state belongs to which model: by their layers, not by the order of training."""
+"""Which saved state belongs to which model: by their layers, not by the order of training.
+
+And to which ranks: those of the time when it was loaded, who may have changed before a model takes
+it, in an elastic job.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hvd_dls.adapter.world import Ranks, epoch, is_elastic, own_rank
 from hvd_dls.errors import StateMismatchError
 
 STATE_VERSION = 1  # of the compressor's state; each model's has a version of its own
+
+
+class LoadedStates(list[Mapping[str, Any]]):
+    """States of models to come, and the ranks among which they were loaded.
+
+    Attributes:
+        rank: this process's number then; -1 before Horovod is initialised.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank, self._ranks = -1, Ranks()
+
+    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Takes other states in, of the ranks of now."""
+        self[:] = states
+        self.rank = -1
+        self.date()
+
+    def date(self) -> None:
+        """Notes who the ranks are, unless that was done, or there are none before ``hvd.init``."""
+        rank = own_rank()
+        if self.rank < 0 and rank is not None:
+            self.rank, self._ranks = rank, epoch()
+
+    @property
+    def size(self) -> int:
+        """Number of ranks then."""
+        return len(self._ranks)
+
+    @property
+    def of_former_ranks(self) -> bool:
+        """Whether workers have come or gone since: the states are of this rank as it was then."""
+        return bool(self) and self.rank >= 0 and is_elastic() and self._ranks is not epoch()
 
 
 def models_in(state: Any) -> list[Mapping[str, Any]]:

@@ -30,7 +30,7 @@ class World(NamedTuple):
     averages: bool = True
 
 
-class _Ranks(list[int]):
+class Ranks(list[int]):
     """Ranks of the global process set, as Horovod keeps them; unequal to every list.
 
     ``hvd.init`` (horovod/common/process_sets.py, ``_init_process_sets``) puts a new list in its
@@ -49,9 +49,20 @@ def epoch() -> Any:
     After that, Horovod's ranks may be others, and everything that they agreed on is void.
     """
     ranks = process_sets.global_process_set.ranks
-    if not isinstance(ranks, _Ranks):
-        ranks = process_sets.global_process_set.ranks = _Ranks(ranks or ())
+    if not isinstance(ranks, Ranks):
+        ranks = process_sets.global_process_set.ranks = Ranks(ranks or ())
     return ranks
+
+
+def own_rank() -> int | None:
+    """This process's number among all; None before ``hvd.init()``, and once Horovod has ended."""
+    basics: Any = process_sets._basics
+    if basics is None or not basics.is_initialized():
+        return None
+    try:
+        return int(basics.rank())
+    except ValueError:  # its background thread has ended
+        return None
 
 
 def is_elastic() -> bool:

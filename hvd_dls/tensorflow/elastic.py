@@ -127,9 +127,9 @@ class CompressedState(ObjectState):
             broadcast_variables(self._tracked(), root_rank=0)
             super().sync()
             # In one broadcast: not all ranks need have as many compressors by now.
-            of_first = self._bcast_object([commit.steps for _, commit in self._commits])
-            for (_, commit), steps in zip(self._commits, of_first, strict=False):
-                commit.compare(steps)
+            of_first = self._bcast_object([commit.told for _, commit in self._commits])
+            for (_, commit), told in zip(self._commits, of_first, strict=False):
+                commit.compare(*told)
         self._save_here()
 
     def _save_here(self) -> None:

@@ -89,6 +89,8 @@ class History:
             Number of ranks in each world.
         """
         told: dict[int, dict[int, Event]] = defaultdict(dict)  # the last of each step, by worker
+        for event in self._job.events("loaded"):
+            told[event["pid"]][0] = event
         worlds = [world for world in self.worlds() if world]
         # Said where a failure came between the commits of two ranks, which is seldom.
         mixed = "residuals of this rank are of step(s)" in self._job.output()
@@ -101,7 +103,7 @@ class History:
                 if density is not None and events[0]["size"] > 1:
                     sent, entries = events[0]["sent"], events[0]["entries"]
                     assert abs(sent - density * entries) <= 0.1 * density * entries, events
-                if step > 1:
+                if step > 1 or 0 in told[events[0]["pid"]]:
                     before = [told[e["pid"]].get(step - 1) for e in events]
                     assert before[0] is not None, f"step {step} without {step - 1}: {events}"
                     if not (mixed and step == min(world)):

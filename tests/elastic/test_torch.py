@@ -18,19 +18,26 @@ PROGRAM = "tests/elastic/torch_program.py"
 SMALL = {"density": 0.05, "dense_below": 0, "bucket_bytes": 2048}  # for a model of four buckets
 
 
-def test_workers_come_die_and_leave():
-    """The state is not given the compressor, as in a script of Horovod's own examples."""
-    with job_of(2, SMALL) as job:
+def test_workers_load_come_die_and_leave():
+    """The state is not given the compressor, as in a script of Horovod's own examples.
+
+    One of two that have loaded a state dies before the first commit, so what the other has loaded
+    is of more ranks than there are.  What newcomers load is dropped, since that one has trained.
+    """
+    with job_of(2, SMALL, "loads") as job:
         history = History(job)
-        history.wait_for_steps(2)
+        job.order(host(1), "die in step 2")
+        history.wait_for_steps(1)
         job.add(host(2))
+        job.add(host(3))
         history.wait_for_steps(3)
-        job.order(history.pid_on(host(1)), "die in backward")
+        job.order(history.pid_on(host(2)), "die in backward")
         history.wait_for_steps(2)
-        job.remove(host(1), host(2))
+        job.remove(host(3))
         history.wait_for_steps(1)
         finish(job, history, host(0))
-        assert history.check(density=0.05) == [2, 3, 2, 1]
+        assert history.check(density=0.05) == [2, 1, 3, 2, 1]
+        assert "the state that was loaded on this rank is dropped" in job.output()
 
 
 def test_one_worker_becomes_many_and_two_die_at_once():

@@ -1,7 +1,7 @@
 """A small training with hvd.elastic; what a test orders ends it.
 
 Arguments: options of DLSCompressor in JSON, or "dense"; "given" if the state is given the
-compressor.
+compressor; "loads" if each worker loads what one of its rank, among as many, had saved.
 """
 
 import json
@@ -37,18 +37,43 @@ def main() -> None:
     )
     model[0].weight.register_hook(lambda g: die_if("die in backward"))
     model[3].weight.register_hook(lambda g: die_if("die when backward begins"))
+    model[0].weight.register_hook(lambda g: die_if(f"die in step {state.step + 1}"))
     model[0].weight.register_hook(lambda g: own.update(gradient=g.double().sum().item()))
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=RATE),
         named_parameters=model.named_parameters(),
         compression=COMPRESSION,
     )
+    if "loads" in sys.argv[2:]:
+        say("loaded", **load(model))
     more = {"compression": COMPRESSION} if GIVEN else {}
     state = hvd.elastic.TorchState(model=model, optimizer=optimizer, step=0, **more)
     say("start", rank=hvd.rank(), size=hvd.size())
     state.register_reset_callbacks([lambda: say("reset", rank=hvd.rank(), size=hvd.size())])
     train(state)
     say("end", rank=hvd.rank())
+
+
+def load(model) -> dict[str, object]:
+    """Loads a state with something in its residuals; exchanges nothing, as nobody may be there."""
+    from hvd_dls.config import DLSConfig
+    from hvd_dls.core.balancing.layers import layer_spec
+    from hvd_dls.core.session.groups import Groups
+    from hvd_dls.core.session.session import Session
+
+    layers = [layer_spec(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    rank, size = hvd.rank(), hvd.size()
+    groups = Groups.of_one(size, rank)
+    saved = Session(layers, DLSConfig(**OPTIONS), size, rank, None, {}, groups, 2).state_dict()
+    generator = torch.Generator().manual_seed(rank)
+    for name, residual in saved["residuals"].items():
+        saved["residuals"][name] = torch.randn(len(residual), generator=generator).numpy()
+    COMPRESSION.load_state_dict({"version": 1, "models": [saved]})
+    return {
+        **{"step": 0, "rank": rank, "size": size, "rate": RATE},
+        "sum_of_weights": model[0].weight.double().sum().item(),
+        "sum_of_residual": float(saved["residuals"]["0.weight"].sum(dtype="float64")),
+    }
 
 
 @hvd.elastic.run

@@ -13,9 +13,10 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from horovod.torch.elastic.state import OptimizerStateHandler
 
-from hvd_dls import RanksDisagreeError
+from hvd_dls import RanksDisagreeError, StateMismatchError
 from hvd_dls.adapter.binding import _new_label
 from hvd_dls.adapter.elastic import Commit
+from hvd_dls.adapter.world import Ranks
 from hvd_dls.torch import DLSCompressor
 from tests.torch.with_ranks.training import (
     SPARSE,
@@ -181,6 +182,56 @@ def test_a_state_that_a_newcomer_has_loaded_is_dropped(caplog):
         Commit(compression if hvd.rank() == 0 else newcomer).sync(broadcast)
     assert bool(newcomer.state_dict()["models"]) == (hvd.rank() == 0)
     assert ("trained for 3 steps" in caplog.text) == (hvd.rank() > 0)
+
+
+@pytest.fixture
+def elastic(monkeypatch):
+    """As in a job of which workers may come and go."""
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+
+
+def test_what_was_loaded_before_ranks_changed_goes_on_as_what_was_learnt(elastic):
+    """To the bit, since there are as many ranks as before; tests/elastic has fewer."""
+    model, compression, optimizer, _ = start(momentum=0.5)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(compression.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(3, 5))
+    expected = flat(model)
+
+    model, compression, optimizer, _ = start(momentum=0.5)
+    compression.load_state_dict(saved)
+    compression._loaded._ranks = Ranks(range(hvd.size()))  # not those of today, but as many
+    model.load_state_dict(weights)
+    train(model, optimizer, range(3, 5))
+    assert torch.equal(flat(model), expected)
+    assert compression.last_step().step == 5
+
+
+def test_what_never_fitted_the_ranks_is_refused_after_a_change_too(elastic):
+    model, compression, optimizer, _ = start()
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(compression.state_dict())
+    model, compression, optimizer, _ = start()
+    compression.load_state_dict(saved)
+    compression._loaded._ranks = Ranks(range(hvd.size() + 1))
+    with pytest.raises(StateMismatchError, match=f"saved by one of {hvd.size()} ranks"):
+        train(model, optimizer, [3])
+
+
+def test_what_a_newcomer_has_loaded_is_dropped_if_others_go_on_from_what_they_have(elastic, caplog):
+    model, compression, optimizer, _ = start()
+    train(model, optimizer, range(3))
+    again = DLSCompressor(density=0.05, **SPARSE)
+    again.load_state_dict(copy.deepcopy(compression.state_dict()))
+    newcomer = hvd.rank() > 0
+    if not newcomer:
+        again._loaded._ranks = Ranks(range(hvd.size() + 1))
+    commit = Commit(again)
+    commit.sync(broadcast)
+    commit.restore()
+    assert bool(again.state_dict()["models"]) != newcomer
+    assert ("the job it has joined has loaded one before" in caplog.text) == newcomer
 
 
 def test_what_all_ranks_have_loaded_stays(caplog):
