@@ -200,8 +200,7 @@ class TensorFlowTrial(Trial):
             if optimizer is not None:
                 optimizer.apply_gradients(zip(gradients, variables, strict=True))
                 return loss
-            with tf.control_dependencies([each for each in gradients if each is not None]):
-                return tf.identity(loss)
+            return first_entries([loss, *gradients])
 
         self._one_step = tf.function(one_step, autograph=False)
         self._last: Any = None
@@ -221,6 +220,19 @@ class TensorFlowTrial(Trial):
             return None
         stats: Stats | None = self._compression.stats(window)
         return stats
+
+
+def first_entries(tensors: Sequence[Any]) -> tf.Tensor:
+    """(T,) or fewer: the first entry of each tensor, which has an operation read all of them.
+
+    In a graph Horovod reduces in the branch of a condition.  If only control edges lead to what
+    comes of it, TensorFlow makes the condition and leaves the reduction out.
+
+    Args:
+        tensors: dense ones, ``IndexedSlices``, and None, which is left out.
+    """
+    values = [getattr(each, "values", each) for each in tensors if each is not None]
+    return tf.concat([tf.cast(tf.reshape(v, [-1])[:1], tf.float32) for v in values], axis=0)
 
 
 def _name(variable: Any) -> str:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from hvd_dls.advice.candidates import DENSE, FP16
 from hvd_dls.errors import DLSError, RanksDisagreeError
 from hvd_dls.tensorflow import advise
-from hvd_dls.tensorflow.advising import subject_of_shapes
+from hvd_dls.tensorflow.advising import TensorFlowSubject, subject_of_shapes
 
 QUICK = {"seconds": 0.1, "turns": 2, "densities": (0.05,), "quiet": True}
 
@@ -46,6 +47,18 @@ def test_a_script_is_advised_and_its_weights_left_alone():
     weight, bias = model.trainable_variables
     assert np.all(weight.numpy() == np.float32(0.01))
     assert not np.any(bias.numpy())
+
+
+@pytest.mark.parametrize("candidate", [DENSE, FP16], ids=lambda each: each.name)
+def test_gradients_are_reduced_if_no_optimizer_reads_them(candidate):
+    model = Model()
+    own = float(hvd.rank() + 1)
+    trial = TensorFlowSubject(
+        model, lambda model: own * tf.add_n(list(map(tf.reduce_sum, model.trainable_variables)))
+    ).trial(candidate)
+    trial.step()
+    average = (hvd.size() + 1) / 2
+    np.testing.assert_allclose(np.asarray(trial._last)[1:], [average, average])
 
 
 def test_models_that_differ_are_refused_on_all_ranks():
