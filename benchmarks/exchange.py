@@ -1,6 +1,7 @@
 """Time that compression adds to a step where the network is no bottleneck.
 
     python -m benchmarks.exchange --json build/exchange.json --picture build/exchange.png
+    python -m benchmarks.exchange --framework tensorflow
 
 Two ranks on this machine, over loopback, with the parameters of a ResNet-50, beside Horovod's dense
 allreduce. "Added" is the time of a step less that of the same step without any exchange: all that
@@ -9,7 +10,8 @@ turns in one job; ratios are those of medians in a round, with the smallest and 
 rounds behind. "Processor" is what all threads of one rank used in a step, which other work on the
 machine hardly lengthens.
 
-The second table tells where the time of a step with DLS goes, on rank 0.
+The second table tells where the time of a step with DLS goes, on rank 0; with torch only. With
+TensorFlow a step is one of a tape in a tf.function.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from benchmarks.rounds.summary import (
 )
 
 REFERENCE = ["nothing", "dense", "fp16"]
+PROGRAMS = {"torch": "benchmarks.rounds", "tensorflow": "benchmarks.rounds.tensorflow"}
 METHODS = ["layerwise:0.01", "dls:0.01", "dls:0.01:bfloat16", "dls:0.001"]
 
 
@@ -63,7 +66,7 @@ def show(job: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Prints all tables."""
     print(
         f"\n{job['model']}: {job['entries']:,} entries in {job['tensors']} tensors, "
-        f"{job['ranks']} ranks, loopback\n"
+        f"{job['ranks']} ranks, loopback, {job.get('framework', 'torch')}\n"
     )
     lines = []
     for row in rows:
@@ -123,6 +126,7 @@ def parse() -> argparse.Namespace:
     """Parses the command line."""
     parser = make_parser("exchange", __doc__)
     add_options(parser, model="resnet50", rounds=7, profile_steps=10)
+    parser.add_argument("--framework", choices=PROGRAMS, default="torch")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=METHODS, help="as in dls:0.01:bfloat16")
     parser.add_argument("--cycle-time", type=float, help="HOROVOD_CYCLE_TIME, ms (Horovod's: 1)")
@@ -137,10 +141,15 @@ def main() -> None:
     cycle = {} if args.cycle_time is None else {"HOROVOD_CYCLE_TIME": str(args.cycle_time)}
     try:
         job = run_job(
-            launcher(args.ranks), "benchmarks.rounds", options, environment=cycle, title="loopback"
+            launcher(args.ranks),
+            PROGRAMS[args.framework],
+            options,
+            environment=cycle,
+            title=f"loopback, {args.framework}",
         )
     except JobError as problem:
         sys.exit(f"exchange: {problem}")
+    job["framework"] = args.framework
     rows = rows_of(job)
     show(job, rows)
     if args.json:

@@ -14,12 +14,12 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
+from benchmarks.common.method import HOSTS_AND_OWNERS, OWNERS
 from benchmarks.common.noise import make_noise
 from benchmarks.common.shapes import Shapes
 from hvd_dls.torch import DLSCompressor
 from hvd_dls.torch.synthetic import GivenGradient
 
-OWNERS, HOSTS_AND_OWNERS = "sparse_allreduce", "hierarchical_sparse_allreduce"
 COMPRESSIONS = ("none", "fp16", "dls", "layerwise", "hierarchical", OWNERS, HOSTS_AND_OWNERS)
 
 

@@ -6,7 +6,9 @@ the benchmarks ``exchange`` and ``network`` start it and sum its figures up.
 
 Modules:
     options: Command line options, and how the benchmarks pass them on to the job.
-    methods: The methods, and one step of each.
-    __main__: The job: warm-up, rounds, profile.
+    turns: Warm-ups and rounds, for any framework.
+    methods: The methods, and one step of each, with torch; ddp: with torch's own DDP.
+    __main__: The job with torch: warm-up, rounds, profile.
+    tensorflow: The job with TensorFlow: steps of a tape in a tf.function.
     summary: What the benchmarks make of a job's figures: quartiles, ratios, tables.
 """

@@ -28,44 +28,7 @@ from benchmarks.rounds.ddp import DDP, RunningDDP
 from benchmarks.rounds.measuring import gather
 from benchmarks.rounds.methods import Method, RunningMethod
 from benchmarks.rounds.options import add_options
-from hvd_dls.torch import DLSCompressor
-
-MOST_STEPS = 40  # in a turn
-
-
-def warm_up(running: RunningMethod, steps: int, seconds: float) -> int:
-    """Does some steps, so that ratios settle; returns how many a turn should have.
-
-    Args:
-        running: the method.
-        steps: how many, if the method has ratios.
-        seconds: that a turn should take.
-    """
-    sparse = isinstance(running.compression, DLSCompressor)
-    first = running.first_steps + (seconds >= 10)
-    taken = [running.step()[0] for _ in range(steps if sparse else first)]
-    longest = float(gather([taken[-1]], "warm").max())
-    running.forget_records()
-    return int(np.clip(round(seconds / longest), 1, MOST_STEPS))
-
-
-def measure_turn(
-    running: RunningMethod, steps: int, interface: str | None
-) -> dict[str, list[float]]:
-    """Measures some steps of a method.
-
-    Returns:
-        Of each step, the slowest rank's seconds, the most bytes that a rank received, and means
-        over ranks of all else.
-    """
-    taken = gather([running.step(interface) for _ in range(steps)], f"taken.{steps}")
-    return {
-        "seconds": taken[:, :, 0].max(axis=0).tolist(),
-        "cpu_seconds": taken[:, :, 1].mean(axis=0).tolist(),
-        "received_bytes": taken[:, :, 2].mean(axis=0).tolist(),
-        "most_received_bytes": taken[:, :, 2].max(axis=0).tolist(),
-        "sent_bytes": taken[:, :, 3].mean(axis=0).tolist(),
-    }
+from benchmarks.rounds.turns import Rounds
 
 
 def profile(running: RunningMethod, steps: int) -> dict[str, Any]:
@@ -95,24 +58,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         for method in methods
     ]
-    total, done = len(running) * (args.rounds + 1) + bool(args.profile_steps), 0
-
-    def show_progress(what: str) -> None:
-        nonlocal done
-        if hvd.rank() == 0:
-            print(f"PROGRESS {done}/{total} {what}", flush=True)
-        done += 1
-
-    steps = []
-    for each in running:
-        show_progress(f"warming up {each.method.name}")
-        steps.append(warm_up(each, args.warmup, args.turn_seconds))
-    turns: dict[str, list[dict[str, Any]]] = {method.name: [] for method in methods}
-    for number in range(args.rounds):
-        for i in np.random.default_rng(number).permutation(len(running)):
-            show_progress(f"round {number + 1}: {methods[i].name}")
-            turns[methods[i].name].append(measure_turn(running[i], steps[i], args.interface))
-    show_progress("done" if not args.profile_steps else "profile")
+    rounds = Rounds(running, args, gather, rank=hvd.rank())
+    turns = rounds.take_turns()
     profiles = {}
     for each in running if args.profile_steps else []:
         profiles[each.method.name] = profile(each, args.profile_steps)

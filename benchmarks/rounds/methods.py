@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
 
 from benchmarks.common.internals import received_from_ranks
+from benchmarks.common.method import HOSTS_AND_OWNERS, OWNERS, Method
 from benchmarks.common.shapes import Shapes
 from benchmarks.common.synthetic_model import (
-    HOSTS_AND_OWNERS,
-    OWNERS,
     Gradients,
     NoUpdate,
     SyntheticModel,
@@ -22,48 +20,6 @@ from benchmarks.common.synthetic_model import (
 )
 from benchmarks.rounds.measuring import gather, interface_bytes, wait_for_all
 from hvd_dls.torch import DLSCompressor
-
-SPARSE = ("layerwise", "dls", "hierarchical", OWNERS, HOSTS_AND_OWNERS)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method to exchange gradients.
-
-    Attributes:
-        compression: "nothing" (no exchange at all), "none" (dense, as they are), "fp16",
-            "layerwise", "dls", "hierarchical" (DLS between hosts, behind averages inside),
-            "sparse_allreduce" (DLS where owners add up) or "hierarchical_sparse_allreduce" (both);
-            with torch's DistributedDataParallel: "ddp" (dense), "ddp-fp16" or "powersgd".
-        density: of the sparse ones.
-        values: type of the values they send.
-        rank: of PowerSGD's matrices.
-    """
-
-    compression: str
-    density: float | None = None
-    values: str = "float32"
-    rank: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Method:
-        """Parses "dense", "fp16", "nothing", "dls:0.01", "dls:0.01:bfloat16", "powersgd:4"."""
-        kind, *rest = text.split(":")
-        if kind == "powersgd":
-            return cls(kind, rank=int(rest[0]))
-        if kind in SPARSE and rest:
-            return cls(kind, float(rest[0]), values=rest[1] if rest[1:] else "float32")
-        return cls({"dense": "none"}.get(kind, kind))
-
-    @property
-    def name(self) -> str:
-        """The method as ``parse`` takes it."""
-        if self.rank is not None:
-            return f"{self.compression}:{self.rank}"
-        if self.density is None:
-            return {"none": "dense"}.get(self.compression, self.compression)
-        values = "" if self.values == "float32" else f":{self.values}"
-        return f"{self.compression}:{self.density:g}{values}"
 
 
 class RunningMethod:

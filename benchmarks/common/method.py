@@ -1,0 +1,59 @@
+"""What benchmarks call the ways to exchange gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+OWNERS, HOSTS_AND_OWNERS = "sparse_allreduce", "hierarchical_sparse_allreduce"
+SPARSE = ("layerwise", "dls", "hierarchical", OWNERS, HOSTS_AND_OWNERS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method to exchange gradients.
+
+    Attributes:
+        compression: "nothing" (no exchange at all), "none" (dense, as they are), "fp16",
+            "layerwise", "dls", "hierarchical" (DLS between hosts, behind averages inside),
+            "sparse_allreduce" (DLS where owners add up) or "hierarchical_sparse_allreduce" (both);
+            with torch's DistributedDataParallel: "ddp" (dense), "ddp-fp16" or "powersgd".
+        density: of the sparse ones.
+        values: type of the values they send.
+        rank: of PowerSGD's matrices.
+    """
+
+    compression: str
+    density: float | None = None
+    values: str = "float32"
+    rank: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Parses "dense", "fp16", "nothing", "dls:0.01", "dls:0.01:bfloat16", "powersgd:4"."""
+        kind, *rest = text.split(":")
+        if kind == "powersgd":
+            return cls(kind, rank=int(rest[0]))
+        if kind in SPARSE and rest:
+            return cls(kind, float(rest[0]), values=rest[1] if rest[1:] else "float32")
+        return cls({"dense": "none"}.get(kind, kind))
+
+    @property
+    def name(self) -> str:
+        """The method as ``parse`` takes it."""
+        if self.rank is not None:
+            return f"{self.compression}:{self.rank}"
+        if self.density is None:
+            return {"none": "dense"}.get(self.compression, self.compression)
+        values = "" if self.values == "float32" else f":{self.values}"
+        return f"{self.compression}:{self.density:g}{values}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of ``DLSCompressor``; empty if it is not one of the sparse ones."""
+        if self.density is None:
+            return {}
+        options: dict[str, Any] = {"density": self.density, "values": self.values}
+        options |= {"exchange": OWNERS} if self.compression.endswith(OWNERS) else {}
+        options |= {"hierarchical": True} if self.compression.startswith("hierarchical") else {}
+        return options | ({"strategy": "layerwise"} if self.compression == "layerwise" else {})
