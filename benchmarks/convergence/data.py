@@ -103,7 +103,7 @@ def text_data() -> Data:
     """Reads Python's reference manual, as it comes with Python; the last tenth is held out."""
     text = _encode("\n".join(topics.values()))
     held_out = len(text) // 10
-    return Data(_windows(text[:-held_out], 1), _windows(text[-held_out:], WINDOW))
+    return Data(windows(text[:-held_out], WINDOW, 1), windows(text[-held_out:], WINDOW, WINDOW))
 
 
 def code_data() -> Data:
@@ -112,7 +112,7 @@ def code_data() -> Data:
         _encode("\n".join((_library() / f"{name}.py").read_text("utf-8") for name in names))
         for names in (TRAINING_SOURCES, VALIDATION_SOURCES)
     )
-    return Data(_windows(training, 1), _windows(validation, 2 * WINDOW))
+    return Data(windows(training, WINDOW, 1), windows(validation, WINDOW, 2 * WINDOW))
 
 
 def _library() -> Path:
@@ -125,10 +125,10 @@ def _encode(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(text.encode("ascii", "replace")), dtype=torch.uint8).long()
 
 
-def _windows(text: torch.Tensor, step: int) -> Examples:
-    """Cuts examples out of a text: a window at every ``step``-th character.
+def windows(text: torch.Tensor, length: int, step: int) -> Examples:
+    """Cuts examples out of a text: a window at every ``step``-th character or token.
 
-    The target of each character is the next one.
+    The target of each is the next one.
     """
-    windows = text.unfold(0, WINDOW + 1, step)
-    return Examples(windows[:, :-1], windows[:, 1:])
+    cut = text.unfold(0, length + 1, step)
+    return Examples(cut[:, :-1], cut[:, 1:])

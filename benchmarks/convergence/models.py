@@ -1,4 +1,4 @@
-"""Small models: convolutional, residual, recurrent and a Transformer."""
+"""Models: convolutional, residual, recurrent and Transformers."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNet(nn.Sequential):
-    """Three residual blocks with batch norm, from 16 channels to 128."""
+    """Three residual blocks with batch norm, from ``width`` channels to eight times as many."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__(
-            nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-            ResidualBlock(16, 32), ResidualBlock(32, 64), ResidualBlock(64, 128),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+            nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            ResidualBlock(width, 2 * width),
+            ResidualBlock(2 * width, 4 * width),
+            ResidualBlock(4 * width, 8 * width),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10),
         )  # fmt: skip
 
 
@@ -112,3 +114,29 @@ class Transformer(nn.Module):
     def forward(self, characters: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.out(self.blocks(self.embedding(characters) + self.position))
         return logits
+
+
+class TokenTransformer(nn.Module):
+    """A causal language model of tokens, whose output layer has the embedding's weights.
+
+    Args:
+        tokens: size of the vocabulary.
+        length: of a text, in tokens.
+        width: of the hidden state.
+        blocks: how many there are.
+        heads: of attention.
+    """
+
+    def __init__(self, tokens: int, length: int, width: int, blocks: int, heads: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, width)
+        nn.init.normal_(
+            self.embedding.weight, std=0.02
+        )  # so that scores are small in the first step
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        layers = [TransformerBlock(width, heads) for _ in range(blocks)]
+        self.blocks = nn.Sequential(*layers, nn.LayerNorm(width))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.blocks(self.embedding(tokens) + self.position)
+        return F.linear(hidden, self.embedding.weight)
