@@ -40,12 +40,13 @@ from benchmarks.convergence.powersgd import PowerSGDJob
 from benchmarks.convergence.simulation import SimulatedJob
 from benchmarks.convergence.sweep import keep, result_of
 from benchmarks.convergence.tasks import Data, evaluate, rate_at
-from benchmarks.convergence.training import FEW_EXAMPLES, finite, machine, worker_loss
+from benchmarks.convergence.training import finite, machine, worker_loss
 from hvd_dls.config import DLSConfig
 from hvd_dls.errors import NonFiniteGradientError
 
 KEPT = ROOT / "build" / "convergence-larger"
 POINTS = 20  # of the curve
+FEW_EXAMPLES = 100  # held-out examples for each, or a few more
 SAVE_EVERY = 180.0  # seconds
 _data: dict[str, Data] = {}  # what was made last, by model
 
@@ -264,7 +265,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     usual = ["dense", "dls"]
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=usual)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="of every training (default: 1,200 or 1,000)")
+    parser.add_argument("--steps", type=int, help="of every training (default: 1,000)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="then stop; go on later")
     parser.add_argument("--folder", type=Path, default=KEPT, help="where results are kept")
     parser.add_argument("--report", action="store_true", help="only print the tables")

@@ -83,7 +83,7 @@ MODELS = {
             "embedding.weight",
             library_data,
             rate=0.001,
-            steps=1200,
+            steps=1000,
             batch=16,
             accuracy=False,
         ),
