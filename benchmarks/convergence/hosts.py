@@ -2,6 +2,7 @@
 
     python -m benchmarks.convergence.hosts
     python -m benchmarks.convergence.hosts --tasks digits --seeds 0 --steps 100
+    python -m benchmarks.convergence.hosts --report                     # only prints the table
 
 Four hosts of four ranks, simulated as in ``benchmarks.convergence``: the same tasks, seeds and
 learning rates, with momentum correction and a warm-up. *Payloads on a link*: what a host receives
@@ -111,7 +112,7 @@ def description(task: str, way: Way, seed: int, steps: int | None) -> dict[str, 
 
 
 def table(tasks: Sequence[str], results: dict[tuple[str, str, int], dict[str, Any]]) -> str:
-    """Formats the mean of all seeds and its standard deviation, for each way and task."""
+    """Formats the mean of all seeds, standard deviation and number, for each way and task."""
     rows = []
     for name, way in WAYS.items():
         cells = []
@@ -123,9 +124,11 @@ def table(tasks: Sequence[str], results: dict[tuple[str, str, int], dict[str, An
             if not len(good):
                 cells.append("-")
                 continue
-            mean, deviation = good.mean(), good.std(ddof=1) if len(good) > 1 else 0.0
-            number = f"{100 * mean:.1f} ± {100 * deviation:.1f}"
-            cells.append(number if of.accuracy else f"{mean:.3f} ± {deviation:.3f}")
+            scale, digits = (100, 1) if of.accuracy else (1, 3)
+            number = f"{scale * good.mean():.{digits}f}"
+            if len(good) > 1:
+                number += f" ± {scale * good.std(ddof=1):.{digits}f} ({len(good)})"
+            cells.append(number)
         payloads = "-" if way.density is None else f"{way.payloads:g}"
         rows.append([way.title, f"{way.workers}", payloads, *cells])
     head = ["", "ranks", "payloads on a link"]
@@ -142,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of a thread each")
     parser.add_argument("--steps", type=int, help="of every run (default: the task's)")
     parser.add_argument("--folder", type=Path, default=KEPT, help="where results are kept")
+    parser.add_argument("--report", action="store_true", help="only print the table")
     args = parser.parse_args(arguments)
     runs = {}
     for seed in args.seeds:
@@ -149,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in args.ways:
                 about = description(task, WAYS[name], seed, args.steps)
                 runs[task, name, seed] = about, args.folder / task / f"{name}-{seed}.json"
-    failed = make_missing(runs.values(), args.jobs)
+    failed = [] if args.report else make_missing(runs.values(), args.jobs)
     results = {key: result for key, each in runs.items() if (result := result_of(*each))}
     print(table(args.tasks, results), *failed, sep="\n")
     return 1 if failed else 0
