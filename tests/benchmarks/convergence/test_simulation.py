@@ -136,8 +136,9 @@ def test_ways_to_train_on_hosts(tmp_path, capsys):
     from benchmarks.convergence import hosts
 
     arguments = ["--tasks", "digits", "--seeds", "0", "--steps", "3", "--folder", str(tmp_path)]
-    for _ in range(2):  # the second time from what was kept
-        assert hosts.main([*arguments, "--ways", "dense", "hosts", "flat-equal"]) == 0
+    ways = ["--ways", "dense", "hosts", "flat-equal"]
+    for chosen in (ways, ways, ["--report"]):  # the second time from what was kept
+        assert hosts.main([*arguments, *chosen]) == 0
         printed = capsys.readouterr().out
         assert "| two levels | 16 | 3 |" in printed
         assert "| flat | 16 | 15 | - |" in printed
