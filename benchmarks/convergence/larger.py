@@ -280,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {}
     names = METHODS if args.report else args.methods
     for model, seed, name in itertools.product(args.model, args.seeds, names):
+        if METHODS[name].adam_in_front and not MODELS[model].adam:
+            continue
         about = description(model, name, seed, args.steps)
         file = args.folder / model / f"{name}-{about['steps']}-{seed}.json"
         runs[model, name, seed] = about, file

@@ -44,7 +44,7 @@ class Method(NamedTuple):
         options: of the compressor, beside the density and what the model wants.
         rank: of PowerSGD; None: another way.
         adam_in_front: whether the compressor has both of Adam's moments, and what it hands on is
-            subtracted as it comes.
+            subtracted as it comes; only of what is trained with Adam.
         rate: factor on the learning rate.
     """
 
@@ -61,6 +61,7 @@ METHODS = {
     "dls": Method("DLS, 1 %", 0.01),
     "dls-0.001": Method("DLS, 0.1 %", 0.001),
     "dls-double": Method("DLS, 1 %, twice the learning rate", 0.01, rate=2.0),
+    "dls-adam": Method("DLS, 1 %, Adam in the compressor", 0.01, adam_in_front=True, rate=2.0),
     "layerwise": Method("layer-wise top-k, 1 %", 0.01, {"strategy": "layerwise"}),
     "powersgd": Method("PowerSGD, rank 4", rank=4),
 }

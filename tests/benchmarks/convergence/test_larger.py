@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.jobs import needs
 pytestmark = [needs("torch"), needs("sklearn")]
 
 METHODS = ["dense", "dls", "layerwise", "powersgd"]
+ALL = [("transformer", "dls-adam"), *itertools.product(("transformer", "resnet"), METHODS)]
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +30,7 @@ def small(monkeypatch):
     monkeypatch.setattr(larger, "_data", {})
 
 
-@pytest.mark.parametrize("model", ["transformer", "resnet"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("model", "method"), ALL)
 def test_a_training_that_is_interrupted_goes_on_as_if_it_had_not_been(model, method, tmp_path):
     from benchmarks.convergence.larger import make
     from benchmarks.convergence.larger_ways import description
@@ -72,19 +73,19 @@ def test_what_there_is_of_another_training_is_not_gone_on_with(tmp_path):
 def test_the_command_stops_goes_on_and_makes_a_table(tmp_path, capsys):
     from benchmarks.convergence import larger
 
-    arguments = ["--model", "transformer", "resnet", "--methods", *METHODS]
+    arguments = ["--model", "transformer", "resnet", "--methods", *METHODS, "dls-adam"]
     arguments += ["--folder", str(tmp_path)]
     assert larger.main([*arguments, "--minutes", "0"]) == 0
     assert "goes on" in capsys.readouterr().err
     assert larger.main(arguments) == 0
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")}
-    assert len(made) == 8
+    assert len(made) == len(ALL)
     assert larger.main(["--model", "transformer", "--report", "--folder", str(tmp_path)]) == 0
     assert made == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")}
     lines = capsys.readouterr().out.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
-    assert len(rows) == 6 + 6 + 6
-    sent = {row[0]: float(row[1].replace(",", "")) for row in rows[-4:]}
+    assert len(rows) == (2 + 5) + (2 + 4) + (2 + 5)
+    sent = {row[0]: float(row[1].replace(",", "")) for row in rows[-5:]}
     assert 0 < sent["DLS, 1 %"] < sent["dense"]
     assert 0 < sent["PowerSGD, rank 4"] < sent["dense"]
 
@@ -101,10 +102,13 @@ def test_momentum_clipping_and_weight_decay_are_where_each_way_wants_them():
         assert about["options"]["clip_global_norm"] == 2.0
         assert about["clip"] is None
         assert about["rate"] * about["decay"] == pytest.approx(0.001 * 0.1)
-        if not method.adam_in_front:
-            assert about["betas"] == [0.0, 0.999]
-            assert about["options"]["momentum"] == 0.5
-            assert not about["options"]["momentum_masking"]
+        if method.adam_in_front:
+            assert about["betas"] is None
+            assert about["options"]["adam"] == [0.5, 0.999]
+            continue
+        assert about["betas"] == [0.0, 0.999]
+        assert about["options"]["momentum"] == 0.5
+        assert not about["options"]["momentum_masking"]
         about = description("resnet", name, 0)
         assert (about["betas"], about["momentum"]) == (None, 0.0)
 
