@@ -34,7 +34,13 @@ import torch
 from benchmarks.common.command_line import make_parser
 from benchmarks.common.paths import ROOT
 from benchmarks.common.reporting import markdown
-from benchmarks.convergence.larger_ways import METHODS, MODELS, description, optimizer_of
+from benchmarks.convergence.larger_ways import (
+    METHODS,
+    MODELS,
+    description,
+    optimizer_of,
+    suits,
+)
 from benchmarks.convergence.peers import bytes_of
 from benchmarks.convergence.powersgd import PowerSGDJob
 from benchmarks.convergence.simulation import SimulatedJob
@@ -280,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {}
     names = METHODS if args.report else args.methods
     for model, seed, name in itertools.product(args.model, args.seeds, names):
-        if METHODS[name].adam_in_front and not MODELS[model].adam:
+        if not suits(model, name):
             continue
         about = description(model, name, seed, args.steps)
         file = args.folder / model / f"{name}-{about['steps']}-{seed}.json"

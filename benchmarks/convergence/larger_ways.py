@@ -44,8 +44,9 @@ class Method(NamedTuple):
         options: of the compressor, beside the density and what the model wants.
         rank: of PowerSGD; None: another way.
         adam_in_front: whether the compressor has both of Adam's moments, and what it hands on is
-            subtracted as it comes; only of what is trained with Adam.
+            subtracted as it comes.
         rate: factor on the learning rate.
+        first: β₁ of Adam where there is no compressor, or PowerSGD.
     """
 
     title: str
@@ -54,10 +55,13 @@ class Method(NamedTuple):
     rank: int | None = None
     adam_in_front: bool = False
     rate: float = 1.0
+    first: float = BETAS[0]
 
 
 METHODS = {
     "dense": Method("dense"),
+    "dense-0.5": Method("dense, β₁ = 0.5", first=0.5),
+    "dense-half": Method("dense, half the learning rate", rate=0.5),
     "dls": Method("DLS, 1 %", 0.01),
     "dls-0.001": Method("DLS, 0.1 %", 0.001),
     "dls-double": Method("DLS, 1 %, twice the learning rate", 0.01, rate=2.0),
@@ -108,11 +112,17 @@ MODELS = {
 }
 
 
+def suits(model: str, name: str) -> bool:
+    """Whether a method is for a model: what has other betas is only for what Adam trains."""
+    method = METHODS[name]
+    return MODELS[model].adam or not (method.adam_in_front or method.first != BETAS[0])
+
+
 def description(model: str, name: str, seed: int, steps: int | None = None) -> dict[str, Any]:
     """Returns all that a training follows from, as JSON has it."""
     larger, method = MODELS[model], METHODS[name]
     task, steps = larger.task, steps or larger.task.steps
-    betas = list(BETAS) if larger.adam else None
+    betas = [method.first, BETAS[1]] if larger.adam else None
     about: dict[str, Any] = {
         "version": VERSION,
         "model": model,

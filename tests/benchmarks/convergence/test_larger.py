@@ -97,7 +97,7 @@ def test_momentum_clipping_and_weight_decay_are_where_each_way_wants_them():
         about = description("transformer", name, 0)
         if method.density is None:
             assert about["options"] is None
-            assert (about["betas"], about["clip"]) == ([0.9, 0.999], 1.0)
+            assert (about["betas"], about["clip"]) == ([method.first, 0.999], 1.0)
             continue
         assert about["options"]["clip_global_norm"] == 2.0
         assert about["clip"] is None
