@@ -42,7 +42,8 @@ class DLSConfig:
     momentum: float = 0.0
     # Adam before the selection, instead of the optimizer's: its betas, such as (0.5, 0.999).  Each
     # rank makes updates of its own gradients and these wait, so the optimizer must be plain SGD, at
-    # about twice Adam's learning rate; its weight decay is decoupled then.  See docs/adam.md.
+    # Adam's learning rate times the root of the number of ranks; its weight decay is decoupled
+    # then.  See docs/adam.md.
     adam: tuple[float, float] | None = None
     # Steps at first that send whole gradients.
     dense_steps: int = 0

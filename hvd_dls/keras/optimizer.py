@@ -188,8 +188,9 @@ def _refuse_all_but_sgd(optimizer: Any, config: Any) -> None:
     given = type(optimizer).__name__ + (f" with momentum={momentum}" if momentum else "")
     raise DLSError(
         f"adam={config.adam} in DLSCompressor makes Adam's updates before they are sent, so the "
-        f"optimizer must be plain keras.optimizers.SGD, and it is {given}: make it with about "
-        "twice the learning rate, and weight_decay (which is decoupled, as AdamW's)"
+        f"optimizer must be plain keras.optimizers.SGD, and it is {given}: make it with "
+        "Adam's learning rate times the root of the number of ranks, and weight_decay divided by "
+        "it (which is decoupled, as AdamW's)"
     )
 
 

@@ -74,7 +74,8 @@ def refuse_all_but_sgd(optimizer: torch.optim.Optimizer, betas: tuple[float, flo
     raise DLSError(
         f"adam={betas} in DLSCompressor makes Adam's updates before they are sent, so the "
         f"optimizer must be plain torch.optim.SGD, and it is {given}: make it with the parameters, "
-        "about twice the learning rate, and weight_decay (which is decoupled then, as AdamW's)"
+        "Adam's learning rate times the root of the number of ranks, and weight_decay divided by "
+        "it (which is decoupled then, as AdamW's)"
     )
 
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,12 @@ def test_the_lines_run(number):
     from hvd_dls.torch.refusals import refuse_optimizer
 
     lines = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[number]
-    names = {"torch": torch, "DLSCompressor": DLSCompressor, "model": torch.nn.Linear(3, 2)}
+    names = {
+        "torch": torch,
+        "hvd": SimpleNamespace(size=lambda: 4),
+        "DLSCompressor": DLSCompressor,
+        "model": torch.nn.Linear(3, 2),
+    }
     exec(lines, names)
     optimizer, config = names["optimizer"], names["compression"].config
     optimizer.op = None
