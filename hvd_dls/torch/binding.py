@@ -117,14 +117,16 @@ class Binding(BaseBinding):
         assert self._delivery is not None
         with self._lock:
             if gradient is None:
-                session.leave_out(name)
+                complete = session.leave_out(name)
             elif session.is_sparse(name):
-                session.compress(name, self.array(name, self.flat(name, gradient)))
+                complete = session.compress(name, self.array(name, self.flat(name, gradient)))
             else:
-                session.note(name, session.dense_step or self._finite(session, name, gradient))
+                finite = session.dense_step or self._finite(session, name, gradient)
+                complete = session.note(name, finite)
             if gradient is not None:
                 self._came_in[name] = gradient
-            self._delivery.send_ready()
+            if complete is not None or self._on_device:  # which may have done what it had to
+                self._delivery.send_ready()
 
     def _placeholder(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, InFlight]:
         placeholder = torch.ones(1, dtype=torch.float64)

@@ -65,7 +65,9 @@ class Delivery:
             DLSError: see ``Session.receive``.
             HorovodInternalError: a rank failed or left.
         """
-        session, pause = self._session, Pause()
+        session = self._session
+        if session.all_received and self.exchange.idle and self._error is None:
+            return  # as with each layer but a step's first
         if session.staged:
             with self._lock:
                 if session.grouped:
@@ -78,6 +80,7 @@ class Delivery:
         self._send(session.unfinished())
         if self.exchange.idle:
             return
+        pause = Pause()
         with session.watch.waiting():
             while not self.exchange.idle:
                 if self.exchange.take(self._last, session.receive):

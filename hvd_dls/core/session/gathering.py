@@ -162,12 +162,18 @@ class Gathering(SessionBase):
 
         If Ctrl-C comes before, the layer has not come in, and can come once more.
         """
-        with Uninterrupted():
-            self._rounds[-1] += not self.in_step
-            self._step.arrive(name, left_out)
-            if self.memory.controller.dense:
-                return None
-            return self._step.complete_with(name)
+        step, bucket = self._step, self.routing.bucket_of(name)
+        if self.memory.controller.dense:
+            bucket = None
+        if bucket is not None:
+            step.begin(bucket)
+        if self.in_step and not left_out:
+            step.arrive(name)
+        else:
+            with Uninterrupted():
+                self._rounds[-1] += not self.in_step
+                (step.stay_away if left_out else step.arrive)(name)
+        return bucket if bucket is not None and step.is_complete(bucket) else None
 
     @property
     def complete(self) -> bool:
@@ -177,6 +183,11 @@ class Gathering(SessionBase):
     def future_of(self, name: str) -> Future[Any]:
         """What a device is still working on, of a layer that has come in and was not sent yet."""
         return self._step.futures[name]
+
+    @property
+    def all_received(self) -> bool:
+        """Whether nothing is to be sent or received any more, of what has come in so far."""
+        return self._step.all_received
 
     def unfinished(self) -> list[int]:
         """Buckets with some layers in this step that have not been closed: send them now."""

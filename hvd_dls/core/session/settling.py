@@ -78,8 +78,7 @@ class Settling(Owning):
             elif self.memory.controller.measures_now and name in self._layers:
                 step.whole[name] = backend.histogram(reduced)
         counts = step.refused is None
-        with Uninterrupted():
-            self._settled(name)
+        self._settled(name)
         return counts
 
     def _settle(self, name: str, out: Array, scale: float) -> None:
@@ -142,9 +141,15 @@ class Settling(Owning):
 
     def _settled(self, name: str) -> None:
         step = self._step
-        step.settled.add(name)
-        if len(step.settled) < len(step.arrived):
+        if len(step.settled) + 1 < len(step.arrived):
+            step.settled.add(name)  # one operation, which Ctrl-C cannot cut in two
             return
+        with Uninterrupted():
+            step.settled.add(name)
+            self._end(step)
+
+    def _end(self, step: Step) -> None:
+        """All layers are settled."""
         if step.refused is not None:
             self._end_refused(step)
             return

@@ -62,7 +62,7 @@ class Step:
     def __init__(self, routing: Routing, away: Collection[str] = ()) -> None:
         self._routing = routing
         self._away = frozenset(away)
-        self._missing: dict[int, int] = {}  # layers that each bucket still waits for
+        self._awaited: dict[int, frozenset[str]] = {}  # layers that a bucket waits for, once begun
         self.gradients: dict[str, Array] = {}
         self.found: dict[str, Found | None] = {}
         self.futures: dict[str, Future[Any]] = {}
@@ -112,39 +112,36 @@ class Step:
                 "one has it"
             )
 
-    def arrive(self, name: str, left_out: bool = False) -> None:
-        """A layer that may comes in: see ``check``."""
-        self.arrived.add(name)
-        if left_out:
-            self.left_out.add(name)
-            self.stayed_away.add(name)
+    def begin(self, bucket: int) -> None:
+        """A bucket's first layer is about to come in, or one after it."""
+        if bucket not in self._awaited:
+            self._awaited[bucket] = self._routing.members[bucket] - self._away
 
-    def complete_with(self, name: str) -> int | None:
-        """Number of the bucket that has nothing to wait for now that a layer is there, or None."""
-        bucket = self._routing.bucket_of(name)
-        if bucket is None or bucket in self.closed:
-            return None
-        missing = self._missing
-        if bucket not in missing:
-            missing[bucket] = len(self._routing.members[bucket] - self._away)
-        if name not in self._away:
-            missing[bucket] -= 1
-        return None if missing[bucket] else bucket
+    def arrive(self, name: str) -> None:
+        """A layer that may comes in (see ``check``): one operation, which Ctrl-C cannot cut in two."""
+        self.arrived.add(name)
+
+    def stay_away(self, name: str) -> None:
+        """A layer that may comes in, of which this rank has nothing."""
+        self.left_out.add(name)
+        self.stayed_away.add(name)
+        self.arrived.add(name)
+
+    def is_complete(self, bucket: int) -> bool:
+        """Whether a bucket that has begun can be closed now, and waits for no layer."""
+        return bucket not in self.closed and self._awaited[bucket] <= self.arrived
 
     @property
     def complete(self) -> bool:
         """Whether no bucket waits for a layer."""
-        return not any(
-            self._missing.get(bucket, len(members - self._away))
-            for bucket, members in enumerate(self._routing.members)
-        )
+        return all(members - self._away <= self.arrived for members in self._routing.members)
 
     def ready(self) -> list[int]:
         """Buckets that are complete, have not been closed, and need not wait for a device."""
         return [
             bucket
-            for bucket, missing in self._missing.items()
-            if not missing and bucket not in self.closed
+            for bucket in self._awaited
+            if self.is_complete(bucket)
             if all(self.futures[name].ready() for name in self.working_on(bucket))
         ]
 
@@ -155,7 +152,12 @@ class Step:
     @property
     def begun(self) -> list[int]:
         """Buckets of which some layer has come in, in order."""
-        return sorted(self._missing)
+        return sorted(self._awaited)
+
+    @property
+    def all_received(self) -> bool:
+        """Whether all ranks' payloads of all buckets that have begun are there."""
+        return self._awaited.keys() <= self.received.keys()
 
     def status_of_watched(self, bucket: int) -> dict[str, Status]:
         """What to tell of the layers that a bucket watches, by name; of the others, SENT."""
