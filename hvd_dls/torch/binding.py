@@ -14,7 +14,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from hvd_dls.adapter import BaseBinding, World, on_the_watch
 from hvd_dls.config import ALLGATHER, DLSConfig
-from hvd_dls.core.selection.backend import Array, Backend, Future
+from hvd_dls.core.selection.backend import HOST, Array, Backend, Future
 from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
@@ -28,7 +28,6 @@ from hvd_dls.torch.parameters import (
     NamedParameter,
     Parameters,
     as_numpy,
-    is_finite,
     specs_of,
     stays_on_device,
     with_tensors,
@@ -386,7 +385,9 @@ class Binding(BaseBinding):
     def _finite(self, session: Session, name: str, gradient: torch.Tensor) -> bool | Future[bool]:
         if session.bucket_of(name) is None:
             return True  # nobody asks
-        return finite_future(gradient) if name in self._on_device else is_finite(gradient)
+        if name in self._on_device:
+            return finite_future(gradient)
+        return HOST.finite(self.array(name, self.flat(name, gradient)))
 
     # State ---------------------------------------------------------------------------------------
 

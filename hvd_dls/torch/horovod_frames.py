@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 _CALLERS = ("_allreduce_grad_async", "_grouped_allreduce_grad_async")
-# Attributes of Horovod's optimizer that we rely on.
-_ATTRIBUTES = ("_parameter_names", "_requires_update", "_handles", "_allreduce_delay")
 _DEPTH = 4  # frames between ``compress`` and Horovod's method: a list comprehension, at most
 
 
@@ -42,10 +40,20 @@ def caller() -> Caller | None:
         if frame.f_code.co_name in _CALLERS:
             local = frame.f_locals
             optimizer = local.get("self")
-            if all(hasattr(optimizer, name) for name in _ATTRIBUTES):
+            if _is_horovods(optimizer):
                 return Caller(optimizer, local.get("p"))
         frame = frame.f_back
     return None
+
+
+def _is_horovods(optimizer: Any) -> bool:
+    """Whether an object has what we rely on of Horovod's optimizer."""
+    try:
+        _ = optimizer._parameter_names, optimizer._requires_update
+        _ = optimizer._handles, optimizer._allreduce_delay
+    except AttributeError:
+        return False
+    return True
 
 
 def within_step_of(optimizer: Any) -> bool:

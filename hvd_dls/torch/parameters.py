@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -123,17 +122,6 @@ def as_numpy(flat: torch.Tensor) -> np.ndarray:
     if flat.dtype == torch.bfloat16:
         return flat.view(torch.int16).numpy().view(np.uint16)
     return flat.numpy()
-
-
-def is_finite(gradient: torch.Tensor) -> bool:
-    """Whether a gradient is free of NaN and Inf: in one pass, if its sum does not overflow."""
-    flat = gradient.detach().cpu()
-    if flat.dtype == torch.bfloat16:
-        total = float(flat.sum(dtype=torch.float64))
-    else:  # NumPy takes a fraction of torch's time for the many small ones
-        with np.errstate(all="ignore"):
-            total = float(np.sum(flat.numpy(), dtype=np.float64))
-    return math.isfinite(total) or bool(flat.isfinite().all())
 
 
 def with_tensors(state: dict[str, Any]) -> dict[str, Any]:

@@ -95,9 +95,10 @@ def apportion(wanted: np.ndarray, total: int, least: np.ndarray, most: np.ndarra
         return least
     # A layer that wants nothing may still have to take what the others cannot hold.
     wanted = np.maximum(np.asarray(wanted, dtype=np.float64), 1e-12 * most)
+    lowest, highest = least.astype(np.float64), most.astype(np.float64)  # exact; a mix is slow
 
     def scaled(factor: float) -> np.ndarray:
-        limited: np.ndarray = np.clip(wanted * factor, least, most)
+        limited: np.ndarray = np.minimum(np.maximum(wanted * factor, lowest), highest)
         return limited
 
     low, high = 0.0, 1.0

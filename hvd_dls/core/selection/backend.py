@@ -118,7 +118,7 @@ class Backend(Protocol):
         """Adds another array, in place."""
 
     def finite(self, array: Array) -> bool:
-        """Whether a float array is free of NaN and Inf."""
+        """``passes.finite``."""
 
     def histogram(self, array: Array) -> np.ndarray:
         """``plan.histogram``."""
@@ -133,6 +133,7 @@ class Host:
     find = staticmethod(passes.find)
     settle = staticmethod(passes.settle)
     sum_up = staticmethod(passes.sum_up)
+    finite = staticmethod(passes.finite)
     fill = staticmethod(passes.fill)
     histogram = staticmethod(histogram)
 
@@ -156,9 +157,6 @@ class Host:
 
     def clear(self, array: np.ndarray, indices: np.ndarray) -> None:
         array[indices] = 0
-
-    def finite(self, array: np.ndarray) -> bool:
-        return bool(np.isfinite(array).all())
 
 
 HOST: Backend = Host()

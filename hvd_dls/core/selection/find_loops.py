@@ -194,6 +194,15 @@ def finish(where, what, count, k, stride, tables, indices, values, counts):
 
 
 @jit
+def finite(values):
+    """See ``passes.finite``."""
+    good = True
+    for i in range(len(values)):
+        good &= np.isfinite(widened(values[i]))
+    return good
+
+
+@jit
 def _bin(value):
     """``sketch.bin_of`` of a magnitude."""
     return min(np.int64(magnitude(np.float32(value)) >> np.uint64(20)), BINS - 1)

@@ -147,6 +147,15 @@ def sum_up(
     _backend.sum_up(received, float(scale), out, np.dtype(dtype))
 
 
+def finite(values: np.ndarray) -> bool:
+    """Whether there is neither NaN nor Inf.
+
+    Args:
+        values: (n,) contiguous: float32, float64, float16, or bfloat16 as its bits in uint16.
+    """
+    return bool(_backend.finite(values))
+
+
 def fill(out: np.ndarray, value: float) -> None:
     """Writes zero or Inf everywhere, of a step that counts for nothing."""
     out[:] = (0x7F80 if value else 0) if out.dtype == np.uint16 else value

@@ -120,6 +120,11 @@ def _collect(
     return where, what, start
 
 
+def finite(values: np.ndarray) -> bool:
+    """See ``passes.finite``."""
+    return bool(find_loops.finite(_numbered(values)))
+
+
 # Settle -----------------------------------------------------------------------------------------
 
 

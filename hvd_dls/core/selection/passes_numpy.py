@@ -117,6 +117,12 @@ def settle(
     residual[indices] = 0 if kept is None else kept
 
 
+def finite(values: np.ndarray) -> bool:
+    """See ``passes.finite``."""
+    blocks = (values[start : start + _BLOCK] for start in range(0, len(values), _BLOCK))
+    return all(np.isfinite(widened(block)).all() for block in blocks)
+
+
 def sum_up(
     received: Sequence[tuple[np.ndarray, np.ndarray]],
     scale: float,
