@@ -20,7 +20,7 @@ from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.torch import bookkeeping, joined, watching
-from hvd_dls.torch.contexts import Dense, InFlight, send_dense
+from hvd_dls.torch.contexts import Dense, InFlight, as_sent, send_dense
 from hvd_dls.torch.delivery import Delivery
 from hvd_dls.torch.exchange import Exchange, gather
 from hvd_dls.torch.on_device import Device, finite_future
@@ -28,6 +28,7 @@ from hvd_dls.torch.parameters import (
     NamedParameter,
     Parameters,
     as_numpy,
+    copy_back,
     specs_of,
     stays_on_device,
     with_tensors,
@@ -99,26 +100,35 @@ class Binding(BaseBinding):
             if not session.has(name):
                 self._come_in(session, name, None)
             return self._nothing(name, gradient)
+        array = self.array(name, gradient) if session.is_sparse(name) else None
         if not session.has(name):
-            self._come_in(session, name, gradient)
-        if session.is_sparse(name):
-            return self._placeholder(name, gradient)
+            self._come_in(session, name, gradient, array)
+        if array is not None:
+            return self._placeholder(name, gradient, array)
         whole = gradient
         if session.corrects:
-            flat = self.flat(name, gradient)
-            corrected = torch.as_tensor(session.correct(name, self.array(name, flat)))
+            corrected = torch.as_tensor(session.correct(name, self.array(name, gradient)))
             whole = corrected.view(gradient.shape).to(gradient.device)
-        whole, _ = send_dense(whole)
+        whole = as_sent(whole)
         return whole, Dense(gradient.dtype, whole, self, name)
 
-    def _come_in(self, session: Session, name: str, gradient: torch.Tensor | None) -> None:
-        """Hands a gradient, or None, to the session, and sends buckets that are complete."""
+    def _come_in(
+        self, session: Session, name: str, gradient: torch.Tensor | None, array: Array | None = None
+    ) -> None:
+        """Hands a gradient to the session, and sends buckets that are complete.
+
+        Args:
+            session: of the model.
+            name: of the parameter.
+            gradient: of it, or None.
+            array: the same as the session takes it, if it is to be compressed.
+        """
         assert self._delivery is not None
         with self._lock:
             if gradient is None:
                 complete = session.leave_out(name)
-            elif session.is_sparse(name):
-                complete = session.compress(name, self.array(name, self.flat(name, gradient)))
+            elif array is not None:
+                complete = session.compress(name, array)
             else:
                 finite = session.dense_step or self._finite(session, name, gradient)
                 complete = session.note(name, finite)
@@ -127,18 +137,18 @@ class Binding(BaseBinding):
             if complete is not None or self._on_device:  # which may have done what it had to
                 self._delivery.send_ready()
 
-    def _placeholder(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, InFlight]:
+    def _placeholder(
+        self, name: str, gradient: torch.Tensor, array: Array
+    ) -> tuple[torch.Tensor, InFlight]:
         placeholder = torch.ones(1, dtype=torch.float64)
-        flat = self.flat(name, gradient)
-        return placeholder, InFlight(self, name, gradient, flat, placeholder)
+        return placeholder, InFlight(self, name, gradient, array, placeholder)
 
     def _nothing(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, InFlight | Dense]:
         """What ``compress`` returns of a layer of which this rank sends nothing."""
         assert self.session is not None
         if not self.session.is_sparse(name):
-            whole, sent = send_dense(torch.zeros_like(gradient))
-            return whole, sent._replace(binding=self, name=name)
-        return self._placeholder(name, gradient)
+            return send_dense(torch.zeros_like(gradient), self, name)
+        return self._placeholder(name, gradient, self.array(name, gradient))
 
     @on_the_watch
     def decompress(self, reduced_one: torch.Tensor | None, sent: InFlight) -> torch.Tensor:
@@ -147,11 +157,14 @@ class Binding(BaseBinding):
         self._receive_all(self.session)
         one = sent.placeholder if reduced_one is None else reduced_one
         scale = one.item() / self.session.groups.count
-        out = self.array(sent.name, sent.flat)
-        self._settled_by(self.session.decompress, sent.name, out, scale)
-        if sent.flat.data_ptr() != sent.gradient.data_ptr():
-            sent.gradient.copy_(sent.flat.view(sent.gradient.shape))
-        return sent.gradient
+        gradient, array = sent.gradient, sent.array
+        self._settled_by(self.session.decompress, sent.name, array, scale)
+        if sent.name in self._on_device:
+            if not gradient.is_contiguous():
+                gradient.copy_(array.view_as(gradient))
+        elif not (gradient.is_cpu and gradient.is_contiguous()):
+            copy_back(array, gradient)
+        return gradient
 
     @on_the_watch
     def decompress_dense(self, reduced: torch.Tensor | None, sent: Dense) -> torch.Tensor:
@@ -160,12 +173,12 @@ class Binding(BaseBinding):
         session = self.session
         whole = sent.whole if reduced is None else reduced
         if session.dense_step:
-            flat = self.flat(sent.name, whole)
-            counts = self._settled_by(session.accept, sent.name, self.array(sent.name, flat))
+            array = self.array(sent.name, whole)
+            counts = self._settled_by(session.accept, sent.name, array)
         else:
             self._receive_all(session)
             counts = self._settled_by(session.accept, sent.name)
-        gradient = whole.to(sent.dtype)
+        gradient = whole if whole.dtype == sent.dtype else whole.to(sent.dtype)
         return gradient if counts else gradient.fill_(torch.inf if session.marks_skipped else 0.0)
 
     @on_the_watch
@@ -373,21 +386,17 @@ class Binding(BaseBinding):
                     self._on_device[name] = Device(parameter.device)
         return dict(self._on_device)
 
-    def flat(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """(n,) where the passes are, and the gradient's own memory if it can be."""
-        flat = gradient.detach().reshape(-1)
-        return flat if name in self._on_device else flat.cpu()
-
-    def array(self, name: str, flat: torch.Tensor) -> Array:
-        """The same memory as the session takes it."""
-        return flat if name in self._on_device else as_numpy(flat)
+    def array(self, name: str, gradient: torch.Tensor) -> Array:
+        """(n,) where the passes are, as the session takes it: its own memory if it can be."""
+        own = gradient.detach()
+        return own.reshape(-1) if name in self._on_device else as_numpy(own.cpu())
 
     def _finite(self, session: Session, name: str, gradient: torch.Tensor) -> bool | Future[bool]:
         if session.bucket_of(name) is None:
             return True  # nobody asks
         if name in self._on_device:
             return finite_future(gradient)
-        return HOST.finite(self.array(name, self.flat(name, gradient)))
+        return HOST.finite(self.array(name, gradient))
 
     # State ---------------------------------------------------------------------------------------
 

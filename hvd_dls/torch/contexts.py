@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from hvd_dls.core.selection.backend import Array
     from hvd_dls.torch.binding import Binding
 
 
@@ -29,12 +30,19 @@ class InFlight(NamedTuple):
     binding: Binding
     name: str
     gradient: torch.Tensor
-    flat: torch.Tensor  # what the session was given: the gradient's own memory, or a copy
+    array: Array  # what the session was given: the gradient's own memory, or a copy
     placeholder: torch.Tensor  # what Horovod reduces instead
 
 
-def send_dense(gradient: torch.Tensor) -> tuple[torch.Tensor, Dense]:
+def as_sent(gradient: torch.Tensor) -> torch.Tensor:
     """A gradient as Horovod takes it: it refuses bfloat16 and memory that is not contiguous."""
     wide = gradient.float() if gradient.dtype == torch.bfloat16 else gradient
-    whole = wide.contiguous()
-    return whole, Dense(gradient.dtype, whole)
+    return wide.contiguous()
+
+
+def send_dense(
+    gradient: torch.Tensor, binding: Binding | None = None, name: str = ""
+) -> tuple[torch.Tensor, Dense]:
+    """What Horovod is to reduce whole, and what ``decompress`` is to know of it."""
+    whole = as_sent(gradient)
+    return whole, Dense(gradient.dtype, whole, binding, name)

@@ -43,16 +43,15 @@ def apply_options(compressor: DLSCompressor, optimizer: Any) -> None:
     session = session or binding.agree(alone)
     session.abandon()  # what an exception may have left of the step before
     corrects = session.corrects  # what waits is gone when the step ends
-    flats = {}
+    arrays = {}
     for name, parameter in named:
         assert parameter.grad is not None
-        flat = binding.flat(name, parameter.grad)
         session.note(name, finite=True)  # its sum is looked at
-        whole = binding.array(name, flat)
-        flats[name] = torch.as_tensor(session.correct(name, whole)) if corrects else flat
-    counts = [session.accept(name, binding.array(name, flat)) for name, flat in flats.items()]
+        whole = binding.array(name, parameter.grad)
+        arrays[name] = session.correct(name, whole) if corrects else whole
+    counts = [session.accept(name, array) for name, array in arrays.items()]
     for name, parameter in named:
         if not all(counts):
             parameter.grad = None
         elif corrects and parameter.grad is not None:
-            parameter.grad.copy_(flats[name].view(parameter.grad.shape))
+            parameter.grad.copy_(torch.as_tensor(arrays[name]).view(parameter.grad.shape))

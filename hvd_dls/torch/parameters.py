@@ -117,11 +117,24 @@ def stays_on_device(parameter: torch.Tensor) -> bool:
     return parameter.is_cuda
 
 
-def as_numpy(flat: torch.Tensor) -> np.ndarray:
-    """The same memory as an array.  NumPy has no bfloat16: that comes as its bits, uint16."""
-    if flat.dtype == torch.bfloat16:
-        return flat.view(torch.int16).numpy().view(np.uint16)
-    return flat.numpy()
+def as_numpy(gradient: torch.Tensor) -> np.ndarray:
+    """(n,) of a tensor on the host, and its own memory if that is contiguous.
+
+    NumPy has no bfloat16: that comes as its bits, uint16.
+    """
+    if gradient.dtype == torch.bfloat16:
+        return gradient.view(torch.int16).numpy().view(np.uint16).reshape(-1)
+    return gradient.numpy().reshape(-1)
+
+
+def copy_back(array: np.ndarray, gradient: torch.Tensor) -> None:
+    """Writes into a tensor what ``as_numpy`` had to copy out of it."""
+    if gradient.dtype == torch.bfloat16:
+        gradient.copy_(
+            torch.from_numpy(array.view(np.int16)).view(gradient.dtype).view_as(gradient)
+        )
+    else:
+        gradient.copy_(torch.from_numpy(array).view_as(gradient))
 
 
 def with_tensors(state: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Step:
             self._awaited[bucket] = self._routing.members[bucket] - self._away
 
     def arrive(self, name: str) -> None:
-        """A layer that may comes in (see ``check``): one operation, which Ctrl-C cannot cut in two."""
+        """A layer that may comes in: one operation, which Ctrl-C cannot cut in two."""
         self.arrived.add(name)
 
     def stay_away(self, name: str) -> None:
