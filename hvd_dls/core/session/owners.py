@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hvd_dls.core.adding import add_up
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.balancing.ratios import apportion
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, WINDOW, Sketch, bin_of
@@ -153,11 +154,7 @@ class Owners:
         """
         region, offsets = self.own(bucket), self.own(bucket).sent.offsets
         sums = self.kept[bucket].copy()
-        entries, totals = np.diff(payloads.starts, axis=1), payloads.starts[:, -1].tolist()
-        own = [(i[:n], v[:n]) for (i, v), n in zip(payloads.entries, totals, strict=True)]
-        where = np.concatenate([indices for indices, _ in own])
-        where = where + np.repeat(np.tile(offsets[:-1], len(own)), entries.ravel())
-        np.add.at(sums, where, np.concatenate([values for _, values in own]))  # in this order
+        add_up(payloads.entries, payloads.starts, offsets, sums)
         status = np.where((payloads.status == SENT).any(axis=0), SENT, ABSENT)
         status[(payloads.status == NOT_FINITE).any(axis=0)] = NOT_FINITE
         watched: dict[str, Status] = {}

@@ -112,9 +112,10 @@ def _check_headers(
     """Checks all fields of all ranks' headers but the number of entries and the clock."""
     expected = header_of(bucket, capacity)
     headers = headers[:, 0].copy()
-    for rank, abandoned in zip(ranks, headers["abandoned"], strict=True):
-        if abandoned > max(Abandoned):
-            _refuse_payload(bucket, rank, "abandoned", abandoned, "0, 1 or 2")
+    unknown = headers["abandoned"] > max(Abandoned)
+    if unknown.any():
+        row = int(np.argmax(unknown))
+        _refuse_payload(bucket, ranks[row], "abandoned", headers["abandoned"][row], "0, 1 or 2")
     for field in ("entries", "step", "attempt", "abandoned"):
         headers[field] = 0
     if headers.tobytes() == expected.tobytes() * len(headers):
