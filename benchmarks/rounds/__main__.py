@@ -36,7 +36,7 @@ def profile(running: RunningMethod, steps: int) -> dict[str, Any]:
     watch = Stopwatch()
     with watch.watching():
         taken = np.array([running.step() for _ in range(steps)])
-    total, total_cpu, *_ = taken.sum(axis=0).tolist()
+    total, _, total_cpu, *_ = taken.sum(axis=0).tolist()
     parts = {
         label: [1e3 * s / steps, 1e3 * watch.cpu_seconds[label] / steps]
         for label, s in watch.longest_first()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any
 
 import horovod.torch as hvd
@@ -19,6 +18,7 @@ from benchmarks.common.synthetic_model import (
     make_compression,
 )
 from benchmarks.rounds.measuring import gather, interface_bytes, wait_for_all
+from benchmarks.rounds.turns import read_clocks
 from hvd_dls.torch import DLSCompressor
 
 
@@ -91,8 +91,8 @@ class RunningMethod:
             interface: whose bytes to count.
 
         Returns:
-            Seconds by the clock, seconds of this process on all processors, and the bytes that
-            the interface received and sent from the step's beginning until all ranks were done.
+            Seconds by each of CLOCKS, and the bytes that the interface received and sent from the
+            step's beginning until all ranks were done.
         """
         self._gradients.draw_all()
         for parameter in self._parameters:
@@ -101,10 +101,10 @@ class RunningMethod:
         self._note_received()
         wait_for_all()
         before = interface_bytes(interface)
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start = read_clocks()
         loss.backward()
         self.optimizer.step()
-        taken = [time.perf_counter() - start, time.process_time() - cpu_start]
+        taken = read_clocks() - start
         wait_for_all()
         counted = interface_bytes(interface) - before
         if isinstance(self.compression, DLSCompressor):
