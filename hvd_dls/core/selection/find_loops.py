@@ -194,6 +194,24 @@ def finish(where, what, count, k, stride, tables, indices, values, counts):
 
 
 @jit
+def places(values, least, where):
+    """Writes ``passes.reaching``; returns how many there are."""
+    low, count = magnitude(least), 0
+    whole = len(values) - len(values) % LANES
+    for first in range(0, whole, LANES):
+        mask = reaching(values, first, low)
+        while mask != 0:
+            where[count] = first + lowest_one(mask)
+            count += 1
+            mask &= mask - np.uint64(1)
+    for i in range(whole, len(values)):
+        if magnitude(values[i]) >= low:
+            where[count] = i
+            count += 1
+    return count
+
+
+@jit
 def finite(values):
     """See ``passes.finite``."""
     good = True

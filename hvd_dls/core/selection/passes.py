@@ -156,6 +156,19 @@ def finite(values: np.ndarray) -> bool:
     return bool(_backend.finite(values))
 
 
+def reaching(values: np.ndarray, least: float) -> np.ndarray:
+    """Places of all magnitudes of ``least`` or more, and of what is not finite.
+
+    Args:
+        values: (n,) float32 or float64, contiguous.
+        least: > 0; rounded to the values' dtype first.
+
+    Returns:
+        (m,) int64, ascending.
+    """
+    return _backend.reaching(values, values.dtype.type(least))
+
+
 def fill(out: np.ndarray, value: float) -> None:
     """Writes zero or Inf everywhere, of a step that counts for nothing."""
     out[:] = (0x7F80 if value else 0) if out.dtype == np.uint16 else value

@@ -125,6 +125,12 @@ def finite(values: np.ndarray) -> bool:
     return bool(find_loops.finite(_numbered(values)))
 
 
+def reaching(values: np.ndarray, least: np.floating[Any]) -> np.ndarray:
+    """See ``passes.reaching``."""
+    places = np.empty(len(values), np.int64)  # of which only what is written takes memory
+    return places[: find_loops.places(values, least, places)]
+
+
 # Settle -----------------------------------------------------------------------------------------
 
 

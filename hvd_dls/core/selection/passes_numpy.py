@@ -123,6 +123,12 @@ def finite(values: np.ndarray) -> bool:
     return all(np.isfinite(widened(block)).all() for block in blocks)
 
 
+def reaching(values: np.ndarray, least: np.floating) -> np.ndarray:
+    """See ``passes.reaching``."""
+    bits = f"u{values.itemsize}"  # which order magnitudes, and NaN above all of them
+    return np.flatnonzero(np.abs(values).view(bits) >= least.view(bits))
+
+
 def sum_up(
     received: Sequence[tuple[np.ndarray, np.ndarray]],
     scale: float,

@@ -14,6 +14,7 @@ from hvd_dls.core.adding import add_up
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.balancing.ratios import apportion
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, WINDOW, Sketch, bin_of
+from hvd_dls.core.selection.passes import reaching
 from hvd_dls.core.wire.dealing import Dealing
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Bucket, Status
 from hvd_dls.core.wire.payload import Payloads
@@ -223,14 +224,11 @@ def _hand_out(
     Returns:
         What is handed out of each piece, as for ``pack``, and the threshold.
     """
-    magnitudes = np.abs(sums)
-    for position in np.flatnonzero(status != SENT).tolist():
-        magnitudes[offsets[position] : offsets[position + 1]] = 0
-    if not np.isfinite(magnitudes.max()):  # the sum went beyond the type
-        beyond = np.add.reduceat(~np.isfinite(magnitudes), offsets[:-1]) > 0
-        status[beyond] = NOT_FINITE
+    near, values, threshold = _near(sums, status, offsets, share, before)
+    beyond = near[~np.isfinite(values)]
+    if len(beyond):  # the sum went beyond the type
+        status[_pieces_of(beyond, offsets)] = NOT_FINITE
         return [None if said != ABSENT else ABSENT for said in status.tolist()], before
-    near, values, threshold = _near(magnitudes, share, before)
     base = _base_of(threshold)
     above = np.flatnonzero(values > threshold)
     ties = np.flatnonzero(values == threshold)[: share - len(above)]
@@ -251,28 +249,41 @@ def _hand_out(
 
 
 def _near(
-    magnitudes: np.ndarray, share: int, before: float
+    sums: np.ndarray, status: np.ndarray, offsets: np.ndarray, share: int, before: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Entries that are not zero, and not too small to be chosen or to be counted in a sketch.
 
     Returns:
-        Their places, ascending; they themselves; and the smallest of the ``share`` largest of all,
+        Their places, ascending; their magnitudes; and the smallest of the ``share`` largest of all,
         zero if there are not so many.
     """
     # A sketch begins two octaves below the threshold, which may have moved by one.
-    least = magnitudes.dtype.type(before / 8)
+    least = sums.dtype.type(before / 8)
     if least > 0:
-        near = np.flatnonzero(magnitudes >= least)
-        values = magnitudes[near]
+        near, values = _reaching(sums, status, offsets, least)
         if len(values) >= share:
             threshold = np.partition(values, len(values) - share)[len(values) - share]
             if bin_of(least) < _base_of(threshold):
                 return near, values, threshold
-    near = np.flatnonzero(magnitudes)
-    values = magnitudes[near]
+    near, values = _reaching(sums, status, offsets, np.finfo(sums.dtype).smallest_subnormal)
     if len(values) < share:
-        return near, values, np.zeros((), magnitudes.dtype)
+        return near, values, np.zeros((), sums.dtype)
     return near, values, np.partition(values, len(values) - share)[len(values) - share]
+
+
+def _reaching(
+    sums: np.ndarray, status: np.ndarray, offsets: np.ndarray, least: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places and magnitudes of those that reach a limit, in pieces that are in the step."""
+    places = reaching(sums, least)
+    if (status != SENT).any():
+        places = places[status[_pieces_of(places, offsets)] == SENT]
+    return places, np.abs(sums[places])
+
+
+def _pieces_of(places: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """In which piece each of these places is."""
+    return np.searchsorted(offsets, places, side="right") - 1
 
 
 def _base_of(threshold: np.ndarray) -> int:

@@ -217,6 +217,18 @@ def test_every_float16_and_bfloat16_is_finite_or_not(dtype):
     assert not any(passes.finite(every[i : i + 1]) for i in np.flatnonzero(~finite).tolist())
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(st.sampled_from(sorted(KINDS)), seeds, st.integers(1, 300), st.floats(0, 2))
+def test_places_of_large_magnitudes(dtype, kind, seed, n, factor):
+    rng = np.random.default_rng(seed)
+    values = KINDS[kind](rng, n).astype(dtype)
+    values[rng.random(n) < 0.3] = 0
+    values[rng.random(n) < 0.05] = rng.choice([np.nan, np.inf, -np.inf, 1e-45, -1e-45])
+    least = max(factor, np.finfo(dtype).smallest_subnormal)
+    expected = [i for i, x in enumerate(values) if abs(x) >= dtype(least) or np.isnan(x)]
+    assert passes.reaching(values, least).tolist() == expected
+
+
 def test_every_float16_and_bfloat16_has_its_value():
     for dtype in (np.float16, np.uint16):
         gradient = np.arange(1 << 16, dtype=np.uint16)
