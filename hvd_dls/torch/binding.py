@@ -388,8 +388,9 @@ class Binding(BaseBinding):
 
     def array(self, name: str, gradient: torch.Tensor) -> Array:
         """(n,) where the passes are, as the session takes it: its own memory if it can be."""
-        own = gradient.detach()
-        return own.reshape(-1) if name in self._on_device else as_numpy(own.cpu())
+        if name in self._on_device:
+            return gradient.detach().reshape(-1)
+        return as_numpy(gradient)
 
     def _finite(self, session: Session, name: str, gradient: torch.Tensor) -> bool | Future[bool]:
         if session.bucket_of(name) is None:

@@ -118,13 +118,13 @@ def stays_on_device(parameter: torch.Tensor) -> bool:
 
 
 def as_numpy(gradient: torch.Tensor) -> np.ndarray:
-    """(n,) of a tensor on the host, and its own memory if that is contiguous.
+    """(n,) on the host: a tensor's own memory, if that is there and contiguous.
 
     NumPy has no bfloat16: that comes as its bits, uint16.
     """
     if gradient.dtype == torch.bfloat16:
-        return gradient.view(torch.int16).numpy().view(np.uint16).reshape(-1)
-    return gradient.numpy().reshape(-1)
+        return gradient.view(torch.int16).numpy(force=True).view(np.uint16).reshape(-1)
+    return gradient.numpy(force=True).reshape(-1)
 
 
 def copy_back(array: np.ndarray, gradient: torch.Tensor) -> None:
