@@ -11,7 +11,8 @@ capacity of just K and for one with slack; of the bound and the other codes, tho
 values alone. Times are medians of `pack` and of `unpack` for one rank, values included, and of the
 Elias–Fano coder alone, in nanoseconds an entry, with the interquartile range behind; one thread.
 Then what a received entry costs where many ranks send: `unpack` of all ranks' payloads of ResNet-50
-in one bucket, and adding them up, beyond what the sums of nothing take.
+in one bucket, and adding them up, beyond what the sums of nothing take; and what it costs an owner
+(exchange="sparse_allreduce"), which reads, adds up and chooses what to hand out.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ from benchmarks.wire.index_sets import (
     uniform,
 )
 from benchmarks.wire.measuring import VALUE_BITS, measure
+from benchmarks.wire.owning import measure_owning
 from benchmarks.wire.receiving import measure_receiving
 
 DENSITIES = [1e-4, 1e-3, 1e-2, 1e-1]
 
 RECEIVED = [(density, ranks) for density in (1e-3, 1e-2) for ranks in (4, 16, 64)]
 PARTS = ("unpack", "add", "both")
+OWNING = (4, 16, 64)
 
 # Bytes an entry that the format was designed for: density, value bits -> at most.
 TARGETS = {(1e-2, 32): 5.3, (1e-2, 16): 3.3, (1e-3, 32): 5.8, (1e-3, 16): 3.8}
@@ -117,6 +120,21 @@ def show_receiving(rows: list[dict[str, Any]]) -> None:
     print(markdown(["density", "ranks", "entries", *PARTS], lines))
 
 
+def show_owning(rows: list[dict[str, Any]]) -> None:
+    """Prints what an entry that comes in costs an owner, in nanoseconds."""
+    lines = []
+    for row in rows:
+        cells = (
+            f"{row[what][1]:.1f} ({row[what][0]:.1f}–{row[what][2]:.1f})"
+            for what in ("unpack", "merge")
+        )
+        counts = (f"{row['entries']:,}", f"{row['owned']:,}")
+        lines.append([f"{row['density']:g}", f"{row['ranks']}", *counts, *cells])
+    print("Nanoseconds an entry received by an owner: ResNet-50, float32\n")
+    head = ["density", "ranks", "entries", "owned", "unpack", "add up and choose"]
+    print(markdown(head, lines))
+
+
 def show_targets(rows: list[dict[str, Any]]) -> bool:
     """Prints which TARGETS were met; returns whether all were."""
     met = True
@@ -175,10 +193,13 @@ def main() -> None:
     show_bytes(rows)
     show_times(rows)
     show_receiving(received := [measure_receiving(resnet50_matrices(), *x) for x in RECEIVED])
+    show_owning(owning := [measure_owning(resnet50_matrices(), 1e-2, n) for n in OWNING])
     met = show_targets(rows)
     if args.json:
         about = {"numba": HAVE_NUMBA, "numpy": np.__version__, "python": platform.python_version()}
-        write_json({"about": about, "rows": rows, "received": received}, args.json)
+        write_json(
+            {"about": about, "rows": rows, "received": received, "owning": owning}, args.json
+        )
     if args.picture:
         draw(rows, args.picture)
     sys.exit(not met)

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.common.internals import layer_spec
 from benchmarks.wire import __main__ as wire
-from benchmarks.wire import codes, measuring, receiving
+from benchmarks.wire import codes, measuring, owning, receiving
 from benchmarks.wire.index_sets import resnet50_matrices
 
 
@@ -30,6 +30,15 @@ def test_what_an_entry_costs_that_comes_in(monkeypatch, capsys):
     assert row["entries"] == 3 * (200 + 30)
     wire.show_receiving([row])
     assert "| 0.05 | 3 | 690 |" in capsys.readouterr().out
+
+
+def test_what_an_entry_costs_that_an_owner_receives(monkeypatch, capsys):
+    monkeypatch.setattr(receiving, "ROUNDS", 2)
+    layers = [layer_spec("one", (100, 40)), layer_spec("other", (30, 20))]
+    row = owning.measure_owning(layers, 0.05, 3)
+    assert row["entries"] == 3 * (230 // 3)
+    wire.show_owning([row])
+    assert "| 0.05 | 3 | 228 |" in capsys.readouterr().out
 
 
 def test_codes_need_at_least_what_the_entropy_says():
