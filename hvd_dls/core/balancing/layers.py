@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class LayerSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stable_name", self.stable_name or self.name)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of entries, n_l."""
         return math.prod(self.shape)
