@@ -63,7 +63,8 @@ BENCHMARKS = {
     "exchange": Benchmark(
         "Loopback: what DLS adds where the network is no bottleneck",
         "",
-        "Two ranks, the 161 parameters of ResNet-50, no computation.",
+        "Two ranks, the 161 parameters of ResNet-50, no computation. What an entry and a layer "
+        "cost since 2026-11-27: [work.md](work.md).",
     ),
     "network": Benchmark(
         "Four hosts, a model of 10.7 million parameters",
