@@ -15,14 +15,13 @@ MOST_STEPS = 40  # in a turn
 # By the clock; of the thread that trains on a processor, and of the process on all of them.
 CLOCKS = (time.perf_counter, time.thread_time, time.process_time)
 
+Gather = Callable[[Sequence[list[float]], str], np.ndarray]
+Turn = dict[str, list[float]]
+
 
 def read_clocks() -> np.ndarray:
     """Reads CLOCKS: (3,) seconds."""
     return np.array([clock() for clock in CLOCKS])
-
-
-Gather = Callable[[Sequence[list[float]], str], np.ndarray]
-Turn = dict[str, list[float]]
 
 
 class Running(Protocol):
