@@ -179,12 +179,15 @@ class DLSConfig:
         return options | {"adam": self.adam and list(self.adam)}
 
     def _check_adam(self) -> None:
-        self._require_number("adam_eps", "a finite number > 0", lambda v: 0 < v < math.inf)
+        least = 1e-37  # what float32 has in full
+        accepted = f"a finite number >= {least}"
+        self._require_number("adam_eps", accepted, lambda v: least <= v < math.inf)
         if self.adam is None:
             return
         try:
             betas = tuple(float(beta) for beta in self.adam)
-            good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+            good = isinstance(self.adam, (tuple, list)) and len(betas) == 2
+            good = good and all(0 <= beta < 1 for beta in betas)
         except (TypeError, ValueError):
             good = False
         if not good:

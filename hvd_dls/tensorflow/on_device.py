@@ -250,14 +250,15 @@ class Device:
     ) -> None:
         """See ``adam.update_of``."""
         own = _clipped(tf.cast(gradient, update.dtype), config, loss_scale, norm)
+        limited = tf.clip_by_value(own, -factors.limit, factors.limit)
         into.first.assign(before.first * factors.first)
-        into.first.assign_add(own * factors.of_first)
-        own = own * factors.unscale
+        into.first.assign_add(limited * factors.of_first)
+        into.first.assign_add(own * factors.nothing)
+        own = limited * factors.unscale
         into.second.assign(before.second * factors.second)
         into.second.assign_add(own * own * factors.of_second)
         root = tf.sqrt(into.second * factors.debias_second) + factors.epsilon
-        of_finite = into.first * factors.debias_first / root
-        update.assign(of_finite + into.second * factors.nothing)  # NaN where it is Inf
+        update.assign(into.first * factors.debias_first / root)
 
     @_on_its_device
     def norm(self, gradient: tf.Tensor, limit: float | None) -> tf.Tensor:

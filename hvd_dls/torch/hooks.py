@@ -19,7 +19,12 @@ from hvd_dls.torch import watching
 from hvd_dls.torch.compressor import DLSCompressor, compressor_of
 from hvd_dls.torch.horovod_frames import within_step_of
 from hvd_dls.torch.one_process import apply_options
-from hvd_dls.torch.refusals import refuse_adasum, refuse_sparse_gradients, refuse_unreduced
+from hvd_dls.torch.refusals import (
+    refuse_adasum,
+    refuse_other_moments,
+    refuse_sparse_gradients,
+    refuse_unreduced,
+)
 
 _log = logging.getLogger("hvd_dls")
 _SOON = 10  # steps without a gradient before it is worth a line
@@ -52,7 +57,8 @@ def _before_step(compressor: DLSCompressor, optimizer: Any) -> None:
     if binding is not None and optimizer._requires_update:
         binding.wait()
         refuse_unreduced(optimizer)
-        refuse_sparse_gradients(optimizer._requires_update, compressor.config)
+        refuse_other_moments(optimizer, compressor.config)  # a scheduler may have set some
+        refuse_sparse_gradients(optimizer, optimizer._requires_update, compressor.config)
 
 
 def _before_update(compressor: DLSCompressor, optimizer: Any) -> None:

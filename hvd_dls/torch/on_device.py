@@ -224,12 +224,13 @@ class Device:
     ) -> None:
         """See ``core.adam.update_of``."""
         own = _clipped(gradient.to(update.dtype), config, loss_scale, norm)
-        torch.mul(before.first, factors.first, out=into.first).add_(own * factors.of_first)
-        own = (own * factors.unscale).square_().mul_(factors.of_second)
+        limited = own.clamp(-factors.limit, factors.limit)
+        torch.mul(before.first, factors.first, out=into.first).add_(limited * factors.of_first)
+        into.first.add_(own * factors.nothing)
+        own = (limited * factors.unscale).square_().mul_(factors.of_second)
         torch.mul(before.second, factors.second, out=into.second).add_(own)
         torch.mul(into.second, factors.debias_second, out=update).sqrt_().add_(factors.epsilon)
         torch.div(into.first * factors.debias_first, update, out=update)
-        update.add_(into.second * factors.nothing)  # NaN where it is Inf
 
     def norm(self, gradient: Tensor, limit: float | None) -> Tensor:
         """See ``core.norms.l2_norm``; () on this device."""

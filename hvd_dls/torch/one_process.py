@@ -14,7 +14,7 @@ import torch
 
 from hvd_dls.adapter import World
 from hvd_dls.torch.compressor import DLSCompressor
-from hvd_dls.torch.refusals import refuse_sparse_gradients
+from hvd_dls.torch.refusals import refuse_other_moments, refuse_sparse_gradients
 
 
 def apply_options(compressor: DLSCompressor, optimizer: Any) -> None:
@@ -29,7 +29,13 @@ def apply_options(compressor: DLSCompressor, optimizer: Any) -> None:
         DLSError: see ``DLSCompressor.binding_of`` and ``refuse_sparse_gradients``.
     """
     binding = compressor.binding_of(optimizer)
-    refuse_sparse_gradients((p for _, p in binding.parameters.named()), compressor.config)
+    refuse_other_moments(optimizer, compressor.config)  # a scheduler may have set some
+    if optimizer.sparse_as_dense:  # what Horovod does where it reduces
+        for _, parameter in binding.parameters.named():
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
+    every = (parameter for _, parameter in binding.parameters.named())
+    refuse_sparse_gradients(optimizer, every, compressor.config)
     named = [
         (name, parameter)
         for name, parameter in binding.parameters.named()

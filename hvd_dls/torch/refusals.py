@@ -31,10 +31,7 @@ def refuse_optimizer(optimizer: Any, config: DLSConfig, process_set: Any) -> Non
             f"Optimizer has one of ranks {optimizer.process_set.ranks}: give the compressor the "
             "same, or none"
         )
-    if config.momentum:
-        refuse_second_momentum(optimizer, config.momentum)
-    if config.adam:
-        refuse_all_but_sgd(optimizer, config.adam)
+    refuse_other_moments(optimizer, config)
 
 
 def refuse_adasum(optimizer: Any) -> None:
@@ -44,6 +41,14 @@ def refuse_adasum(optimizer: Any) -> None:
             "op=hvd.Adasum: accepted are hvd.Average and hvd.Sum (Adasum combines whole "
             "updates, which cannot be sent in part)"
         )
+
+
+def refuse_other_moments(optimizer: torch.optim.Optimizer, config: DLSConfig) -> None:
+    """Raises DLSError if the compressor and the optimizer both have moments of gradients."""
+    if config.momentum:
+        refuse_second_momentum(optimizer, config.momentum)
+    if config.adam:
+        refuse_all_but_sgd(optimizer, config.adam)
 
 
 def refuse_second_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
@@ -79,9 +84,11 @@ def refuse_all_but_sgd(optimizer: torch.optim.Optimizer, betas: tuple[float, flo
     )
 
 
-def refuse_sparse_gradients(parameters: Iterable[torch.Tensor], config: DLSConfig) -> None:
+def refuse_sparse_gradients(
+    optimizer: Any, parameters: Iterable[torch.Tensor], config: DLSConfig
+) -> None:
     """Raises DLSError if a gradient is sparse, which Adam in the compressor never sees."""
-    for parameter in parameters if config.adam else ():
+    for parameter in parameters if config.adam and not optimizer.sparse_as_dense else ():
         if parameter.grad is not None and parameter.grad.is_sparse:
             raise DLSError(
                 f"adam={config.adam} in DLSCompressor, but the gradient of a parameter of shape "

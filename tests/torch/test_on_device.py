@@ -189,7 +189,7 @@ def test_adam_s_updates_are_the_core_s(device, work, dtype, options):
         gradient = store(factor * rng.standard_normal(3000), dtype)
         gradient[7] = store(np.array([np.nan if factor == 1e3 else 1.0]), dtype)[0]
         weights = weights.with_one_more(config.adam)
-        by = adam.factors_of(config, weights, 2.0)
+        by = adam.factors_of(config, weights, 2.0, np.dtype(work))
         then, update = adam.Moments(*(np.empty(3000, work) for _ in own)), np.empty(3000, work)
         adam.update_of(gradient, own, then, update, by, config, 2.0)
         after = adam.Moments(*(tensor(np.zeros(3000, work), device) for _ in own))

@@ -7,6 +7,7 @@ sum of them reaches the weights, behind plain SGD.  Measured in docs/adam.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,19 +59,24 @@ class Factors(NamedTuple):
     debias_first: float
     debias_second: float
     epsilon: float
-    nothing: float = 0.0  # times the second moment: NaN where that is Inf
+    nothing: float  # zero: times a gradient NaN where that is Inf
+    limit: float  # of a gradient's magnitude, so that its square does not overflow
 
 
-def factors_of(config: DLSConfig, weights: Weights, loss_scale: float) -> Factors:
+def factors_of(
+    config: DLSConfig, weights: Weights, loss_scale: float, dtype: np.dtype[Any]
+) -> Factors:
     """The numbers of an update.
 
     Args:
         config: the options, of which ``adam`` is given.
         weights: with the gradient that is new.
         loss_scale: that it is multiplied by.
+        dtype: of the moments.
     """
     assert config.adam is not None
     first, second = config.adam
+    largest = float(np.finfo(dtype).max)
     return Factors(
         first,
         1 - first,
@@ -80,6 +86,8 @@ def factors_of(config: DLSConfig, weights: Weights, loss_scale: float) -> Factor
         1 / weights.first,
         1 / weights.second,
         config.adam_eps,
+        0.0,
+        min(0.9 * math.sqrt(largest) * loss_scale, largest),
     )
 
 
@@ -95,7 +103,9 @@ def update_of(
 ) -> None:
     """Clips a gradient, and makes the moments and the update with it, on the host.
 
-    Where the square of a gradient is too large for its type, the update is NaN: to be found later.
+    A gradient whose square is too large for its type (1.7e19 in float32) counts as that much: its
+    update is as large as Adam's can be, where torch's would be zero from then on.  One that is not
+    finite makes an update of NaN: to be found later.
 
     Args:
         gradient: (n,) of any dtype that ``passes.find`` takes.
@@ -137,9 +147,11 @@ def _in_blocks(
         for begin in range(start, stop, _BLOCK):
             block = slice(begin, min(begin + _BLOCK, stop))
             own, mean, square, out = gradient[block], first[block], second[block], update[block]
+            limited = np.minimum(np.maximum(own, -of.limit), of.limit)
             np.multiply(first_before[block], of.first, out=mean)
-            mean += own * of.of_first
-            own = own * of.unscale
+            mean += limited * of.of_first
+            mean += own * of.nothing
+            own = limited * of.unscale
             own *= own
             np.multiply(second_before[block], of.second, out=square)
             square += own * of.of_second
@@ -147,7 +159,6 @@ def _in_blocks(
             np.sqrt(out, out=out)
             out += of.epsilon
             np.divide(mean * of.debias_first, out, out=out)
-            out += square * of.nothing
 
 
 _one_pass: Callable[..., None] = adam_loops.one_pass if HAVE_NUMBA else _in_blocks

@@ -25,24 +25,22 @@ def one_pass(gradient, first_before, second_before, first, second, update, by, s
 
 @jit
 def _first(gradient, before, first, by):
-    keep, take = by[0], by[1]
+    keep, take, nothing, limit = by[0], by[1], by[8], by[9]
     for i in range(len(gradient)):
-        first[i] = before[i] * keep + gradient[i] * take
+        own = min(max(gradient[i], -limit), limit)
+        first[i] = before[i] * keep + own * take + gradient[i] * nothing
 
 
 @jit
 def _second(gradient, before, second, by):
-    unscale, keep, take = by[2], by[3], by[4]
+    unscale, keep, take, limit = by[2], by[3], by[4], by[9]
     for i in range(len(gradient)):
-        own = gradient[i] * unscale
+        own = min(max(gradient[i], -limit), limit) * unscale
         second[i] = before[i] * keep + own * own * take
 
 
 @jit
 def _update(first, second, update, by):
-    of_first, of_second, epsilon, nothing = by[5], by[6], by[7], by[8]
+    of_first, of_second, epsilon = by[5], by[6], by[7]
     for i in range(len(first)):
-        square = second[i]
-        update[i] = (
-            first[i] * of_first / (math.sqrt(square * of_second) + epsilon) + square * nothing
-        )
+        update[i] = first[i] * of_first / (math.sqrt(second[i] * of_second) + epsilon)

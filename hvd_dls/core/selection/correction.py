@@ -106,7 +106,7 @@ class Correction:
         then = Moments(into, self._second_moments.propose(name))
         weights = self.weights[name].with_one_more(self._config.adam)
         self._proposed_weights[name] = weights
-        by = factors_of(self._config, weights, loss_scale)
+        by = factors_of(self._config, weights, loss_scale, self._layers[name].work_dtype)
         backend.update(gradient, before, then, update, by, self._config, loss_scale, norm)
         return update
 

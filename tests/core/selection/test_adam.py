@@ -70,7 +70,9 @@ def test_the_compiled_loop_does_the_same_as_numpy(seed, dtype, size):
     arrays = [rng.standard_normal(size).astype(dtype) for _ in range(6)]
     np.abs(arrays[2], out=arrays[2])
     arrays[0][::97] = rng.choice([0.0, np.nan, np.inf, 1e30], len(arrays[0][::97]))
-    factors = adam.factors_of(DLSConfig(adam=BETAS), adam.Weights(0.75, 0.01), 1024.0)
+    factors = adam.factors_of(
+        DLSConfig(adam=BETAS), adam.Weights(0.75, 0.01), 1024.0, np.dtype(dtype)
+    )
     by, results = np.array(factors, dtype), []
     for one_pass in (adam._in_blocks, adam_loops.one_pass):
         own = [array.copy() for array in arrays]
@@ -93,10 +95,21 @@ def test_large_layers_in_parts_are_the_same_to_the_bit(monkeypatch):
     assert np.array_equal(*updates)
 
 
-def test_a_sum_of_squares_that_overflows_is_not_a_step_of_zero():
-    own = make(3, adam=BETAS)
-    update = own.apply("w", np.array([1e25, 1.0, np.nan], np.float32))
-    assert np.isnan(update[[0, 2]]).all()
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_a_square_that_overflows_is_the_largest_there_is(scale):
+    own, largest = make(4, adam=BETAS), np.finfo(np.float32).max
+    for _ in range(3):
+        update = own.apply("w", np.array([largest, -1e20 * scale, 1.0, 0.0], np.float32), scale)
+        np.testing.assert_allclose(update, scale * np.array([1, -1, 1, 0]), rtol=1e-3)
+        own.commit({})
+    update = own.apply("w", np.full(4, scale, np.float32), scale)
+    assert np.isfinite(update).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_left_to_be_found(bad):
+    update = make(2, adam=BETAS).apply("w", np.array([bad, 1.0], np.float32))
+    assert np.isnan(update[0])
     assert update[1] == pytest.approx(1)
 
 

@@ -161,7 +161,7 @@ def test_which_layers_are_compressed_does_not_follow_the_number_of_ranks(monkeyp
     Trainer(Net(), compression, "eager").train([0])
     (binding,) = compression._bindings
     alone, many = (
-        binding._new_session(World(0, size, 1, 0), Groups.of_one(size, 0)) for size in (1, 64)
+        binding._new_session(World(0, size, 1, 0), Groups.of_one(size, 0), None) for size in (1, 64)
     )
     assert [b.layers for b in alone.routing.buckets] == [b.layers for b in many.routing.buckets]
     assert alone.routing.buckets

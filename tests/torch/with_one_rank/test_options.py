@@ -90,6 +90,22 @@ def test_adam_is_adamw(named, update):
     torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-4, atol=1e-5)
 
 
+def test_sparse_gradients_are_adam_s_too_if_they_are_to_be_dense():
+    trained = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 8, sparse=sparse), nn.Linear(8, 2))
+        sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+        compression = DLSCompressor(adam=(0.5, 0.999))
+        optimizer = wrap(model, compression, sgd, sparse_as_dense=sparse)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(torch.arange(5) + step).square().sum().backward()
+            optimizer.step()
+        trained.append(flat(model))
+    torch.testing.assert_close(*trained)
+
+
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
 def test_momentum_in_both_is_refused_as_on_several(make):
     model = net()

@@ -336,6 +336,30 @@ def test_adam_needs_plain_sgd(make, given):
         train(model, optimizer, [0])
 
 
+def test_momentum_that_a_scheduler_sets_later_is_refused():
+    model = net()
+    optimizer = wrap(model, DLSCompressor(adam=(0.5, 0.999), **SPARSE), sgd(model))
+    train(model, optimizer, range(2))
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    with pytest.raises(DLSError, match=r"plain torch.optim.SGD, and it is SGD with momentum=0.9"):
+        train(model, optimizer, range(2, 4))
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["goes dense", "compressed"])
+def test_a_gradient_whose_square_overflows_makes_the_largest_update(layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 60), nn.Linear(60, 5))
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    optimizer = wrap(model, DLSCompressor(adam=(0.5, 0.999), density=0.1, **SPARSE), sgd(model))
+    parameter = (model[1].bias, model[1].weight)[layer]
+    hook = parameter.register_hook(lambda g: g + (1e25 if hvd.rank() == 1 else 0))
+    train(model, optimizer, [0])
+    hook.remove()
+    train(model, optimizer, range(1, 4))
+    assert flat(model).abs().max() < 10
+    assert_same_on_all_ranks(flat(model))
+
+
 def test_adam_needs_averages():
     model = net()
     optimizer = wrap(model, DLSCompressor(adam=(0.5, 0.999), **SPARSE), sgd(model), op=hvd.Sum)
@@ -344,13 +368,22 @@ def test_adam_needs_averages():
 
 
 def test_adam_must_see_all_gradients():
-    model = nn.ModuleList([nn.Embedding(50, 40, sparse=True), nn.Linear(40, 30)])
-    optimizer = wrap(model, DLSCompressor(adam=(0.5, 0.999), **SPARSE), sgd(model))
-    before = flat(model)
-    model[1](model[0](torch.arange(5))).sum().backward()
+    def backward(sparse_as_dense):
+        model = nn.ModuleList([nn.Embedding(50, 40, sparse=True), nn.Linear(40, 30)])
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        compression = DLSCompressor(adam=(0.5, 0.999), **SPARSE)
+        optimizer = wrap(model, compression, sgd(model), sparse_as_dense=sparse_as_dense)
+        model[1](model[0](torch.arange(5))).sum().backward()
+        return model, optimizer, flat(model)
+
+    model, optimizer, before = backward(sparse_as_dense=False)
     with pytest.raises(DLSError, match=r"parameter of shape \(50, 40\) is sparse.*sparse=False"):
         optimizer.step()
     assert torch.equal(flat(model), before)
+    model, optimizer, before = backward(sparse_as_dense=True)
+    optimizer.step()
+    assert not torch.equal(flat(model), before)
+    assert_same_on_all_ranks(flat(model))
 
     model = net()
     some = list(model.named_parameters())[:2]
