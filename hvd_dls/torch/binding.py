@@ -13,9 +13,8 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_dls.adapter import BaseBinding, World, on_the_watch
-from hvd_dls.config import ALLGATHER, DLSConfig
+from hvd_dls.config import DLSConfig
 from hvd_dls.core.selection.backend import HOST, Array, Backend, Future
-from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
@@ -23,7 +22,7 @@ from hvd_dls.torch import bookkeeping, joined, watching
 from hvd_dls.torch.contexts import Dense, InFlight, as_sent, send_dense
 from hvd_dls.torch.delivery import Delivery
 from hvd_dls.torch.exchange import Exchange, gather
-from hvd_dls.torch.on_device import Device, finite_future
+from hvd_dls.torch.on_device import Device, devices_of, finite_future
 from hvd_dls.torch.parameters import (
     NamedParameter,
     Parameters,
@@ -377,13 +376,7 @@ class Binding(BaseBinding):
         return any(stays_on_device(parameter) for _, parameter in self.parameters.named())
 
     def _backends(self, config: DLSConfig) -> dict[str, Backend]:
-        # These strategies look at whole residuals, on the host; hosts and owners add up there.
-        self._on_device = {}
-        on_host = config.strategy in BASELINES or config.hierarchical
-        if not on_host and config.exchange == ALLGATHER:
-            for name, parameter in self.parameters.named():
-                if stays_on_device(parameter):
-                    self._on_device[name] = Device(parameter.device)
+        self._on_device = devices_of(self.parameters, config)
         return dict(self._on_device)
 
     def array(self, name: str, gradient: torch.Tensor) -> Array:

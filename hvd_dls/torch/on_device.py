@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_dls.config import DLSConfig
+from hvd_dls.config import ALLGATHER, DLSConfig
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
 from hvd_dls.core.selection.adam import Factors, Moments
 from hvd_dls.core.selection.backend import Future
@@ -29,8 +29,10 @@ from hvd_dls.core.selection.norms import Norm
 from hvd_dls.core.selection.passes import Found, found_on_device
 from hvd_dls.core.selection.passes_numpy import sample_stride
 from hvd_dls.core.session import log
+from hvd_dls.core.session.baselines import BASELINES
 from hvd_dls.errors import DLSError
 from hvd_dls.torch.futures import DeviceFuture
+from hvd_dls.torch.parameters import Parameters, stays_on_device
 
 if TYPE_CHECKING:
     from hvd_dls.torch.kernels.selector import Selector
@@ -239,6 +241,14 @@ class Device:
             return own.new_zeros((), dtype=torch.float64)
         largest = torch.linalg.vector_norm(own, math.inf)
         return _norm(own if limit is None else own.clamp(-limit, limit), largest)
+
+
+def devices_of(parameters: Parameters, config: DLSConfig) -> dict[str, Device]:
+    """Where passes over layers are made that are not on the host, by name."""
+    # These strategies look at whole residuals, on the host; hosts and owners add up there.
+    if config.strategy in BASELINES or config.hierarchical or config.exchange != ALLGATHER:
+        return {}
+    return {name: Device(p.device) for name, p in parameters.named() if stays_on_device(p)}
 
 
 @cache

@@ -40,7 +40,12 @@ def none_of_them(parameter):
 @pytest.fixture
 def backend(monkeypatch):
     """Chooses which parameters' passes stay on the device."""
-    return lambda chosen: monkeypatch.setattr(binding, "stays_on_device", chosen)
+
+    def choose(chosen):
+        for module in (binding, on_device):
+            monkeypatch.setattr(module, "stays_on_device", chosen)
+
+    return choose
 
 
 def places_of(compression):
