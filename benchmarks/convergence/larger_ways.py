@@ -66,6 +66,9 @@ METHODS = {
     "dls-0.001": Method("DLS, 0.1 %", 0.001),
     "dls-double": Method("DLS, 1 %, twice the learning rate", 0.01, rate=2.0),
     "dls-adam": Method("DLS, 1 %, Adam in the compressor", 0.01, adam_in_front=True, rate=2.0),
+    "dls-adam-0.001": Method(
+        "DLS, 0.1 %, Adam in the compressor", 0.001, adam_in_front=True, rate=2.0
+    ),
     "layerwise": Method("layer-wise top-k, 1 %", 0.01, {"strategy": "layerwise"}),
     "powersgd": Method("PowerSGD, rank 4", rank=4),
 }
