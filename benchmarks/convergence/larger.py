@@ -1,14 +1,16 @@
-"""Larger models: a Transformer of five million parameters on byte-pair tokens, a residual net.
+"""Larger models: a Transformer of five million parameters, that one fine-tuned, a residual net.
 
     python -m benchmarks.convergence.larger --minutes 30              # goes on where it stopped
     python -m benchmarks.convergence.larger --model resnet --seeds 0 1 2
     python -m benchmarks.convergence.larger --methods dense dls dls-0.001 layerwise powersgd
+    python -m benchmarks.convergence.larger --model finetuned --methods dense dls-adam-0.1
     python -m benchmarks.convergence.larger --report                  # only prints the table
 
 Four workers, simulated as in ``benchmarks.convergence``.  The Transformer: 5.3 million parameters,
 a vocabulary of 2,048 tokens, AdamW, a cosine, clipping by the global norm; sparse: with the options
-of docs/adam.md.  The residual net: 1.2 million parameters, SGD with momentum.  *Bytes* are what a
-worker puts on the wire in a step, mean of all steps, as in ``benchmarks.convergence.peers``.
+of docs/adam.md.  *finetuned*: the same, trained dense, on another text, Python's reference manual.
+The residual net: 1.2 million parameters, SGD with momentum.  *Bytes* are what a worker puts on the
+wire in a step, mean of all steps, as in ``benchmarks.convergence.peers``.
 
 One training after the other, of one thread, a quarter of an hour each or less.  Each is kept in
 build/convergence-larger; every three minutes so is what there is of it, and the same command goes
@@ -62,17 +64,23 @@ class Training:
 
     Args:
         about: its ``description``.
+        base: file of the weights that it begins with; None: they follow from the seed.
 
     Attributes:
         about: as above.
+        before: held-out loss before the first step, if it has a base.
         losses: of the steps so far, mean over workers.
         curve: steps, and the loss of some held-out examples after them.
     """
 
-    def __init__(self, about: dict[str, Any]) -> None:
+    def __init__(self, about: dict[str, Any], base: Path | None = None) -> None:
         self.about = about
         self._larger = MODELS[about["model"]]
         self._model = self._larger.task.make_model(about["seed"])
+        self.before: float | None = None
+        if base is not None:
+            self._model.load_state_dict(torch.load(base))
+            self.before = evaluate(self._model, data_of(about["model"]).validation)[0]
         self._job = self._make_job()
         self._optimizer = optimizer_of(about, self._model)
         self.losses: list[float] = []
@@ -134,6 +142,12 @@ class Training:
         assert record is not None
         return record.sparse_bytes, record.dense_bytes
 
+    def save_weights(self, file: Path) -> None:
+        """Keeps the weights, so that another training can begin with them."""
+        unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+        torch.save(self._model.state_dict(), unfinished)
+        os.replace(unfinished, file)
+
     def __str__(self) -> str:
         about, made = self.about, len(self.losses)
         name = f"{about['model']} {about['method']}, seed {about['seed']}"
@@ -149,6 +163,7 @@ class Training:
         sparse_bytes, dense_bytes = np.mean(self._bytes or [(0, 0)], axis=0).tolist()
         return {
             "about": self.about,
+            "before": finite(self.before),
             "loss": finite(loss),
             "accuracy": finite(accuracy),
             "training_loss": [finite(each) for each in self.losses],
@@ -170,7 +185,12 @@ def data_of(model: str) -> Data:
 
 
 def make(
-    about: dict[str, Any], file: Path, until: float = math.inf, save_every: float = SAVE_EVERY
+    about: dict[str, Any],
+    file: Path,
+    until: float = math.inf,
+    save_every: float = SAVE_EVERY,
+    base: Path | None = None,
+    weights: Path | None = None,
 ) -> bool:
     """Makes one training, or goes on with one that was interrupted, unless it is there.
 
@@ -179,15 +199,17 @@ def make(
         file: of the result; it is there whole or not at all.
         until: when to interrupt it, by ``time.monotonic``.
         save_every: seconds after which what there is of it is kept.
+        base: file of the weights that it begins with.
+        weights: file for the weights that it ends with; None: they are not kept.
 
     Returns:
         Whether it is there now.
     """
-    if result_of(about, file) is not None:
+    if result_of(about, file) is not None and (weights is None or weights.exists()):
         return True
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = file.with_suffix(".interrupted")
-    training = _interrupted(about, kept) or Training(about)
+    training = _interrupted(about, kept) or Training(about, base)
     saved, said = time.monotonic(), len(training.curve["step"])
     while not training.done and time.monotonic() < until:
         training.step()
@@ -200,6 +222,8 @@ def make(
     if not training.done:
         _save(training, kept)
         return False
+    if weights is not None:
+        training.save_weights(weights)
     keep(training.result(), file)
     kept.unlink(missing_ok=True)
     return True
@@ -260,8 +284,33 @@ def table(model: str, results: dict[tuple[str, int], dict[str, Any]]) -> str:
                 f"{len(good)} of {len(own)}",
             ]
         )
+    before = [r["before"] for r in results.values() if r.get("before") is not None]
+    if before:
+        rows.insert(0, ["before", "-", f"{before[0]:.3f}", "-", "-"])
     metric = ["accuracy, %"] if accuracy else ["loss, nats a token", "above dense"]
     return markdown([model, "kB a step", *metric, "seeds"], rows)
+
+
+def _run(
+    folder: Path, model: str, name: str, seed: int, steps: int | None = None
+) -> tuple[dict[str, Any], Path]:
+    """Returns what a training's result follows from, and its file."""
+    about = description(model, name, seed, steps)
+    return about, folder / model / f"{name}-{about['steps']}-{seed}.json"
+
+
+def _make_all(folder: Path, runs: dict[tuple[str, str, int], Any], until: float) -> bool:
+    """Makes the trainings that are missing, and what they begin with; returns whether all are."""
+    for (model, _, _), (about, file) in runs.items():
+        base, weights = MODELS[model].base, None
+        if base is not None:
+            weights = folder / base / "trained.weights"
+            of_base, its_file = _run(folder, base, "dense", 0)
+            if not make(of_base, its_file, until, weights=weights):
+                return False
+        if not make(about, file, until, base=weights):
+            return False
+    return True
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -286,15 +335,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {}
     names = METHODS if args.report else args.methods
     for model, seed, name in itertools.product(args.model, args.seeds, names):
-        if not suits(model, name):
-            continue
-        about = description(model, name, seed, args.steps)
-        file = args.folder / model / f"{name}-{about['steps']}-{seed}.json"
-        runs[model, name, seed] = about, file
-    for about, file in runs.values() if not args.report else ():
-        if not make(about, file, until):
-            print("stopped: the same command goes on", file=sys.stderr)
-            break
+        if suits(model, name):
+            runs[model, name, seed] = _run(args.folder, model, name, seed, args.steps)
+    if not args.report and not _make_all(args.folder, runs, until):
+        print("stopped: the same command goes on", file=sys.stderr)
     results = {key: result for key, each in runs.items() if (result := result_of(*each))}
     for model in args.model:
         own = {(name, seed): r for (m, name, seed), r in results.items() if m == model}

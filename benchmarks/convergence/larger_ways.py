@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.convergence.data import images_data
-from benchmarks.convergence.library import LENGTH, TOKENS, library_data
+from benchmarks.convergence.library import LENGTH, TOKENS, library_data, manual_data
 from benchmarks.convergence.models import ResidualNet, TokenTransformer
 from benchmarks.convergence.settings import MOMENTUM, WARMUP, WORKERS
 from benchmarks.convergence.tasks import Task
@@ -27,12 +27,14 @@ class Larger(NamedTuple):
         adam: whether AdamW takes the place of SGD with momentum.
         decay: weight decay of AdamW, of matrices alone.
         clip: limit of the averaged gradient's global norm; None: not clipped.
+        base: model whose weights, after dense training, it begins with; None: it has its own.
     """
 
     task: Task
     adam: bool = False
     decay: float = 0.0
     clip: float | None = None
+    base: str | None = None
 
 
 class Method(NamedTuple):
@@ -69,6 +71,8 @@ METHODS = {
     "dls-adam-0.001": Method(
         "DLS, 0.1 %, Adam in the compressor", 0.001, adam_in_front=True, rate=2.0
     ),
+    "dls-adam-0.03": Method("DLS, 3 %, Adam in the compressor", 0.03, adam_in_front=True, rate=2.0),
+    "dls-adam-0.1": Method("DLS, 10 %, Adam in the compressor", 0.1, adam_in_front=True, rate=2.0),
     "layerwise": Method("layer-wise top-k, 1 %", 0.01, {"strategy": "layerwise"}),
     "powersgd": Method("PowerSGD, rank 4", rank=4),
 }
@@ -98,6 +102,23 @@ MODELS = {
         adam=True,
         decay=0.1,
         clip=1.0,
+    ),
+    "finetuned": Larger(
+        Task(
+            "finetuned",
+            "the Transformer above, trained, on Python's reference manual",
+            _transformer,
+            "embedding.weight",
+            manual_data,
+            rate=0.0003,
+            steps=300,
+            batch=16,
+            accuracy=False,
+        ),
+        adam=True,
+        decay=0.1,
+        clip=1.0,
+        base="transformer",
     ),
     "resnet": Larger(
         Task(
@@ -148,7 +169,7 @@ def description(model: str, name: str, seed: int, steps: int | None = None) -> d
         return about
     options: dict[str, Any] = {
         "density": method.density,
-        "warmup_steps": round(WARMUP[method.density] * steps),
+        "warmup_steps": round(WARMUP.get(method.density, WARMUP[0.01]) * steps),
         "measure_every": 0,
     }
     if method.adam_in_front:

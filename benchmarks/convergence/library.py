@@ -1,4 +1,4 @@
-"""Python's standard library as byte-pair tokens.
+"""Python's standard library as byte-pair tokens, and its reference manual as the same tokens.
 
 Sources and documentation strings of the modules that come with the Python that runs this: about
 eight million characters, two and a half million tokens.  The same Python always gives the same.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sysconfig
 import zlib
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 
@@ -34,6 +35,17 @@ def library_data() -> Data:
         windows(_numbers(vocabulary, training), LENGTH, 1),
         windows(_numbers(vocabulary, held_out), LENGTH, EVERY * LENGTH),
     )
+
+
+def manual_data() -> Data:
+    """Makes windows of Python's reference manual, of the library's tokens; each eighth topic is
+    held out."""
+    vocabulary = learn(texts()[0], TOKENS)
+    parts: tuple[list[str], list[str]] = ([], [])
+    for i, name in enumerate(sorted(topics)):
+        parts[i % 8 == 0].append(topics[name])
+    training, held_out = (_numbers(vocabulary, "\n".join(part)) for part in parts)
+    return Data(windows(training, LENGTH, 1), windows(held_out, LENGTH, EVERY * LENGTH // 2))
 
 
 def texts() -> tuple[str, str]:

@@ -90,6 +90,25 @@ def test_the_command_stops_goes_on_and_makes_a_table(tmp_path, capsys):
     assert 0 < sent["PowerSGD, rank 4"] < sent["dense"]
 
 
+def test_fine_tuning_begins_with_the_weights_of_a_dense_training(tmp_path, capsys):
+    from benchmarks.convergence import larger
+    from benchmarks.convergence.larger_ways import description
+    from benchmarks.convergence.sweep import result_of
+
+    arguments = ["--model", "finetuned", "--methods", "dense", "dls-adam-0.1"]
+    assert larger.main([*arguments, "--folder", str(tmp_path)]) == 0
+    base = result_of(
+        description("transformer", "dense", 0), tmp_path / "transformer/dense-4-0.json"
+    )
+    for name in ("dense", "dls-adam-0.1"):
+        file = tmp_path / "finetuned" / f"{name}-4-0.json"
+        tuned = result_of(description("finetuned", name, 0), file)
+        assert tuned["before"] == base["loss"]  # both are of digits here
+        assert tuned["loss"] != base["loss"]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| before")]
+    assert len(rows) == 1
+
+
 def test_momentum_clipping_and_weight_decay_are_where_each_way_wants_them():
     from benchmarks.convergence.larger_ways import METHODS, description
 
