@@ -170,9 +170,8 @@ class World:
         before = [(copies(s.residuals), _velocities(s)) for s in self.sessions]
         state, skipped = self.frozen(), [session.skipped for session in self.sessions]
         dense = self.sessions[0].dense_step
-        unnamed = dense or self.sessions[0].owners is not None
         bad = {
-            (name, None if unnamed else self.sender_for(number, name))
+            (name, None if dense else self.sender_for(number, name))
             for number, part in enumerate(parts)
             for name in part.order
             if name not in part.left_out and not np.isfinite(part.gradients[name]).all()

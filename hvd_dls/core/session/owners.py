@@ -41,12 +41,15 @@ class Merged(NamedTuple):
         status: of each piece.
         watched: of watched layers, those that are not SENT, by name.
         pieces: what is handed out of each; None or ABSENT, as for ``pack``.
+        said: (R, P) bool, of each piece, then each watched layer, that is NOT_FINITE: which of the
+            ranks that sent said so.
     """
 
     sums: np.ndarray
     status: np.ndarray
     watched: dict[str, Status]
     pieces: list[Any]
+    said: np.ndarray
 
 
 class KeptPiece(NamedTuple):
@@ -110,6 +113,13 @@ class Owners:
         """This rank's region of a bucket that it sends."""
         return self.regions[bucket][self.own_number]
 
+    def names(self, bucket: int, owner: int) -> list[str]:
+        """The layer of each piece of an owner's region, then the watched layers it hears of."""
+        dealing, region = self.dealings[bucket], self.regions[bucket][owner].sent
+        first = int(dealing.first[owner])
+        layers = dealing.layers[first : first + len(region.layers)].tolist()
+        return [*(dealing.bucket.layers[n].name for n in layers), *region.watched]
+
     def shares(self, bucket: int, total: int) -> np.ndarray:
         """(P,) int64 sums that each owner hands out of a bucket, ``total`` together.
 
@@ -169,7 +179,10 @@ class Owners:
         pieces, self._thresholds[bucket] = _hand_out(
             sums, status, offsets, share, self._thresholds[bucket]
         )
-        return Merged(sums, status, watched, pieces)
+        bad = [watched.get(name) == NOT_FINITE for name in region.sent.watched]
+        told = np.concatenate([payloads.status, payloads.watched], axis=1)
+        said = told[:, [*(status == NOT_FINITE).tolist(), *bad]] == NOT_FINITE
+        return Merged(sums, status, watched, pieces, said.T)
 
     def commit(self, merged: Mapping[int, tuple[Merged, list[np.ndarray | None]]]) -> None:
         """Keeps what was not handed out, of a step that counts.

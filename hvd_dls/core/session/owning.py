@@ -17,12 +17,13 @@ import numpy as np
 
 from hvd_dls.core.session.averaging import Averaging
 from hvd_dls.core.session.gathering import Farewell
-from hvd_dls.core.session.owners import Owners
+from hvd_dls.core.session.owners import Merged, Owners
 from hvd_dls.core.wire.cutting import Cut, cut_out, put_together
 from hvd_dls.core.wire.headers import headers_in, split, told_around
 from hvd_dls.core.wire.layout import ABSENT, NOT_FINITE, SENT, Abandoned
 from hvd_dls.core.wire.pack import pack, pack_abandoned
 from hvd_dls.core.wire.payload import Payloads, Told
+from hvd_dls.core.wire.refused import pack_refused, take_names
 from hvd_dls.core.wire.strips import pieces_of
 from hvd_dls.core.wire.unpack import unpack
 from hvd_dls.errors import PayloadError
@@ -211,14 +212,22 @@ class Owning(Averaging):
         if why is not None:
             payload = pack_abandoned(part, share, now, why)
         else:
-            merged = step.merged[bucket]
-            packed = pack(part, share, merged.pieces, merged.watched, now)
-            payload, step.rounding[bucket] = packed.payload, packed.kept
+            payload = self._handed_out(bucket, step.merged[bucket])
         # Each of the other senders gets so much of this one.
         step.sent[bucket] = step.scattered[bucket] // self.groups.count + len(payload)
         self.watch.seconds["pack"] += perf_counter() - begun
         self.watch.sent()
         return payload
+
+    def _handed_out(self, bucket: int, merged: Merged) -> np.ndarray:
+        """What this owner tells all: its sums or, of a step that is refused, who is to blame."""
+        owners, now = self._required_owners(), self._clock.now
+        part, share = owners.own(bucket).handed_out, owners.share(bucket, self._total(bucket))
+        if len(merged.said):
+            return pack_refused(part, share, merged.status, merged.watched, merged.said, now)
+        packed = pack(part, share, merged.pieces, merged.watched, now)
+        self._step.rounding[bucket] = packed.kept
+        return packed.payload
 
     def _taken_apart(self, bucket: int, gathered: np.ndarray) -> tuple[Payloads, dict[int, Told]]:
         owners = self.owners
@@ -234,30 +243,28 @@ class Owning(Averaging):
         if self.grouped:
             mates, sender = self.groups.mates, senders[self.groups.own]
             of = self.routing.buckets[bucket]
-            apart = split(of, total, gathered, len(mates), mates.index(sender), length)
-            gathered = apart.payloads
-            of_mates.update(zip((m for m in mates if m != sender), apart.told, strict=True))
+            handed = split(of, total, gathered, len(mates), mates.index(sender), length)
+            gathered = handed.payloads
+            of_mates.update(zip((m for m in mates if m != sender), handed.told, strict=True))
         elif gathered.dtype != np.uint8 or len(gathered) != length:
             raise PayloadError(
                 f"bucket {self.routing.buckets[bucket].name!r}: gathered {gathered.size} items of "
                 f"{gathered.dtype}, expected {length} bytes; are all ranks in the same step?"
             )
-        pieces = strip.read(gathered, now)
-        if pieces is None:  # one by one, which tells what is wrong
-            payloads = [
-                unpack(region.handed_out, share, gathered[begin:end], [rank])
-                for rank, region, share, (begin, end) in zip(
-                    senders,
-                    owners.regions[bucket],
-                    shares.tolist(),
-                    pairwise(strip.bounds.tolist()),
-                    strict=True,
-                )
-            ]
+        pieces, named = strip.read(gathered, now), set[tuple[str, int]]()
+        if pieces is None:  # one by one, which tells what is wrong, or whose gradients are
+            payloads = []
+            for owner, (begin, end) in enumerate(pairwise(strip.bounds.tolist())):
+                part, share = owners.regions[bucket][owner].handed_out, int(shares[owner])
+                apart = take_names(part, share, gathered[begin:end], len(senders))
+                payloads.append(unpack(part, share, apart.payload, [senders[owner]]))
+                names = owners.names(bucket, owner)
+                named |= {(names[number], rank) for number, rank in apart.where}
             told = {rank: each.told()[0] for rank, each in zip(senders, payloads, strict=True)}
             self._check_clock(of_mates | told)
             pieces = pieces_of(payloads)
-        return put_together(owners.dealings[bucket], pieces, strip.sketched), of_mates
+        dealing = owners.dealings[bucket]
+        return put_together(dealing, pieces, strip.sketched, sorted(named)), of_mates
 
     def _told_by_headers(self, bucket: int, gathered: np.ndarray) -> dict[int, Told]:
         if self.owners is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -177,14 +177,14 @@ class Step:
         """Layers and the ranks that say so of them, in all that was received; None: unknown."""
         said: list[tuple[str, int | None]] = []
         for number, payloads in self.received.items():
-            bucket = self._routing.buckets[number]
-            senders: Sequence[int | None] = self._routing.senders[number]
-            if payloads.from_owners:
-                senders = [None]
-            for rank, i in np.argwhere(payloads.status == status).tolist():
-                said.append((bucket.layers[i].name, senders[rank]))
-            for rank, i in np.argwhere(payloads.watched == status).tolist():
-                said.append((bucket.watched[i], senders[rank]))
+            bucket, senders = self._routing.buckets[number], self._routing.senders[number]
+            names = [*(layer.name for layer in bucket.layers), *bucket.watched]
+            told = np.concatenate([payloads.status, payloads.watched], axis=1)
+            for row, i in np.argwhere(told == status).tolist():
+                who: list[int | None] = [senders[row]]
+                if payloads.from_owners:
+                    who = [senders[rank] for name, rank in payloads.named if name == names[i]]
+                said += [(names[i], rank) for rank in who or [None]]
         return said
 
     def thresholds_in_group(self, group: int) -> dict[str, float]:

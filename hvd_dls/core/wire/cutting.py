@@ -65,13 +65,19 @@ def cut_out(dealing: Dealing, there: Sequence[Found | None], room: np.ndarray) -
     return Cut(entries, numbers[places], values[places], places, len(indices))
 
 
-def put_together(dealing: Dealing, pieces: Pieces, sketched: np.ndarray) -> Payloads:
+def put_together(
+    dealing: Dealing,
+    pieces: Pieces,
+    sketched: np.ndarray,
+    named: Sequence[tuple[str, int]] = (),
+) -> Payloads:
     """What all owners hand out of a bucket, as if one rank had sent it.
 
     Args:
         dealing: of the bucket.
         pieces: of all owners.
         sketched: (T,) those that have sketches.
+        named: see ``Payloads``.
     """
     of, n = dealing.bucket, len(dealing.bucket.layers)
     # A layer is not finite if a piece is not, else it is sent if a piece is.
@@ -93,6 +99,7 @@ def put_together(dealing: Dealing, pieces: Pieces, sketched: np.ndarray) -> Payl
         starts_of(np.bincount(layers, minlength=n)[None]),
         [(indices[order].astype(np.uint32), pieces.values[order])],
         from_owners=True,
+        named=named,
     )
 
 

@@ -11,7 +11,7 @@
 C is the payload's capacity: the entries of all its layers, also those that take no part in a step.
 The length follows from bucket and capacity alone.  Where ranks agree on the entries of each layer,
 their payloads are equally long, and so are those of different steps while the sum stays.  Whatever
-is not used is zero.
+is not used is zero; but see ``refused`` for what owners hand out of a step that does not count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hvd_dls.core.wire import elias_fano
 from hvd_dls.core.wire.values import WIRE_DTYPES
 from hvd_dls.errors import DLSError
 
-VERSION = 5
+VERSION = 6
 MAX_ENTRIES = (1 << 32) - 1  # of one bucket
 
 VALUE_CODES = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
@@ -202,6 +202,11 @@ def parts_of(bucket: Bucket, capacity: int, payload: np.ndarray) -> Parts:
         payload[..., ends[4] : ends[5]].view("<u4" if bucket.code == "plain" else words),
         payload[..., ends[5] : ends[6]].view(words),
     )
+
+
+def room_of(bucket: Bucket, capacity: int, payload: np.ndarray) -> np.ndarray:
+    """What is behind records, sketches and watched layers: the room of values and indices."""
+    return payload[_ends(bucket, capacity)[3] :]
 
 
 class Clock(NamedTuple):

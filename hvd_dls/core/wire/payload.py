@@ -76,6 +76,8 @@ class Payloads(Sequence[Payload]):
         starts: (P, L + 1), as in ``Payload``.
         entries: each rank's indices and values; longer than ``starts`` says, perhaps.
         from_owners: whether the one row is of sums, which owners have handed out.
+        named: of these, names of layers that are NOT_FINITE, and on which of the ranks that sent,
+            by their number; a layer that is not among them is nobody's own.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class Payloads(Sequence[Payload]):
         starts: np.ndarray,
         entries: Sequence[tuple[np.ndarray, np.ndarray]],
         from_owners: bool = False,
+        named: Sequence[tuple[str, int]] = (),
     ) -> None:
-        self.from_owners = from_owners
+        self.from_owners, self.named = from_owners, named
         self.headers, self.watched, self.status = headers, watched, status
         self.bases, self.counts, self.starts = bases, counts, starts
         self.entries = entries

@@ -200,9 +200,9 @@ def test_layout_is_pinned_byte_by_byte():
     )
     told = {"bn.bias": NOT_FINITE}
     payload = pack(bucket, [3, 3], [found, None], told, Clock(70_000, 2)).payload.tobytes()
-    assert VERSION == 5
+    assert VERSION == 6
     assert payload[0:3] == b"DLS"
-    assert payload[3] == 5
+    assert payload[3] == 6
     assert payload[4:8] == struct.pack("<I", zlib.crc32(b"fc.weight\x0060\x00fc.bias\x0036\x00"))
     assert payload[8:20] == struct.pack("<3I", 96, 3, 6)  # size, entries, capacity
     assert payload[20:24] == bytes([3, 1, 4, 0])  # float16, Elias–Fano, low bits, not abandoned

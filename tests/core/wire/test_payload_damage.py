@@ -32,7 +32,7 @@ def damaged(code="elias-fano", kind="float16"):
     ("field", "value", "message"),
     [
         ("magic", b"XYZ", "magic is b'XYZ', expected b'DLS'"),
-        ("version", 1, "version is 1, expected 5"),
+        ("version", 1, "version is 1, expected 6"),
         ("bucket", 1, "bucket is 1, expected"),
         ("size", 70_299, "size is 70299, expected 70310"),
         ("entries", 9, "entries is 9, expected 8"),

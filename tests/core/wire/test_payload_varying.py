@@ -135,7 +135,7 @@ def three_payloads(kind="float32", code="elias-fano"):
     ("field", "value", "message"),
     [
         ("magic", b"XYZ", "magic is b'XYZ', expected b'DLS'"),
-        ("version", 2, "version is 2, expected 5"),
+        ("version", 2, "version is 2, expected 6"),
         ("bucket", 1, "bucket is 1, expected"),
         ("size", 70_299, "size is 70299, expected 70300"),
         ("entries", 8, "entries is 8, expected 9"),

@@ -128,7 +128,7 @@ def test_a_gradient_that_is_not_finite_refuses_the_step_on_all_ranks(nonfinite):
     before = held(compression)
     for number, bad in enumerate(["second", "vector"], start=1):
         if nonfinite == "raise":
-            with pytest.raises(tf.errors.OpError, match=f"NaN or Inf.*{bad}"):
+            with pytest.raises(tf.errors.OpError, match=f"'{bad}' on rank {hvd.size() - 1};"):
                 step(number, bad)
         else:
             assert not any(np.any(out) for out in step(number, bad))
