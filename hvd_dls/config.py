@@ -107,8 +107,10 @@ class DLSConfig:
     # Code of the indices sent: "elias-fano" (about 8.6 bits each at density 1 %), or "plain" (32
     # bits), which costs no time to write.
     index_code: str = "elias-fano"
-    # Gradient bytes that travel together.  Lower = earlier on their way, but more operations.
-    bucket_bytes: int = 32 << 20
+    # Gradient bytes that travel together; None = 32 MiB, with exchange="sparse_allreduce" and more
+    # than 64 ranks (or hosts, with hierarchical) more: see core/wire/buckets.py.  Lower = earlier
+    # on their way, but more operations.
+    bucket_bytes: int | None = None
     # Threads of each process that work on a layer of 16 million entries or more; None = as many as
     # the host has cores for each process on it, but 4 and OMP_NUM_THREADS at most.
     threads: int | None = None
@@ -147,7 +149,8 @@ class DLSConfig:
         self._require_choice("values", VALUES)
         self._require_choice("exchange", EXCHANGES)
         self._require_choice("index_code", INDEX_CODES)
-        self._require_integer("bucket_bytes", 1)
+        if self.bucket_bytes is not None:
+            self._require_integer("bucket_bytes", 1, or_else=" or None")
         if self.threads is not None:
             self._require_integer("threads", 1, or_else=" or None")
         for option in ("cost_rule", "hierarchical", "nesterov", "momentum_masking"):

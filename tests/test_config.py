@@ -39,7 +39,7 @@ GOOD = {
     "cost_rule": [True, False],
     "values": ["float32", "float16", "bfloat16"],
     "index_code": ["elias-fano", "plain"],
-    "bucket_bytes": [1, 1 << 30],
+    "bucket_bytes": [None, 1, 1 << 30],
     "threads": [None, 1, 64],
     "measure_every": [0, 1, 50],
 }
@@ -95,7 +95,7 @@ BAD = {
     "cost_rule": [0, 1, "yes", None],
     "values": ["float64", "half", None],
     "index_code": ["rice", None],
-    "bucket_bytes": [0, -1, 1.5, None, True],
+    "bucket_bytes": [0, -1, 1.5, True],
     "threads": [0, -1, 1.5, True],
     "measure_every": [-1, 1.0, None, True],
 }

@@ -27,7 +27,7 @@ from hvd_dls.core.session.session import Session
 from hvd_dls.core.session.stopwatch import Stopwatch
 from hvd_dls.core.session.tally import Tally
 from hvd_dls.core.wire import elias_fano
-from hvd_dls.core.wire.buckets import make_buckets
+from hvd_dls.core.wire.buckets import bucket_bytes_of, make_buckets
 from hvd_dls.core.wire.layout import Bucket, payload_bytes
 from hvd_dls.core.wire.pack import pack
 from hvd_dls.core.wire.payload import Payloads
@@ -89,7 +89,7 @@ def step_size(shapes: Shapes, config: DLSConfig, ranks: int) -> StepSize:
     layers = [layer_spec(name, shape) for name, shape in shapes.items()]
     plan = make_plan(layers, config, ranks)
     entries = plan.budget(config.density)
-    buckets = make_buckets(plan.layers, plan.sparse, config)
+    buckets = make_buckets(plan.layers, plan.sparse, config, bucket_bytes_of(config, ranks))
     shares = (round(entries * bucket.size / plan.sizes.sum()) for bucket in buckets)
     payloads = sum(payload_bytes(b, share) for b, share in zip(buckets, shares, strict=True))
     return StepSize(entries, payloads, plan.dense_bytes)
@@ -120,7 +120,7 @@ def received_by_owners(shapes: Shapes, config: DLSConfig, ranks: int, sharing: i
     """
     layers = [layer_spec(name, shape) for name, shape in shapes.items()]
     plan = make_plan(layers, config, ranks)
-    buckets = make_buckets(plan.layers, plan.sparse, config)
+    buckets = make_buckets(plan.layers, plan.sparse, config, bucket_bytes_of(config, ranks))
     entries = plan.budget(config.density)
     k = [
         np.maximum(np.rint(entries * np.diff(bucket.offsets) / plan.sizes.sum()), 1).astype(int)

@@ -48,7 +48,7 @@ class SessionBase:
         self._backends = self.memory.backends
         self.watch = Stopwatch()
         self._recorder = Recorder(self.plan, config, self.memory, self.watch)
-        self.tally = Tally(self.plan, self.groups)
+        self.tally = Tally(self.plan, self.groups, self.routing.limit)
         self.observers: Sequence[Callable[[SessionBase], None]] = ()
         owners, grouped = self.memory.owners is not None, not self.groups.trivial
         self._clock = SessionClock(self.memory.controller, grouped, owners)

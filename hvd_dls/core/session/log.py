@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from hvd_dls.core.balancing.plan import Plan
 from hvd_dls.core.session.routing import Routing
+from hvd_dls.core.wire.buckets import USUAL_BYTES
 from hvd_dls.core.wire.layout import payload_bytes
 
 _log = logging.getLogger("hvd_dls")
@@ -25,10 +26,11 @@ def started(
 ) -> None:
     """One line that says what will happen; the reasons of layers that go dense at DEBUG."""
     pairs = zip(routing.buckets, routing.rows, strict=True)
+    many = routing.limit > USUAL_BYTES
     by_bucket = (payload_bytes(bucket, sum(k[row] for row in rows)) for bucket, rows in pairs)
     _log.info(
         "compressing %d of %d layers: %d of %d entries a step, in %d payload(s) of %.3g MB "
-        "together; %d layers (%.3g MB) go dense; %d ranks%s",
+        "together; %d layers (%.3g MB) go dense; %d ranks%s%s",
         len(plan.sparse),
         len(plan.layers),
         sum(k),
@@ -39,6 +41,7 @@ def started(
         plan.dense_bytes / 1e6,
         world_size,
         ", owners add up what they send" if owners else "",
+        f", up to {routing.limit >> 20:,} MiB of gradients in each payload" if many else "",
     )
     for layer, reason in plan.dense:
         _log.debug("layer %r of shape %s goes dense: %s", layer.name, layer.shape, reason)

@@ -7,7 +7,7 @@ import numpy as np
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.plan import Plan
 from hvd_dls.core.session.groups import Groups
-from hvd_dls.core.wire.buckets import make_buckets
+from hvd_dls.core.wire.buckets import bucket_bytes_of, make_buckets
 from hvd_dls.core.wire.layout import Bucket
 
 _EACH = 2  # buckets that each rank of a group has to send at least, if there are layers enough
@@ -22,6 +22,7 @@ class Routing:
         groups: of the ranks.
 
     Attributes:
+        limit: bytes of gradients that travel together, but for layers that are larger.
         buckets: in the order in which backward completes them.
         members: names of each bucket's layers, compressed and watched.
         rows: of each bucket's compressed layers among the plan's sparse ones.
@@ -35,10 +36,10 @@ class Routing:
 
     def __init__(self, plan: Plan, config: DLSConfig, groups: Groups) -> None:
         total = sum(layer.size * layer.itemsize for layer in plan.sparse)
-        limit = config.bucket_bytes
+        self.limit = bucket_bytes_of(config, groups.count)
         if groups.shares > 1:
-            limit = min(limit, -(-total // (_EACH * groups.shares)))
-        self.buckets = make_buckets(plan.layers, plan.sparse, config, limit)
+            self.limit = min(self.limit, -(-total // (_EACH * groups.shares)))
+        self.buckets = make_buckets(plan.layers, plan.sparse, config, self.limit)
         shares = _shared_out(self.buckets, groups.shares)
         self.senders = [groups.owners(share) for share in shares]
         self.sends = [share == groups.share for share in shares]

@@ -65,6 +65,8 @@ class Stats:
         step: number of the last step, from 1.
         layers: names of the L compressed layers.
         sizes: (L,) entries of each.
+        bucket_bytes: of gradients that travel together, at most, but for layers that are larger:
+            the option, or what was chosen for so many ranks.
         thresholds: (L,) smallest magnitude that was sent of each, in the last step; multiplied by
             ``loss_scale``, if there is one.
         spread: the largest of these over the smallest, of layers that sent ten entries or more;
@@ -81,6 +83,7 @@ class Stats:
     step: int
     layers: tuple[str, ...]
     sizes: np.ndarray = field(compare=False)
+    bucket_bytes: int
     thresholds: np.ndarray = field(compare=False)
     spread: float
     loss_scale: float

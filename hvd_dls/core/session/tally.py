@@ -29,10 +29,11 @@ class Tally:
     Args:
         plan: its layers.
         groups: the ranks.
+        bucket_bytes: of gradients that travel together, at most.
     """
 
-    def __init__(self, plan: Plan, groups: Groups) -> None:
-        self._groups = groups
+    def __init__(self, plan: Plan, groups: Groups, bucket_bytes: int) -> None:
+        self._groups, self._bucket_bytes = groups, bucket_bytes
         self._names = tuple(layer.name for layer in plan.sparse)
         self._sizes = plan.sizes
         self._whole_bytes = sum(layer.size * layer.itemsize for layer in plan.layers)
@@ -107,6 +108,7 @@ class Tally:
             step=last.step,
             layers=self._names,
             sizes=self._sizes,
+            bucket_bytes=self._bucket_bytes,
             thresholds=last.thresholds,
             spread=last.threshold_spread(),
             loss_scale=last.loss_scale,

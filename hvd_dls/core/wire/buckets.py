@@ -6,10 +6,33 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hvd_dls.config import DLSConfig
+from hvd_dls.config import SPARSE_ALLREDUCE, DLSConfig
 from hvd_dls.core.balancing.layers import LayerSpec
 from hvd_dls.core.wire.layout import MAX_ENTRIES, Bucket
 from hvd_dls.errors import DLSError
+
+USUAL_BYTES = 32 << 20  # of gradients that travel together
+_MANY = 64  # senders, from which on a bucket's hops weigh more than its entries
+_MOST = 1 << 30  # bytes; lengths of operations are counted in 32 bits
+
+
+def bucket_bytes_of(config: DLSConfig, senders: int) -> int:
+    """Gradient bytes that travel together: as given, or else by the number of ranks that send.
+
+    Where owners add up, a bucket's entries take as long among many ranks as among few, but each of
+    its operations takes P - 1 hops.  So buckets are larger, and fewer, the more ranks there are:
+    then a step waits about as long for hops as among 64, until one bucket has all.  (By the cost
+    model: docs/scale.md.  Where payloads are gathered, entries grow as hops do.)
+
+    Args:
+        config: the options.
+        senders: P, ranks that send each bucket: of each host one, where hosts average first.
+    """
+    if config.bucket_bytes is not None:
+        return config.bucket_bytes
+    if config.exchange != SPARSE_ALLREDUCE or senders <= _MANY:
+        return USUAL_BYTES
+    return min(USUAL_BYTES * senders // _MANY, _MOST)
 
 
 def make_buckets(
@@ -28,11 +51,12 @@ def make_buckets(
         layers: all, in model order.
         sparse: those of them that are compressed.
         config: the options.
-        limit: None for the options' ``bucket_bytes``.
+        limit: bytes; None for the options' ``bucket_bytes``, among few ranks.
 
     Raises:
         DLSError: strategy="global" with layers that do not fit into one group.
     """
+    limit = bucket_bytes_of(config, 1) if limit is None else limit
     whole = config.strategy == "global"  # chooses among all layers, so they must travel together
     compressed = {layer.name for layer in sparse}
     groups: list[list[LayerSpec]] = []
@@ -48,7 +72,7 @@ def make_buckets(
         if not (groups and fits and groups[-1][0].work_dtype == layer.work_dtype):
             groups.append([])
             watched.append([])
-            room, entries = config.bucket_bytes if limit is None else limit, 0
+            room, entries = limit, 0
         groups[-1].append(layer)
         watched[-1] += waiting
         waiting = []

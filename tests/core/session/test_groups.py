@@ -72,6 +72,18 @@ def test_equal_layers_are_shared_out_evenly():
     assert owned == [4] * 8
 
 
+@pytest.mark.parametrize(
+    ("sizes", "buckets"),
+    [([1] * 4, 4), ([1] * 64, 4), ([1] * 128, 2), ([1] * 256, 1), ([2] * 128, 4)],
+)
+def test_the_more_ranks_send_the_fewer_buckets_there_are(sizes, buckets):
+    """Where ranks are grouped, each of a group has two to send all the same."""
+    shapes = [(2048, 2048)] * 8  # of 16 MiB
+    for rank in (0, sum(sizes) - 1):
+        routing = routing_of(shapes, sizes, rank, exchange="sparse_allreduce")
+        assert len(routing.buckets) == buckets
+
+
 def test_buckets_are_no_larger_than_they_may_be():
     routing = routing_of([(50, 50)] * 16, [2, 2], 0, bucket_bytes=20_000)
     assert all(4 * bucket.size <= 20_000 for bucket in routing.buckets)

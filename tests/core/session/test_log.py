@@ -55,6 +55,11 @@ def test_it_says_that_owners_add_up(caplog):
     assert text.endswith("2 ranks, owners add up what they send")
 
 
+def test_it_says_that_payloads_are_of_more_gradients_than_usual(caplog):
+    text = announced(caplog, bucket_bytes=96 << 20)[0][1]
+    assert text.endswith("2 ranks, up to 96 MiB of gradients in each payload")
+
+
 def test_buckets_are_counted(caplog):
     assert "in 4 payload(s) of" in announced(caplog, bucket_bytes=1)[0][1]
 

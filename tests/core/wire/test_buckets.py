@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.core.balancing.layers import layer_spec
-from hvd_dls.core.wire.buckets import make_bucket, make_buckets
+from hvd_dls.core.wire.buckets import bucket_bytes_of, make_bucket, make_buckets
 from hvd_dls.core.wire.layout import MAX_ENTRIES
 from hvd_dls.errors import DLSError
 from tests.core.strategies import seeds
@@ -77,6 +77,30 @@ def test_buckets_by_example(bucket_bytes, expected):
     layers = layers_of([10, 1000, 10, 1000, 1000, 10])
     sparse = [layer for layer in layers if layer.size == 1000]
     assert named(make_buckets(layers, sparse, DLSConfig(bucket_bytes=bucket_bytes))) == expected
+
+
+OWNERS = {"exchange": "sparse_allreduce"}
+
+
+@pytest.mark.parametrize(
+    ("senders", "options", "mebibytes"),
+    [
+        (1, {}, 32),
+        (4096, {}, 32),  # payloads are gathered: entries grow as hops do
+        (1, OWNERS, 32),
+        (64, OWNERS, 32),
+        (65, OWNERS, 32.5),
+        (128, OWNERS, 64),
+        (1024, OWNERS, 512),
+        (1 << 20, OWNERS, 1024),
+        (1024, OWNERS | {"bucket_bytes": 32 << 20}, 32),  # what is given stands
+        (4, {"bucket_bytes": 3 << 30}, 3072),
+    ],
+)
+def test_where_owners_add_up_buckets_grow_with_the_ranks_unless_a_size_is_given(
+    senders, options, mebibytes
+):
+    assert bucket_bytes_of(DLSConfig(**options), senders) == mebibytes * (1 << 20)
 
 
 def test_global_puts_all_into_one():
