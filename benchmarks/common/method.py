@@ -17,23 +17,34 @@ class Method:
         compression: "nothing" (no exchange at all), "none" (dense, as they are), "fp16",
             "layerwise", "dls", "hierarchical" (DLS between hosts, behind averages inside),
             "sparse_allreduce" (DLS where owners add up) or "hierarchical_sparse_allreduce" (both);
-            with torch's DistributedDataParallel: "ddp" (dense), "ddp-fp16" or "powersgd".
+            with torch's DistributedDataParallel: "ddp" (dense), "ddp-fp16" or "powersgd";
+            with torch.distributed: "local" (no gradients but, now and then, changes of weights).
         density: of the sparse ones.
         values: type of the values they send.
         rank: of PowerSGD's matrices.
+        every: steps of a round of local steps.
+        outer: learning rate and momentum of a round of local steps; None: the usual.
     """
 
     compression: str
     density: float | None = None
     values: str = "float32"
     rank: int | None = None
+    every: int | None = None
+    outer: tuple[float, float] | None = None
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """Parses "dense", "fp16", "nothing", "dls:0.01", "dls:0.01:bfloat16", "powersgd:4"."""
+        """Parses "dense", "fp16", "nothing", "dls:0.01", "dls:0.01:bfloat16", "powersgd:4".
+
+        And "local:8", or "local:8:0.7:0.9" with learning rate and momentum of the rounds.
+        """
         kind, *rest = text.split(":")
         if kind == "powersgd":
             return cls(kind, rank=int(rest[0]))
+        if kind == "local":
+            outer = (float(rest[1]), float(rest[2])) if rest[1:] else None
+            return cls(kind, every=int(rest[0]), outer=outer)
         if kind in SPARSE and rest:
             return cls(kind, float(rest[0]), values=rest[1] if rest[1:] else "float32")
         return cls({"dense": "none"}.get(kind, kind))
@@ -43,6 +54,9 @@ class Method:
         """The method as ``parse`` takes it."""
         if self.rank is not None:
             return f"{self.compression}:{self.rank}"
+        if self.every is not None:
+            outer = "".join(f":{value:g}" for value in self.outer or ())
+            return f"{self.compression}:{self.every}{outer}"
         if self.density is None:
             return {"none": "dense"}.get(self.compression, self.compression)
         values = "" if self.values == "float32" else f":{self.values}"

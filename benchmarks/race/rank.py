@@ -7,7 +7,6 @@ next method's turn, in another order each time, so that whatever slows the machi
 from __future__ import annotations
 
 import argparse
-import itertools
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from benchmarks.common.command_line import make_parser
 from benchmarks.common.reporting import write_json
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.training import POINTS, data_of, machine
-from benchmarks.race.trainers import Trainer
+from benchmarks.race.trainers import Trainer, make_trainer
 from benchmarks.rounds.measuring import gather
 from benchmarks.rounds.methods import Method
 
@@ -30,14 +29,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     task, data = TASKS[args.task], data_of(args.task)
     steps = args.steps or task.steps
     for text in args.methods:  # to compile what has to be, and to fill caches
-        Trainer(Method.parse(text), task, data, args.seed, 10).train(2, None)
-    trainers = [Trainer(Method.parse(text), task, data, args.seed, steps) for text in args.methods]
+        make_trainer(Method.parse(text), task, data, args.seed, 2).train(2, None)
+    about = (task, data, args.seed, steps, args.first)
+    trainers = [make_trainer(Method.parse(text), *about) for text in args.methods]
     ends = np.unique(np.linspace(0, steps, min(POINTS, steps) + 1).round().astype(int)).tolist()
-    for turn, (begin, end) in enumerate(itertools.pairwise(ends)):
+    for turn, end in enumerate(ends[1:]):
         for i in np.random.default_rng(turn).permutation(len(trainers)):
             if hvd.rank() == 0:
                 print(f"PROGRESS {end}/{steps} {trainers[i].method.name}", flush=True)
-            trainers[i].train(end - begin, args.interface)
+            trainers[i].train(end, args.interface)
     return {
         "task": args.task,
         "ranks": hvd.size(),
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", required=True, help="as in dls:0.01, powersgd:4")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of each training (default: the task's)")
+    parser.add_argument("--first", type=float, help="β₁ of dense training with Adam")
     parser.add_argument("--interface", help="whose bytes to count")
     parser.add_argument("--json", type=Path, required=True, help="where to write all figures")
     args = parser.parse_args()

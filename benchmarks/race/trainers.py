@@ -8,13 +8,13 @@ from typing import Any
 import horovod.torch as hvd
 import numpy as np
 import torch
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.synthetic_model import make_compression
-from benchmarks.convergence.settings import MOMENTUM, WARMUP
+from benchmarks.convergence.settings import WARMUP
 from benchmarks.convergence.tasks import Data, Task, batch, evaluate, loss, rate_at
-from benchmarks.rounds.ddp import DDP, ONE_BUCKET_MB, connect
+from benchmarks.race.local_steps import Rounds
+from benchmarks.race.tuning import tuning
+from benchmarks.rounds.ddp import DDP, connect, with_ddp
 from benchmarks.rounds.measuring import interface_bytes, wait_for_all
 from benchmarks.rounds.methods import Method
 
@@ -24,9 +24,8 @@ FEW_EXAMPLES = 250  # held-out examples for each point of a curve; the end takes
 class Trainer:
     """A task's training by a method, as a user would write it.
 
-    SGD, momentum and learning rate are those of the task, found for dense training.  Sparse methods
-    have momentum in the compressor, and their density falls in the first steps; PowerSGD is dense
-    in as many, as its hook's users have it.
+    Optimizers and learning rates are those of ``tuning``.  PowerSGD is dense for as many steps as
+    the density takes to fall to 1 %, as its hook's users have it.
 
     Args:
         method: how gradients are exchanged.
@@ -34,6 +33,7 @@ class Trainer:
         data: of the task.
         seed: of first weights and the order of examples.
         steps: of the whole training.
+        first: β₁ of Adam outside of a compressor; None: the task's.
 
     Attributes:
         method: how gradients are exchanged.
@@ -42,7 +42,15 @@ class Trainer:
         curve: held-out losses and accuracy after ``step`` steps, and the seconds until then.
     """
 
-    def __init__(self, method: Method, task: Task, data: Data, seed: int, steps: int) -> None:
+    def __init__(
+        self,
+        method: Method,
+        task: Task,
+        data: Data,
+        seed: int,
+        steps: int,
+        first: float | None = None,
+    ) -> None:
         self.method, self._task, self._data = method, task, data
         self._seed, self._steps, self._done = seed, steps, 0
         self._model = task.make_model(seed)
@@ -50,73 +58,60 @@ class Trainer:
         self._few = data.validation.part(slice(None, None, every))
         self.seconds, self.sent_bytes = 0.0, 0.0
         self.curve: dict[str, list[float]] = {"step": [], "seconds": [], "loss": [], "accuracy": []}
-        if method.compression in DDP:
-            self._forward: Any = self._make_ddp()
-            self._optimizer: Any = self._sgd(MOMENTUM)
-        else:
-            self._forward, self._optimizer = self._model, self._with_horovod()
+        self._tuning = tuning(task, method, steps, hvd.size(), first)
+        self._forward: Any = self._model
+        self._optimizer: Any = self._tuning.optimizer(self._model)
+        self._set_up()
 
-    def _sgd(self, momentum: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self._model.parameters(), lr=1.0, momentum=momentum)
-
-    def _with_horovod(self) -> Any:
-        density, momentum, options = self.method.density, MOMENTUM, dict[str, Any]()
-        if density is not None:
-            options = {
-                "density": density,
-                "values": self.method.values,
-                "momentum": MOMENTUM,
-                "momentum_masking": self._task.masking,
-                "warmup_steps": round(WARMUP.get(density, WARMUP[0.01]) * self._steps),
-            }
-            momentum = 0.0
+    def _set_up(self) -> None:
+        """Puts what exchanges gradients around the optimizer, or the model."""
+        if self.method.compression in DDP:
+            connect()
+            first = max(2, round(WARMUP[0.01] * self._steps))
+            self._forward, _ = with_ddp(self._model, self.method, first)
+            return
         # Names of its own, so that Horovod's response cache knows each method's tensors.
         named = [(f"{self.method.name}/{n}", p) for n, p in self._model.named_parameters()]
-        return hvd.DistributedOptimizer(
-            self._sgd(momentum),
+        self._optimizer = hvd.DistributedOptimizer(
+            self._optimizer,
             named_parameters=named,
-            compression=make_compression(self.method.compression, **options),
+            compression=make_compression(self.method.compression, **self._tuning.options),
         )
 
-    def _make_ddp(self) -> DistributedDataParallel:
-        connect()
-        powersgd = self.method.compression == "powersgd"
-        options: dict[str, Any] = {"bucket_cap_mb": ONE_BUCKET_MB} if powersgd else {}
-        # Statistics of batch norm stay each rank's own, as with Horovod: less to send.
-        model = DistributedDataParallel(self._model, broadcast_buffers=False, **options)
-        if powersgd:
-            first = max(2, round(WARMUP[0.01] * self._steps))
-            state = powerSGD_hook.PowerSGDState(
-                None, self.method.rank or 1, start_powerSGD_iter=first
-            )
-            model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        elif self.method.compression == "ddp-fp16":
-            model.register_comm_hook(None, default_hooks.fp16_compress_hook)
-        return model
-
-    def train(self, steps: int, interface: str | None) -> None:
-        """Trains for some steps, then looks how far it has come.
+    def train(self, until: int, interface: str | None) -> None:
+        """Trains until so many steps are done, then looks how far it has come.
 
         Args:
-            steps: how many.
+            until: how many, of all.
             interface: whose bytes to count.
         """
+        until = self._end_of_turn(until)
+        if until == self._done:
+            return
         wait_for_all()
         before, start = interface_bytes(interface), time.perf_counter()
-        for step in range(self._done, self._done + steps):
-            self._optimizer.param_groups[0]["lr"] = rate_at(self._task, step, self._steps)
-            part = batch(self._task, self._data.training, self._seed, step, hvd.rank(), hvd.size())
-            self._optimizer.zero_grad()
-            loss(self._task, self._forward, part).backward()
-            self._optimizer.step()
+        for step in range(self._done, until):
+            self._step(step)
         wait_for_all()
         self.seconds += time.perf_counter() - start
         self.sent_bytes += float((interface_bytes(interface) - before)[1])
-        self._done += steps
+        self._done = until
         if hvd.rank() == 0:
             point = (self._done, self.seconds, *evaluate(self._model, self._few))
             for column, value in zip(self.curve.values(), point, strict=True):
                 column.append(float(value))
+
+    def _end_of_turn(self, until: int) -> int:
+        """Returns how many steps of all are to be done in the end of a turn."""
+        return until
+
+    def _step(self, step: int) -> None:
+        rate = self._tuning.rate * rate_at(self._task, step, self._steps)
+        self._optimizer.param_groups[0]["lr"] = rate
+        part = batch(self._task, self._data.training, self._seed, step, hvd.rank(), hvd.size())
+        self._optimizer.zero_grad()
+        loss(self._task, self._forward, part).backward()
+        self._optimizer.step()
 
     def weights(self) -> np.ndarray:
         """All parameters, to be compared among ranks."""
@@ -133,3 +128,33 @@ class Trainer:
             "accuracy": held_out[1],
             "curve": self.curve,
         }
+
+
+class LocalTrainer(Trainer):
+    """A training by local steps: turns end with a round, and so does the training.
+
+    Each rank has the optimizer of dense training for itself, and keeps its moments from round to
+    round.
+    """
+
+    def _set_up(self) -> None:
+        connect()
+        self._rounds = Rounds(self._model, *(self.method.outer or OUTER))
+
+    def _end_of_turn(self, until: int) -> int:
+        assert self.method.every is not None
+        return until if until == self._steps else until - until % self.method.every
+
+    def _step(self, step: int) -> None:
+        super()._step(step)
+        assert self.method.every is not None
+        if (step + 1) % self.method.every == 0 or step + 1 == self._steps:
+            self._rounds.finish()
+
+
+def make_trainer(method: Method, *about: Any) -> Trainer:
+    """Makes the trainer of a method; for the arguments see ``Trainer``."""
+    return (LocalTrainer if method.compression == "local" else Trainer)(method, *about)
+
+
+OUTER = (0.7, 0.9)  # learning rate and momentum of rounds

@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.synthetic_model import SyntheticModel
-from benchmarks.rounds.methods import RunningMethod
+from benchmarks.rounds.methods import Method, RunningMethod
 
 DDP = ("ddp", "ddp-fp16", "powersgd")
 # With several buckets, PowerSGD's hook over Gloo crashes with four ranks (torch 2.13).
@@ -31,16 +31,7 @@ class RunningDDP(RunningMethod):
         named = {name: p.shape for name, p in self._model.named_parameters()}
         model = SyntheticModel(named, self._gradients.last_drawn)
         self._parameters = [p for _, p in model.named_parameters()]
-        powersgd = self.method.compression == "powersgd"
-        options: dict[str, Any] = {"bucket_cap_mb": ONE_BUCKET_MB} if powersgd else {}
-        self._model = DistributedDataParallel(model, **options)
-        if powersgd:
-            self._state = powerSGD_hook.PowerSGDState(
-                None, self.method.rank or 1, start_powerSGD_iter=_MATRICES_FROM_STEP
-            )
-            self._model.register_comm_hook(self._state, powerSGD_hook.powerSGD_hook)
-        elif self.method.compression == "ddp-fp16":
-            self._model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        self._model, self._state = with_ddp(model, self.method, _MATRICES_FROM_STEP)
 
     def handed_over(self) -> dict[str, float]:
         """See ``RunningMethod``."""
@@ -59,6 +50,34 @@ class RunningDDP(RunningMethod):
             rows, columns, rank, self._state.min_compression_rate
         )
         return int(factors if pays else whole)
+
+
+def with_ddp(
+    model: torch.nn.Module, method: Method, matrices_from: int
+) -> tuple[DistributedDataParallel, Any]:
+    """Puts DDP around a model, with the hook of a method.
+
+    Args:
+        model: to be trained.
+        method: one of DDP.
+        matrices_from: the first step in which PowerSGD's matrices take the place of gradients.
+
+    Returns:
+        What is to be called instead of the model, and the state of PowerSGD's hook or None.
+    """
+    powersgd, state = method.compression == "powersgd", None
+    options: dict[str, Any] = {"bucket_cap_mb": ONE_BUCKET_MB} if powersgd else {}
+    # Statistics of batch norm stay each rank's own, as with Horovod: less to send.
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False, **options)
+    if powersgd:
+        state = powerSGD_hook.PowerSGDState(
+            None, method.rank or 1, start_powerSGD_iter=matrices_from
+        )
+        wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    elif method.compression == "ddp-fp16":
+        # Over Gloo there is no bf16: torch 2.13 refuses its hook, and reducing bfloat16 hangs.
+        wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    return wrapped, state
 
 
 def connect() -> None:

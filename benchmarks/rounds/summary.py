@@ -52,6 +52,9 @@ def title_of(method: str) -> str:
     names |= {"ddp": "torch DDP", "ddp-fp16": "torch DDP, fp16"}
     if kind == "powersgd":
         return f"torch DDP, PowerSGD, rank {rest[0]}"
+    if kind == "local":
+        outer = f", outer rate {rest[1]}, momentum {rest[2]}" if rest[1:] else ""
+        return f"local steps, {rest[0]}{outer}"
     words = [names.get(kind, kind)]
     words += [_percent(float(rest[0]))] if rest else []
     return ", ".join([*words, *rest[1:]])
