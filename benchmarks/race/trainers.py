@@ -18,6 +18,9 @@ from benchmarks.rounds.ddp import DDP, connect, with_ddp
 from benchmarks.rounds.measuring import interface_bytes, wait_for_all
 from benchmarks.rounds.methods import Method
 
+# Learning rate and momentum of rounds, by what trains between them. Behind Adam, as DiLoCo has it;
+# SGD with momentum wants plain averaging: with momentum on top, the first rounds leave too far.
+OUTER = {"adam": (0.7, 0.9), "sgd": (1.0, 0.0)}
 FEW_EXAMPLES = 250  # held-out examples for each point of a curve; the end takes all
 
 
@@ -32,7 +35,7 @@ class Trainer:
         task: what is trained.
         data: of the task.
         seed: of first weights and the order of examples.
-        steps: of the whole training.
+        steps: of the whole training, but that local steps may take longer.
         first: β₁ of Adam outside of a compressor; None: the task's.
 
     Attributes:
@@ -52,6 +55,7 @@ class Trainer:
         first: float | None = None,
     ) -> None:
         self.method, self._task, self._data = method, task, data
+        steps *= method.longer
         self._seed, self._steps, self._done = seed, steps, 0
         self._model = task.make_model(seed)
         every = max(1, len(data.validation.inputs) // FEW_EXAMPLES)
@@ -82,10 +86,10 @@ class Trainer:
         """Trains until so many steps are done, then looks how far it has come.
 
         Args:
-            until: how many, of all.
+            until: how many; where it takes longer, so many times as many.
             interface: whose bytes to count.
         """
-        until = self._end_of_turn(until)
+        until = self._end_of_turn(until * self.method.longer)
         if until == self._done:
             return
         wait_for_all()
@@ -139,7 +143,8 @@ class LocalTrainer(Trainer):
 
     def _set_up(self) -> None:
         connect()
-        self._rounds = Rounds(self._model, *(self.method.outer or OUTER))
+        outer = self.method.outer or OUTER["adam" if self._tuning.betas else "sgd"]
+        self._rounds = Rounds(self._model, *outer)
 
     def _end_of_turn(self, until: int) -> int:
         assert self.method.every is not None
@@ -155,6 +160,3 @@ class LocalTrainer(Trainer):
 def make_trainer(method: Method, *about: Any) -> Trainer:
     """Makes the trainer of a method; for the arguments see ``Trainer``."""
     return (LocalTrainer if method.compression == "local" else Trainer)(method, *about)
-
-
-OUTER = (0.7, 0.9)  # learning rate and momentum of rounds

@@ -53,8 +53,10 @@ def title_of(method: str) -> str:
     if kind == "powersgd":
         return f"torch DDP, PowerSGD, rank {rest[0]}"
     if kind == "local":
-        outer = f", outer rate {rest[1]}, momentum {rest[2]}" if rest[1:] else ""
-        return f"local steps, {rest[0]}{outer}"
+        every, _, longer = rest[0].partition("x")
+        words = ["local steps", every] + ([f"{longer} times the steps"] if longer else [])
+        words += [f"outer rate {rest[1]}, momentum {rest[2]}"] if rest[1:] else []
+        return ", ".join(words)
     words = [names.get(kind, kind)]
     words += [_percent(float(rest[0]))] if rest else []
     return ", ".join([*words, *rest[1:]])
