@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.common.method import Method
 from benchmarks.rounds.summary import ratio, title_of
 
 
@@ -25,7 +26,11 @@ def test_ratios_are_of_one_round_each():
         ("dls:0.001:bfloat16", "DLS, 0.1%, bfloat16"),
         ("sparse_allreduce:0.01", "DLS, sparse allreduce, 1.0%"),
         ("dls:0.00028", "DLS, 0.028%"),
+        ("powersgd:2", "torch DDP, PowerSGD, rank 2"),
+        ("local:8", "local steps, 8"),
+        ("local:8x2:0.7:0.9", "local steps, 8, 2 times the steps, outer rate 0.7, momentum 0.9"),
     ],
 )
 def test_titles_tell_method_and_density(method, title):
     assert title_of(method) == title
+    assert Method.parse(method).name == method
