@@ -23,8 +23,8 @@ class Method:
         values: type of the values they send.
         rank: of PowerSGD's matrices.
         every: steps of a round of local steps.
-        longer: factor on the steps of a training by local steps.
         outer: learning rate and momentum of a round of local steps; None: the usual.
+        longer: factor on the steps of a training.
     """
 
     compression: str
@@ -32,36 +32,41 @@ class Method:
     values: str = "float32"
     rank: int | None = None
     every: int | None = None
-    longer: int = 1
     outer: tuple[float, float] | None = None
+    longer: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Method:
         """Parses "dense", "fp16", "nothing", "dls:0.01", "dls:0.01:bfloat16", "powersgd:4".
 
-        And "local:8", "local:8x2" for twice the steps, "local:8:0.7:0.9" with learning rate and
-        momentum of the rounds.
+        And "local:8", or "local:8:0.7:0.9" with learning rate and momentum of the rounds; "x2"
+        behind any of them is for a training of twice the steps.
         """
+        text, _, longer = text.partition("x")
         kind, *rest = text.split(":")
+        about: dict[str, Any] = {"longer": int(longer or 1)}
         if kind == "powersgd":
-            return cls(kind, rank=int(rest[0]))
+            return cls(kind, rank=int(rest[0]), **about)
         if kind == "local":
-            every, _, longer = rest[0].partition("x")
             outer = (float(rest[1]), float(rest[2])) if rest[1:] else None
-            return cls(kind, every=int(every), longer=int(longer or 1), outer=outer)
+            return cls(kind, every=int(rest[0]), outer=outer, **about)
         if kind in SPARSE and rest:
-            return cls(kind, float(rest[0]), values=rest[1] if rest[1:] else "float32")
-        return cls({"dense": "none"}.get(kind, kind))
+            about["values"] = rest[1] if rest[1:] else "float32"
+            return cls(kind, float(rest[0]), **about)
+        return cls({"dense": "none"}.get(kind, kind), **about)
 
     @property
     def name(self) -> str:
         """The method as ``parse`` takes it."""
+        return self._exchange + (f"x{self.longer}" if self.longer > 1 else "")
+
+    @property
+    def _exchange(self) -> str:
         if self.rank is not None:
             return f"{self.compression}:{self.rank}"
         if self.every is not None:
             outer = "".join(f":{value:g}" for value in self.outer or ())
-            longer = f"x{self.longer}" if self.longer > 1 else ""
-            return f"{self.compression}:{self.every}{longer}{outer}"
+            return f"{self.compression}:{self.every}{outer}"
         if self.density is None:
             return {"none": "dense"}.get(self.compression, self.compression)
         values = "" if self.values == "float32" else f":{self.values}"

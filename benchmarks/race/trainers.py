@@ -35,7 +35,7 @@ class Trainer:
         task: what is trained.
         data: of the task.
         seed: of first weights and the order of examples.
-        steps: of the whole training, but that local steps may take longer.
+        steps: of the whole training, which the method may ask to be so many times longer.
         first: β₁ of Adam outside of a compressor; None: the task's.
 
     Attributes:
@@ -86,7 +86,7 @@ class Trainer:
         """Trains until so many steps are done, then looks how far it has come.
 
         Args:
-            until: how many; where it takes longer, so many times as many.
+            until: how many; of a longer training, so many times as many.
             interface: whose bytes to count.
         """
         until = self._end_of_turn(until * self.method.longer)

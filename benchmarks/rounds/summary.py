@@ -45,6 +45,9 @@ def ratio(
 
 def title_of(method: str) -> str:
     """Returns a method's name for tables and pictures: "DLS, 1.0%" for "dls:0.01"."""
+    method, _, longer = method.partition("x")
+    if longer:
+        return f"{title_of(method)}, {longer} times the steps"
     kind, *rest = method.split(":")
     names = {"dls": "DLS", "layerwise": "layer-wise top-k", "none": "dense"}
     names |= {"hierarchical": "DLS, two levels", "sparse_allreduce": "DLS, sparse allreduce"}
@@ -53,10 +56,8 @@ def title_of(method: str) -> str:
     if kind == "powersgd":
         return f"torch DDP, PowerSGD, rank {rest[0]}"
     if kind == "local":
-        every, _, longer = rest[0].partition("x")
-        words = ["local steps", every] + ([f"{longer} times the steps"] if longer else [])
-        words += [f"outer rate {rest[1]}, momentum {rest[2]}"] if rest[1:] else []
-        return ", ".join(words)
+        outer = f", outer rate {rest[1]}, momentum {rest[2]}" if rest[1:] else ""
+        return f"local steps, {rest[0]}{outer}"
     words = [names.get(kind, kind)]
     words += [_percent(float(rest[0]))] if rest else []
     return ", ".join([*words, *rest[1:]])

@@ -28,7 +28,8 @@ def test_ratios_are_of_one_round_each():
         ("dls:0.00028", "DLS, 0.028%"),
         ("powersgd:2", "torch DDP, PowerSGD, rank 2"),
         ("local:8", "local steps, 8"),
-        ("local:8x2:0.7:0.9", "local steps, 8, 2 times the steps, outer rate 0.7, momentum 0.9"),
+        ("local:8:0.7:0.9x2", "local steps, 8, outer rate 0.7, momentum 0.9, 2 times the steps"),
+        ("dls:0.01x2", "DLS, 1.0%, 2 times the steps"),
     ],
 )
 def test_titles_tell_method_and_density(method, title):
