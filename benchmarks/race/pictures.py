@@ -37,24 +37,37 @@ def draw_times(jobs: Sequence[Job], file: Path) -> None:
     """Draws seconds to the target by rate of the links, a panel for each task."""
     plt = pyplot()
     tasks = list(dict.fromkeys(job["task"] for job in jobs))
-    names = list(dict.fromkeys(name for job in jobs for name in job["methods"]))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 5.5), squeeze=False)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(9 * len(tasks), 5), squeeze=False)
     for ax, task in zip(axes[0], tasks, strict=True):
         own = [job for job in jobs if job["task"] == task]
         rates = sorted({job["rate"] for job in own}, key=lambda rate: bits_per_second(rate) or 0)
-        for number, name in enumerate(names):
+        never = []
+        for number, name in enumerate(
+            dict.fromkeys(name for job in own for name in job["methods"])
+        ):
             points = []
             for rate in rates:
                 there = [j for j in own if j["rate"] == rate and name in j["methods"]]
                 points.append(float(np.median(times(there, name))) if there else np.inf)
+            if not np.isfinite(points).any():
+                never.append(title_of(name))
+                continue
             shown = np.where(np.isfinite(points), points, np.nan)
-            never = "" if np.isfinite(points).any() else " (never there)"
-            style = {"color": f"C{number % 10}", "marker": "o", **_style(name)}
-            ax.plot(range(len(rates)), shown, label=title_of(name) + never, **style)
+            style = {"color": f"C{number % 10}", "marker": "osv^"[number // 10 % 4]}
+            ax.plot(range(len(rates)), shown, label=title_of(name), **style, **_style(name))
         ax.set(yscale="log", title=task, xlabel="links", ylabel="seconds to the target loss")
         ax.set_xticks(range(len(rates)), rates)
-        ax.grid(alpha=0.3, which="both")
-        ax.legend(fontsize=7)
+        ticks = [value * 10**power for power in range(4) for value in (1, 2, 5)]
+        low, high = ax.get_ylim()
+        ax.set_yticks([tick for tick in ticks if low <= tick <= high])
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+        ax.grid(alpha=0.3)
+        note = "\n".join(["never there:", *never]) if never else None
+        ax.legend(
+            fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), title=note, title_fontsize=8
+        )
+    figure.tight_layout()
     save_picture(figure, file)
 
 
