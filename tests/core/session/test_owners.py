@@ -6,7 +6,7 @@ import pytest
 from hvd_dls.core.balancing.layers import layer_spec
 from hvd_dls.core.checkpoint.parts import Part, write_part
 from hvd_dls.core.wire.dealing import places_of
-from hvd_dls.errors import StateMismatchError
+from hvd_dls.errors import NonFiniteGradientError, StateMismatchError
 from tests.core.network import connect
 from tests.core.ranks import make_sessions
 
@@ -83,6 +83,25 @@ def test_a_checkpoint_holds_what_owners_have_kept_in_the_residuals(tmp_path):
         damaged = {**state, "kept": {"fc1@0/2": np.full(3, np.nan)}}
         with pytest.raises(StateMismatchError, match="what an owner has kept of piece 0/2"):
             session.load_state_dict(damaged)
+
+
+def test_a_sum_beyond_the_type_is_no_ranks_own_but_nan_is():
+    """The layers of one step: a sum that overflows, NaN on two of three ranks, nothing wrong."""
+    sessions = make_sessions(3, LAYERS, density=0.01, exchange="sparse_allreduce")
+    ranks = connect(sessions)
+    for number, rank in enumerate(ranks):
+        rank.begin()
+        for layer in LAYERS:
+            gradient = np.ones(layer.size, np.float32)
+            gradient[7] = {"fc1": 3e38, "fc2": np.nan if number else 1, "fc3": 1}[layer.name]
+            rank.compress(layer.name, gradient)
+    for rank in ranks:
+        rank.receive()
+    for session in sessions:
+        with pytest.raises(NonFiniteGradientError) as error:
+            session.decompress("fc1", np.empty(LAYERS[0].size, np.float32))
+        assert error.value.where == [("fc1", None), ("fc2", 1), ("fc2", 2)]
+        assert not any(kept.any() for kept in session.owners.kept)
 
 
 @pytest.fixture(scope="module")
