@@ -22,6 +22,7 @@ from hvd_dls.torch import bookkeeping, joined, watching
 from hvd_dls.torch.contexts import Dense, InFlight, as_sent, send_dense
 from hvd_dls.torch.delivery import Delivery
 from hvd_dls.torch.exchange import Exchange, gather
+from hvd_dls.torch.handed_over import HandedOver
 from hvd_dls.torch.on_device import Device, devices_of, finite_future
 from hvd_dls.torch.parameters import (
     NamedParameter,
@@ -56,7 +57,7 @@ class Binding(BaseBinding):
         self._on_device: dict[str, Device] = {}  # layers whose gradients do not come to the host
         self._optimizer: Any = lambda: None  # weak reference to Horovod's, of the step in progress
         self._handles: Any = None  # its record of that step
-        self._came_in: dict[str, torch.Tensor] = {}  # gradients of the step in progress
+        self._came_in = HandedOver()  # gradients of the step in progress
         self._leaving = False  # whether reductions of a step that is given up are being begun
         self._left: Callable[[], None] | None = None  # what is still to be done for such a step
         self._unfinished: list[int] = []  # handles of its reductions that others did not join
@@ -132,7 +133,7 @@ class Binding(BaseBinding):
                 finite = session.dense_step or self._finite(session, name, gradient)
                 complete = session.note(name, finite)
             if gradient is not None:
-                self._came_in[name] = gradient
+                self._came_in.add(name, gradient)
             if complete is not None or self._on_device:  # which may have done what it had to
                 self._delivery.send_ready()
 
@@ -171,12 +172,9 @@ class Binding(BaseBinding):
         assert self.session is not None
         session = self.session
         whole = sent.whole if reduced is None else reduced
-        if session.dense_step:
-            array = self.array(sent.name, whole)
-            counts = self._settled_by(session.accept, sent.name, array)
-        else:
-            self._receive_all(session)
-            counts = self._settled_by(session.accept, sent.name)
+        self._receive_all(session)
+        array = self.array(sent.name, whole) if session.dense_step else None
+        counts = self._settled_by(session.accept, sent.name, array)
         gradient = whole if whole.dtype == sent.dtype else whole.to(sent.dtype)
         return gradient if counts else gradient.fill_(torch.inf if session.marks_skipped else 0.0)
 
@@ -219,7 +217,7 @@ class Binding(BaseBinding):
             if watching.current is not None:
                 watching.current.step_begins(optimizer)
             self._optimizer, self._handles = weakref.ref(optimizer), optimizer._handles
-            self._came_in = {}
+            self._came_in = HandedOver()
             self._follow_loss_scale(session)
             session.begin(session.missed | self.parameters.frozen())
         return session
@@ -230,7 +228,7 @@ class Binding(BaseBinding):
         One that Horovod hands over again is: an interrupt came before it had recorded the first.
         """
         assert self.session is not None
-        if not self.session.has(name) or self._came_in.get(name, gradient) is gradient:
+        if not self.session.has(name) or not self._came_in.has_other(name, gradient):
             return False
         if optimizer._handles:
             raise DLSError(
@@ -354,7 +352,9 @@ class Binding(BaseBinding):
         """Waits for all that is on its way: before a step changes anything, all of it is there."""
         assert self._delivery is not None
         try:
-            self._delivery.wait_for_all()
+            if not session.dense_step:
+                self._delivery.wait_for_all()
+            self._came_in.check(self.parameters)
         except DLSError:
             self.abandon()
             raise

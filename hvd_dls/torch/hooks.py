@@ -1,7 +1,7 @@
 """What happens around ``optimizer.step()``, through torch's own hooks for all optimizers.
 
 torch calls them twice in a step of Horovod's optimizer: before Horovod waits for the gradients,
-and, from within Horovod's ``step``, before the weights are updated.
+and, from within Horovod's ``step``, before the weights are updated; and twice after it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from hvd_dls.core.session.log import told_again
 from hvd_dls.torch import watching
@@ -21,7 +24,10 @@ from hvd_dls.torch.horovod_frames import within_step_of
 from hvd_dls.torch.one_process import apply_options
 from hvd_dls.torch.refusals import (
     refuse_adasum,
+    refuse_early_scaler,
     refuse_other_moments,
+    refuse_own_gradients,
+    refuse_second_synchronize,
     refuse_sparse_gradients,
     refuse_unreduced,
 )
@@ -32,8 +38,9 @@ _steps_without: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary(
 
 
 def install() -> None:
-    """Registers the hook, once a process."""
+    """Registers the hooks, once a process."""
     register_optimizer_step_pre_hook(_on_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -46,6 +53,11 @@ def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         _before_step(compressor, optimizer)
 
 
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if compressor_of(optimizer) is not None:
+        refuse_own_gradients(optimizer)
+
+
 def _before_step(compressor: DLSCompressor, optimizer: Any) -> None:
     """Waits for what is on its way; refuses what would drift apart.
 
@@ -53,9 +65,11 @@ def _before_step(compressor: DLSCompressor, optimizer: Any) -> None:
     get their own refusal only if they have what they wait for.
     """
     refuse_adasum(optimizer)
+    refuse_second_synchronize(optimizer)
     binding = compressor.binding_if_known(optimizer)
     if binding is not None and optimizer._requires_update:
         binding.wait()
+        refuse_early_scaler(optimizer)
         refuse_unreduced(optimizer)
         refuse_other_moments(optimizer, compressor.config)  # a scheduler may have set some
         refuse_sparse_gradients(optimizer, optimizer._requires_update, compressor.config)

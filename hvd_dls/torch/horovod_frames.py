@@ -66,3 +66,15 @@ def within_step_of(optimizer: Any) -> bool:
             return frame.f_globals.get("__name__") == "horovod.torch.optimizer"
         frame = frame.f_back
     return False
+
+
+def within_step_of_scaler() -> bool:
+    """Whether a ``torch.amp.GradScaler`` calls ``step``: it has unscaled the gradients by then."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(2 * _DEPTH):  # our hooks, wrappers of torch and of a scheduler, the scaler
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__", "").endswith("amp.grad_scaler"):  # torch < 2.3: cuda.amp
+            return True
+        frame = frame.f_back
+    return False

@@ -10,6 +10,7 @@ import torch
 
 from hvd_dls.config import DLSConfig
 from hvd_dls.errors import DLSError
+from hvd_dls.torch.horovod_frames import within_step_of_scaler
 
 
 def refuse_optimizer(optimizer: Any, config: DLSConfig, process_set: Any) -> None:
@@ -110,3 +111,45 @@ def refuse_unreduced(optimizer: Any) -> None:
                     "gradient, and the ranks would drift apart. Add and unfreeze parameters before "
                     "wrapping the optimizer"
                 )
+
+
+def refuse_early_scaler(optimizer: Any) -> None:
+    """Raises DLSError if a scaler has unscaled gradients that are still on their way.
+
+    torch does not count that as a change of a tensor, so ``HandedOver`` cannot see it.
+    """
+    if optimizer._handles and within_step_of_scaler():
+        raise DLSError(
+            "scaler.step(optimizer) before optimizer.synchronize(): the scaler would unscale what "
+            "is on its way, and what comes back would be applied multiplied by the loss scale. "
+            "Call optimizer.synchronize(), then scaler.unscale_(optimizer), then `with optimizer."
+            "skip_synchronize(): scaler.step(optimizer)`; and pass loss_scale=scaler.get_scale to "
+            "DLSCompressor"
+        )
+
+
+def refuse_second_synchronize(optimizer: Any) -> None:
+    """Raises DLSError if a step would exchange once more what ``synchronize()`` has brought.
+
+    Plain Horovod warns of it: there it is slow.  Here sums would be taken for gradients, and go
+    through selection, clipping and momentum again.
+    """
+    again = optimizer._should_synchronize and optimizer._synchronized
+    if again and optimizer._requires_update and not optimizer._handles:
+        raise DLSError(
+            "optimizer.step() after optimizer.synchronize(), which would exchange and compress "
+            "what has been averaged once more: write `with optimizer.skip_synchronize(): "
+            "optimizer.step()`"
+        )
+
+
+def refuse_own_gradients(optimizer: Any) -> None:
+    """Raises DLSError if the weights were updated by gradients that no other rank has seen."""
+    if getattr(optimizer, "_handles", None):
+        raise DLSError(
+            "the weights were updated while gradients were on their way, by this rank's own: the "
+            "ranks have drifted apart. Either step() was called within skip_synchronize() without "
+            "optimizer.synchronize() before; or with a closure that calls backward(), after which "
+            "nothing is averaged: call optimizer.synchronize() in the closure, behind backward(), "
+            "and step(closure) within skip_synchronize()"
+        )
