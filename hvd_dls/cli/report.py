@@ -61,6 +61,8 @@ def _logs_of(argument: str) -> list[tuple[str, Path]]:
         given = ""
     if not path.is_dir():
         return [(given or path.stem, path)]
-    files = sorted(path.glob("*.jsonl")) or [path]
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
+        print(f"hvd-dls report: {path}: a folder without *.jsonl in it", file=sys.stderr)
     prefix = given or path.name
     return [(f"{prefix}/{file.stem}" if len(files) > 1 else prefix, file) for file in files]

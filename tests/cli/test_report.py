@@ -133,6 +133,12 @@ def test_nothing_to_show_is_an_error(tmp_path, capsys, argument):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_folder_without_logs_is_called_that(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 1
+    assert "a folder without *.jsonl" in capsys.readouterr().err
+
+
 def test_the_module_is_the_command_and_imports_no_framework(tmp_path):
     write(tmp_path / "run.jsonl", 2)
     program = (
