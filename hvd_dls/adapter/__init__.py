@@ -4,7 +4,7 @@ Imports ``core`` and Horovod's process sets, no framework.
 """
 
 from hvd_dls.adapter.binding import BaseBinding
-from hvd_dls.adapter.compressor import BaseCompressor, InstanceOrDefault
+from hvd_dls.adapter.compressor import BaseCompressor, InstanceOrDefault, refuse_number
 from hvd_dls.adapter.watching import on_the_watch
 from hvd_dls.adapter.world import World, epoch, is_elastic
 
@@ -16,4 +16,5 @@ __all__ = [
     "epoch",
     "is_elastic",
     "on_the_watch",
+    "refuse_number",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import numbers
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, ClassVar
@@ -207,6 +208,12 @@ class BaseCompressor:
             )
         return functools.partial(type(self), **vars(self.config)), ()
 
+    def __repr__(self) -> str:
+        defaults = vars(DLSConfig())
+        options = {n: v for n, v in vars(self.config).items() if v != defaults[n]}
+        told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{type(self).__name__}({told})"
+
     def _bound_to(self) -> str:
         """What ties the compressor to this process; empty if nothing does."""
         if self._loss_scale is not None:
@@ -236,3 +243,17 @@ class BaseCompressor:
             gc.collect()  # optimizers and their hooks refer to each other
             self._bindings = [binding for binding in self._bindings if binding.alive]
         return self._bindings
+
+
+def refuse_number(given: Any, accepted: str) -> None:
+    """Raises DLSError if a number came first, which is meant to be the density, presumably.
+
+    Args:
+        given: a compressor's first argument.
+        accepted: what it is for.
+    """
+    if isinstance(given, numbers.Real):
+        raise DLSError(
+            f"DLSCompressor({given}): its first argument takes {accepted}; for the density, write "
+            f"DLSCompressor(density={given})"
+        )

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from hvd_dls.adapter import BaseCompressor, InstanceOrDefault, is_elastic
+from hvd_dls.adapter import BaseCompressor, InstanceOrDefault, is_elastic, refuse_number
 from hvd_dls.errors import DLSError
 from hvd_dls.tensorflow import single_process, zeroing
 from hvd_dls.tensorflow.binding import Binding
@@ -78,6 +78,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
         loss_scale: Callable[[], float] | None = None,
         **options: Any,
     ) -> None:
+        refuse_number(variables, "variables, as model.trainable_variables")
         super().__init__(loss_scale=loss_scale, **options)
         self._given = None if variables is None else Binding(variables, self.config)
         self._call: AllreduceCall | None = None  # Horovod's call that is being traced

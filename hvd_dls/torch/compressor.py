@@ -11,7 +11,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvd_dls.adapter import BaseCompressor, InstanceOrDefault
+from hvd_dls.adapter import BaseCompressor, InstanceOrDefault, refuse_number
 from hvd_dls.errors import DLSError
 from hvd_dls.torch import horovod_frames, watching
 from hvd_dls.torch.binding import Binding
@@ -59,6 +59,7 @@ class DLSCompressor(BaseCompressor):
         loss_scale: Callable[[], float] | None = None,
         **options: Any,
     ) -> None:
+        refuse_number(named_parameters, "parameters, as model.named_parameters()")
         super().__init__(loss_scale=loss_scale, **options)
         self._given = None if named_parameters is None else Parameters(checked(named_parameters))
         self._process_set = process_set

@@ -56,7 +56,7 @@ else:
 from hvd_dls import DLSError
 from hvd_dls.torch import DLSCompressor
 import torch
-for wrong in (0.01, [torch.zeros(3)], [("a", 1)],
+for wrong in ("a", [torch.zeros(3)], [("a", 1)],
               [("a", torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64)))]):
     try:
         DLSCompressor(wrong)
@@ -64,6 +64,31 @@ for wrong in (0.01, [torch.zeros(3)], [("a", 1)],
         assert "(name, parameter)" in str(error) or "'a' has type torch.complex64" in str(error)
     else:
         raise AssertionError(wrong)
+""",
+    "a number as the first argument is told to be no density": """
+from hvd_dls import DLSError
+from hvd_dls.torch import DLSCompressor
+try:
+    DLSCompressor(0.01)
+except DLSError as error:
+    assert "write DLSCompressor(density=0.01)" in str(error)
+else:
+    raise AssertionError
+""",
+    "who looks for the compressor in the package itself is told where it is": """
+import hvd_dls
+try:
+    from hvd_dls import DLSCompressor
+except ImportError as error:
+    assert "from hvd_dls.torch import DLSCompressor" in str(error)
+else:
+    raise AssertionError
+assert not hasattr(hvd_dls, "DLSCompressors")
+""",
+    "a compressor is shown with its options": """
+from hvd_dls.torch import DLSCompressor
+shown = repr(DLSCompressor(density=0.5, values="bfloat16"))
+assert shown == "DLSCompressor(density=0.5, values='bfloat16')", shown
 """,
     "pickling keeps the options; what knows a model is refused": """
 import copy, pickle, torch
