@@ -23,7 +23,8 @@ from hvd_dls.torch.contexts import Dense, InFlight, as_sent, send_dense
 from hvd_dls.torch.delivery import Delivery
 from hvd_dls.torch.exchange import Exchange, gather
 from hvd_dls.torch.handed_over import HandedOver
-from hvd_dls.torch.on_device import Device, devices_of, finite_future
+from hvd_dls.torch.looking import Looks
+from hvd_dls.torch.on_device import Device, devices_of
 from hvd_dls.torch.parameters import (
     NamedParameter,
     Parameters,
@@ -55,6 +56,7 @@ class Binding(BaseBinding):
         self._delivery: Delivery | None = None
         self._lock = threading.RLock()
         self._on_device: dict[str, Device] = {}  # layers whose gradients do not come to the host
+        self._looks = Looks()
         self._optimizer: Any = lambda: None  # weak reference to Horovod's, of the step in progress
         self._handles: Any = None  # its record of that step
         self._came_in = HandedOver()  # gradients of the step in progress
@@ -115,13 +117,9 @@ class Binding(BaseBinding):
     def _come_in(
         self, session: Session, name: str, gradient: torch.Tensor | None, array: Array | None = None
     ) -> None:
-        """Hands a gradient to the session, and sends buckets that are complete.
+        """Hands a gradient, or that there is none, to the session; sends buckets that are complete.
 
-        Args:
-            session: of the model.
-            name: of the parameter.
-            gradient: of it, or None.
-            array: the same as the session takes it, if it is to be compressed.
+        ``array`` is the same as the session takes it, if it is to be compressed.
         """
         assert self._delivery is not None
         with self._lock:
@@ -389,7 +387,7 @@ class Binding(BaseBinding):
         if session.bucket_of(name) is None:
             return True  # nobody asks
         if name in self._on_device:
-            return finite_future(gradient)
+            return self._looks.look(gradient)
         return HOST.finite(self.array(name, gradient))
 
     # State ---------------------------------------------------------------------------------------

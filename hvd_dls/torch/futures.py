@@ -14,6 +14,11 @@ from hvd_dls.core.selection.backend import Future
 T = TypeVar("T")
 
 
+def stream_of(tensor: Tensor) -> Any:
+    """The stream on which this thread gives a tensor's device work; None on a CPU."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
 class DeviceFuture(Future[T]):
     """What a device will have copied to the host.
 
@@ -32,10 +37,13 @@ class DeviceFuture(Future[T]):
 
     def ready(self) -> bool:
         """See ``Future``."""
-        return self._event is None or self._event.query()
+        if self._event is not None and self._event.query():
+            self._event = None
+        return self._event is None
 
     def result(self) -> T:
         """See ``Future``."""
         if self._event is not None:
             self._event.synchronize()
+            self._event = None
         return self._read(self._array.numpy())

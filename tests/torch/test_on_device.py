@@ -19,7 +19,7 @@ from hvd_dls.core.balancing.sketch import (  # noqa: E402
 )
 from hvd_dls.core.selection import adam, momentum, passes  # noqa: E402
 from hvd_dls.core.selection.norms import Norm, l2_norm  # noqa: E402
-from hvd_dls.torch import on_device  # noqa: E402
+from hvd_dls.torch import looking, on_device  # noqa: E402
 from hvd_dls.torch.on_device import Device, finite_future  # noqa: E402
 from tests.core.selection.test_passes import DTYPES, cases, entries, load, plus, store  # noqa: E402
 from tests.core.strategies import KINDS  # noqa: E402
@@ -250,6 +250,39 @@ def test_whether_a_gradient_is_finite(device, dtype):
         for bad in (float("nan"), float("inf"), -float("inf")) if gradient.numel() else ():
             gradient.view(-1)[-1] = bad
             assert finite_future(gradient).result() is False
+
+
+@on_each_device
+def test_of_many_gradients_the_host_is_told_at_once(device, monkeypatch):
+    copies = []
+
+    def copied(tensor, read):
+        copies.append(len(tensor))
+        return on_device.DeviceFuture(tensor, read)
+
+    monkeypatch.setattr(looking, "DeviceFuture", copied)
+    looks, bad = looking.Looks(), (float("nan"), float("inf"), -float("inf"))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        gradients = []
+        for number in range(150):
+            gradient = torch.full((number,), torch.finfo(dtype).max, dtype=dtype, device=device)
+            if number % 4:
+                gradient[number // 2] = bad[number % 4 - 1]
+            gradients.append(gradient.requires_grad_(number % 5 == 0))
+        told = [looks.look(gradient) for gradient in gradients]
+        assert copies == []
+        assert told[0] is True  # of nothing
+        assert told[1].ready() in (True, False)
+        with torch.no_grad():
+            for gradient in gradients:
+                gradient.fill_(1)  # Horovod reduces it where it is, when it has been looked at
+        after = looks.look(gradients[3])
+        seen = [one.result() for one in told[1:]]
+        assert seen == [number % 4 == 0 for number in range(1, 150)]
+        assert all(one.ready() for one in told[1:])
+        assert after.result()
+        assert copies == [128, 22]
+        copies.clear()
 
 
 @on_each_device
