@@ -23,14 +23,14 @@ class Received(Sequence[tuple[np.ndarray, np.ndarray]]):
         bounds: np.ndarray,
         table: np.ndarray,
     ) -> None:
-        self._ranks, self._bounds, self.table = ranks, bounds, table
+        self.ranks, self.bounds, self.table = ranks, bounds, table
 
     def __len__(self) -> int:
-        return len(self._ranks)
+        return len(self.ranks)
 
     def __getitem__(self, rank):  # type: ignore[no-untyped-def]
-        indices, values = self._ranks[rank]
-        start, stop = self._bounds[rank].tolist()
+        indices, values = self.ranks[rank]
+        start, stop = self.bounds[rank].tolist()
         return indices[start:stop], values[start:stop]
 
 

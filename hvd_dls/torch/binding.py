@@ -159,6 +159,7 @@ class Binding(BaseBinding):
         self._settled_by(self.session.decompress, sent.name, array, scale)
         if sent.name in self._on_device:
             if not gradient.is_contiguous():
+                self._on_device[sent.name].finish()
                 gradient.copy_(array.view_as(gradient))
         elif not (gradient.is_cpu and gradient.is_contiguous()):
             copy_back(array, gradient)

@@ -12,7 +12,8 @@ there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from functools import cache, partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from hvd_dls.config import ALLGATHER, DLSConfig
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, N_BINS, WINDOW
+from hvd_dls.core.received import Received
 from hvd_dls.core.selection.adam import Factors, Moments
 from hvd_dls.core.selection.backend import Future
 from hvd_dls.core.selection.norms import Norm
@@ -36,6 +38,7 @@ from hvd_dls.torch.parameters import Parameters, stays_on_device
 
 if TYPE_CHECKING:
     from hvd_dls.torch.kernels.selector import Selector
+    from hvd_dls.torch.kernels.together import Together
 
 
 TOO_LARGE = 2**31 - 2**20  # entries of a layer, for the kernels
@@ -48,13 +51,20 @@ class Device:
         device: of the parameter.
         kernels: whether ``find`` and ``settle`` are fused kernels (``hvd_dls.torch.kernels``), of
             float32 residuals; False: torch's operations; None: kernels on a GPU, if they run.
+        together: of several layers, to whose kernels these are put off; None: each layer has its
+            own launches, at once.  Without kernels it is not looked at.
 
     Raises:
         DLSError: kernels are asked for, but Triton is missing or too old.
     """
 
-    def __init__(self, device: torch.device, kernels: bool | None = None) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: torch.device,
+        kernels: bool | None = None,
+        together: Together | None = None,
+    ) -> None:
+        self._device, self._together = device, together
         if kernels and not have_triton():
             raise DLSError("kernels=True needs Triton >= 3.4: pip install 'triton>=3.4'")
         self._selector: Selector | None = None
@@ -106,7 +116,10 @@ class Device:
         usable = 0 < last_threshold < math.inf and 4 * k <= len(residual)
         if self._selector is None or not usable or not _short_float32(residual):
             return exact()
-        return self._selector.find(residual, gradient, k, last_threshold, exact)
+        find = self._selector.find
+        if self._together is not None:
+            find = partial(self._together.searches.put_off, self._selector)
+        return find(residual, gradient, k, last_threshold, exact)
 
     def _find(self, residual: Tensor, gradient: Tensor, k: int) -> DeviceFuture[Found | None]:
         """In torch's operations, which sort: several times slower, but of any threshold."""
@@ -141,6 +154,11 @@ class Device:
         rank's indices are unique, and ranks follow each other.
         """
         if self._selector is not None and _short_float32(residual):
+            if self._together is not None and isinstance(received, Received):
+                self._together.bookings.put_off(
+                    residual, gradient, indices, kept, received, scale, out
+                )
+                return
             from hvd_dls.torch.kernels.settling import book
 
             left_over = np.zeros(len(indices), np.float32) if kept is None else kept
@@ -165,6 +183,10 @@ class Device:
             total.index_copy_(0, everywhere, total.index_select(0, everywhere).mul_(scale))
         if total is not out:
             out.copy_(total)
+
+    def finish(self) -> None:
+        if self._together is not None:
+            self._together.bookings.launch()
 
     def sum_up(
         self,
@@ -248,7 +270,29 @@ def devices_of(parameters: Parameters, config: DLSConfig) -> dict[str, Device]:
     # These strategies look at whole residuals, on the host; hosts and owners add up there.
     if config.strategy in BASELINES or config.hierarchical or config.exchange != ALLGATHER:
         return {}
-    return {name: Device(p.device) for name, p in parameters.named() if stays_on_device(p)}
+    there = {name: p for name, p in parameters.named() if stays_on_device(p)}
+    types = defaultdict[torch.device, set[torch.dtype]](set)
+    for parameter in there.values():
+        types[parameter.device].add(parameter.dtype)
+    together = {device: together_on(device, of) for device, of in types.items()}
+    return {name: Device(p.device, together=together[p.device]) for name, p in there.items()}
+
+
+def together_on(device: torch.device, types: Collection[torch.dtype]) -> Together | None:
+    """What layers of a GPU put their passes off to; None if each is to have its own launches.
+
+    Args:
+        device: where they are.
+        types: of their parameters.
+    """
+    if device.type != "cuda" or not kernels_run(device):
+        return None
+    from hvd_dls.torch.kernels.together import Together, runs
+
+    # What gradients have become by momentum, or by clipping, is float32.
+    pairs = [(own, kind) for kind in types for own in {kind, torch.float32}]
+    right = all(runs(device, *pair) for pair in pairs if torch.float64 not in pair)
+    return Together() if right else None
 
 
 @cache

@@ -100,7 +100,10 @@ class Backend(Protocol):
         scale: float,
         out: Array,
     ) -> None:
-        """``passes.settle``; indices are known to be good."""
+        """``passes.settle``, perhaps only in ``finish``; indices are known to be good."""
+
+    def finish(self) -> None:
+        """Does what ``settle`` has put off, of all layers that have it put off together."""
 
     def sum_up(
         self,
@@ -136,6 +139,9 @@ class Host:
     finite = staticmethod(passes.finite)
     fill = staticmethod(passes.fill)
     histogram = staticmethod(histogram)
+
+    def finish(self) -> None:
+        pass
 
     def zeros(self, size: int, dtype: np.dtype) -> np.ndarray:
         return np.zeros(size, dtype)

@@ -88,6 +88,13 @@ def _listed(names: Collection[str]) -> str:
     return first + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
+def layer_by_layer(why: str) -> None:
+    """Says that each layer on a GPU has launches of its own: those of several do not run there."""
+    _log.warning(
+        "the GPU kernels of several layers do not run here, each layer has its own: %s", why
+    )
+
+
 def no_kernels(why: str) -> None:
     """Says that layers on a GPU take slower operations, since the kernels do not run there."""
     _log.warning("the GPU kernels do not run here, torch's operations take their place: %s", why)

@@ -25,10 +25,10 @@ class Settling(Owning):
 
         Args:
             name: of a layer that went through ``compress`` or ``leave_out``.
-            out: (n,) overwritten with the sum over ranks, added rank by rank and so the same bits
-                on every rank; may be the gradient itself.  Its dtype is one that ``compress``
-                takes, and it is where the gradient is.  Zeros, or Inf (see ``marks_skipped``), if
-                the step is skipped.
+            out: (n,) overwritten with the sum over ranks, at the latest when the step ends; added
+                rank by rank and so the same bits on every rank; may be the gradient itself.  Its
+                dtype is one that ``compress`` takes, and it is where the gradient is.  Zeros, or
+                Inf (see ``marks_skipped``), if the step is skipped.
             scale: factor on the sum; or what the layer's backend takes for a number.
 
         Raises:
@@ -156,6 +156,9 @@ class Settling(Owning):
         # What was sent for the other ranks of the group, of layers that did not come in here.
         for name in sorted(step.found.keys() - step.arrived):
             self._book(name)
+        self._writing = "residuals"
+        for backend in self._backends.values():
+            backend.finish()
         everyone = frozenset(layer.name for layer in self.plan.layers)
         self.missed = everyone - step.arrived
         self._step = Step(self.routing)

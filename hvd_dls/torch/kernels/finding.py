@@ -7,16 +7,18 @@ k-th largest of these is found digit by digit, by histograms.  Everything is exa
 the lower index, so the result has the same bits as the core's.  Magnitudes are compared as
 integers: the bits without the sign, where Inf and NaN are larger than all numbers.
 
-All of it is one launch, since launches take the host longer than a GPU takes for most layers.  A
-layer is divided into parts of adjacent entries, a program each; what programs tell each other
-(histograms and how much each one writes) they add up in memory, and then wait for each other.  So
-all must run at the same time: the launch is a cooperative one.
+All of it is one launch, of one layer or of many, since launches take the host longer than a GPU
+takes for most layers.  A layer is divided into parts of adjacent entries, a program each; what
+programs tell each other (histograms and how much each one writes) they add up in memory, and then
+wait for each other.  So all must run at the same time: the launch is a cooperative one.
 
 No shape and no launch depends on data.  What can go wrong is counted and told to the host: fewer
 than k candidates (the bound was too high), or more in a part than there is room for.
 """
 
 from __future__ import annotations
+
+from enum import IntEnum
 
 import triton
 import triton.language as tl
@@ -41,6 +43,32 @@ SHARES = HISTOGRAMS + DIGITS * VALUES
 PROGRAMS = 1024  # at most
 WORKSPACE = SHARES + 2 * PROGRAMS
 
+
+class Field(IntEnum):
+    """What ``find_all`` is told of a layer."""
+
+    RESIDUAL = 0  # address
+    GRADIENT = 1  # address
+    N = 2
+    K = 3
+    LOW = 4  # as for ``find``, and the next three
+    STRIDE = 5
+    EACH = 6
+    ROOM = 7
+    PLACE = 8  # where its candidates have their places
+    WORK = 9  # where its workspace is
+    OUT = 10  # where what is told of it is
+    FIRST = 11  # of its programs
+    COUNT = 12  # of these
+
+
+_FIELDS = tl.constexpr(len(Field))
+_RESIDUAL, _GRADIENT = tl.constexpr(int(Field.RESIDUAL)), tl.constexpr(int(Field.GRADIENT))
+_N, _K, _LOW = tl.constexpr(int(Field.N)), tl.constexpr(int(Field.K)), tl.constexpr(int(Field.LOW))
+_STRIDE, _EACH = tl.constexpr(int(Field.STRIDE)), tl.constexpr(int(Field.EACH))
+_ROOM, _PLACE = tl.constexpr(int(Field.ROOM)), tl.constexpr(int(Field.PLACE))
+_WORK, _OUT = tl.constexpr(int(Field.WORK)), tl.constexpr(int(Field.OUT))
+_FIRST, _COUNT = tl.constexpr(int(Field.FIRST)), tl.constexpr(int(Field.COUNT))
 _DIGITS, _VALUES, _WIDE = tl.constexpr(DIGITS), tl.constexpr(VALUES), tl.constexpr(WIDE)
 _SHIFT, _UNFINITE = tl.constexpr(MANTISSA_SHIFT), tl.constexpr(UNFINITE)
 _NO_SIGN = tl.constexpr(0x7FFFFFFF)
@@ -62,10 +90,12 @@ def _sums(residual, gradient, at, n):
 
 
 @triton.jit
-def _meet(met, times):
-    """Waits until all programs have come here; what they wrote before can be read then."""
+def _meet(met, all_of_them):
+    """Waits until all of a layer's programs have come here, which so many then have in all.
+
+    What they wrote before can be read then.
+    """
     tl.debug_barrier()
-    all_of_them = tl.num_programs(0) * times
     tl.atomic_add(met, 1, sem="acq_rel")
     while tl.atomic_add(met, 0, sem="acq_rel") < all_of_them:
         pass
@@ -87,25 +117,12 @@ def _digit(histogram, wanted):
     return digit, wanted - tl.sum(tl.where(value == digit + 1, reached, 0), 0)
 
 
-@triton.jit(do_not_specialize=["k", "low", "stride", "room", "each"])
-def find(
-    residual,  # (n,) float32
-    gradient,  # (n,) float32, float16 or bfloat16
-    n,
-    k,
-    low,  # bits of the bound
-    stride,  # of the sample
-    each,  # blocks of a program
-    room,  # candidates of a program
-    where,  # (programs, room) int32, their indices
-    what,  # (programs, room) int32, bits of their values
-    work,  # (WORKSPACE + 2 * k + TOLD,) int32, zeros
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Writes values and indices of the k largest, ascending, and what the host is told."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    out = work + _WORKSPACE
+@triton.jit
+def _find(
+    residual, gradient, n, k, low, stride, each, room, where, what, work, out, program, programs,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What one of a layer's programs does: see ``find``."""
     told = out + 2 * k
     where += program * room
     what += program * room
@@ -138,7 +155,7 @@ def find(
             histogram += tl.histogram(of_this, _VALUES, mask=same)
         shared = work + _HISTOGRAMS + digit * _VALUES
         _shared_histogram(shared, histogram, _VALUES)
-        _meet(work + _MET, digit + 1)
+        _meet(work + _MET, programs * (digit + 1))
         histogram = tl.load(shared + tl.arange(0, _VALUES), cache_modifier=".cg")
         found, ties = _digit(histogram, ties)
         threshold = (threshold << (known - lower)) + found
@@ -155,7 +172,7 @@ def find(
         equal += tl.sum(((at < held) & (magnitude == threshold)).to(tl.int32), 0)
     tl.store(work + _SHARES + program, above)
     tl.store(work + _SHARES + _PROGRAMS + program, equal)
-    _meet(work + _MET, _DIGITS + 1)
+    _meet(work + _MET, programs * (_DIGITS + 1))
     other = tl.arange(0, _PROGRAMS)
     shares = work + _SHARES + other
     above = tl.sum(tl.load(shares, mask=other < program, other=0, cache_modifier=".cg"), 0)
@@ -197,3 +214,57 @@ def find(
     tl.atomic_add(told + _NOT_FINITE, unfinite, sem="relaxed")
     if program == 0:
         tl.store(told + _THRESHOLD, threshold)
+
+
+@triton.jit(do_not_specialize=["k", "low", "stride", "room", "each"])
+def find(
+    residual,  # (n,) float32
+    gradient,  # (n,) float32, float16 or bfloat16
+    n,
+    k,
+    low,  # bits of the bound
+    stride,  # of the sample
+    each,  # blocks of a program
+    room,  # candidates of a program
+    where,  # (programs, room) int32, their indices
+    what,  # (programs, room) int32, bits of their values
+    work,  # (WORKSPACE + 2 * k + TOLD,) int32, zeros
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Writes values and indices of the k largest, ascending, and what the host is told."""
+    _find(
+        residual, gradient, n, k, low, stride, each, room, where, what, work, work + _WORKSPACE,
+        tl.program_id(0), tl.num_programs(0), BLOCK, TILE,
+    )  # fmt: skip
+
+
+@triton.jit
+def find_all(
+    table,  # (layers, FIELDS) int64: see ``Field``
+    layer_of,  # (programs,) int64: which layer a program works on
+    where,  # int32, all layers' candidates, as for ``find``
+    what,
+    work,  # int32, zeros: all layers' workspaces, then what is told of all layers
+    KIND: tl.constexpr,  # type of all gradients
+    ALIGNED: tl.constexpr,  # whether all arrays begin at 16 bytes, and have 16 * m entries
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """As ``find``, of several layers, each with programs of its own, which only wait for these."""
+    row = table + tl.load(layer_of + tl.program_id(0)) * _FIELDS
+    residual = tl.load(row + _RESIDUAL).to(tl.pointer_type(tl.float32))
+    gradient = tl.load(row + _GRADIENT).to(tl.pointer_type(KIND))
+    n = tl.load(row + _N).to(tl.int32)
+    if ALIGNED:
+        residual, gradient = tl.multiple_of(residual, 16), tl.multiple_of(gradient, 16)
+        n = tl.multiple_of(n, 16)
+    k, low = tl.load(row + _K).to(tl.int32), tl.load(row + _LOW).to(tl.int32)
+    stride, each = tl.load(row + _STRIDE).to(tl.int32), tl.load(row + _EACH).to(tl.int32)
+    room, place = tl.load(row + _ROOM).to(tl.int32), tl.load(row + _PLACE)
+    program = tl.program_id(0) - tl.load(row + _FIRST).to(tl.int32)
+    programs = tl.load(row + _COUNT).to(tl.int32)
+    _find(
+        residual, gradient, n, k, low, stride, each, room, where + place, what + place,
+        work + tl.load(row + _WORK), work + tl.load(row + _OUT), program, programs, BLOCK, TILE,
+    )  # fmt: skip

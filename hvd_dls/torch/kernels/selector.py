@@ -14,7 +14,7 @@ from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, WIND
 from hvd_dls.core.selection.backend import Future
 from hvd_dls.core.selection.passes import Found
 from hvd_dls.core.selection.passes_numpy import sample_stride
-from hvd_dls.torch.futures import DeviceFuture
+from hvd_dls.torch.futures import DeviceFuture, stream_of
 from hvd_dls.torch.kernels import finding
 from hvd_dls.torch.kernels.launching import on
 
@@ -60,20 +60,32 @@ class Selector:
         Returns:
             A future, made without waiting for the GPU.
         """
-        bound = np.float32(min(self._margin * last_threshold, LARGEST))
-        low = int(bound.view(np.int32))
+        low = self.bound(last_threshold)
         with on(residual.device):
             room, sent = self._launch(residual, gradient, k, low)
-            first = DeviceFuture(sent, lambda array: _Told(array, k, len(residual), room))
-            stream = torch.cuda.current_stream(residual.device) if residual.is_cuda else None
-        return _Checked(first, self._learn, otherwise, stream)
+            first = DeviceFuture(sent, lambda array: Told(array, k, len(residual), room))
+        return Checked(first, self.learn, otherwise, stream_of(residual))
+
+    def bound(self, last_threshold: float) -> int:
+        """Bits of the magnitude from which on entries are candidates."""
+        return int(np.float32(min(self._margin * last_threshold, LARGEST)).view(np.int32))
+
+    def room(self, k: int, programs: int, entries: int) -> int:
+        """For how many candidates each of a layer's programs is to have room.
+
+        Args:
+            k: as for ``find``.
+            programs: how many the layer has.
+            entries: that each of them looks at.
+        """
+        return min(int(self._spread * k / programs) + 256, entries)
 
     def _launch(self, residual: Tensor, gradient: Tensor, k: int, low: int) -> tuple[int, Tensor]:
         n, device = len(residual), residual.device
         blocks = triton.cdiv(n, BLOCK)
-        each = triton.cdiv(blocks, _most_programs(device))
+        each = triton.cdiv(blocks, most_programs(device))
         programs = triton.cdiv(blocks, each)
-        room = min(int(self._spread * k / programs) + 256, each * BLOCK)
+        room = self.room(k, programs, each * BLOCK)
         where, what = torch.empty((2, programs * room), dtype=torch.int32, device=device)
         work = torch.zeros(
             finding.WORKSPACE + 2 * k + finding.TOLD, dtype=torch.int32, device=device
@@ -84,7 +96,7 @@ class Selector:
         )  # fmt: skip
         return room, work[finding.WORKSPACE :]
 
-    def _learn(self, told: _Told) -> None:
+    def learn(self, told: Told) -> None:
         """Aims at twice as many candidates as are sent, and at room for all of a program's."""
         if told.candidates < 1.5 * told.k:
             self._margin = max(1 - 1.5 * (1 - self._margin), 0.5)
@@ -95,7 +107,7 @@ class Selector:
 
 
 @cache
-def _most_programs(device: torch.device) -> int:
+def most_programs(device: torch.device) -> int:
     """How many run at the same time."""
     if device.type != "cuda":
         return 1  # interpreted, one after the other
@@ -103,7 +115,7 @@ def _most_programs(device: torch.device) -> int:
     return min(PER_PROCESSOR * processors, finding.PROGRAMS)
 
 
-class _Told:
+class Told:
     """What the kernels wrote, as arrays on the host: see ``finding``.
 
     Attributes:
@@ -142,7 +154,7 @@ class _Told:
         return Found(indices, values, threshold, Sketch(base, counts.astype(np.uint32)))
 
 
-class _Checked(Future[Maybe]):
+class Checked(Future[Maybe]):
     """What was found, unless the bound was no good: then what is found otherwise.
 
     Args:
@@ -154,14 +166,14 @@ class _Checked(Future[Maybe]):
 
     def __init__(
         self,
-        first: Future[_Told],
-        learn: Callable[[_Told], None],
+        first: Future[Told],
+        learn: Callable[[Told], None],
         otherwise: Callable[[], Future[Maybe]],
         stream: torch.cuda.Stream | None,
     ) -> None:
         self._first, self._learn, self._otherwise = first, learn, otherwise
         self._stream = stream
-        self._told: _Told | None = None
+        self._told: Told | None = None
         self._second: Future[Maybe] | None = None
 
     def _look(self) -> None:
@@ -173,6 +185,11 @@ class _Checked(Future[Maybe]):
                 self._second = self._otherwise()
         self._learn(told)
         self._told = told
+
+    @property
+    def searched_again(self) -> bool:
+        """Whether the bound was no good, of one whose result is there."""
+        return self._second is not None
 
     def ready(self) -> bool:
         """See ``Future``."""

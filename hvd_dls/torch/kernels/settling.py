@@ -27,6 +27,20 @@ TILE = 256  # blocks that a program of ``begins`` looks for
 _UNTOUCHED = tl.constexpr(-(2**31))
 
 
+@triton.jit
+def bisect(indices, low, high, wanted, steps):
+    """Between two places each, the first whose index is not less than wanted."""
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open_ = low < high
+        less = tl.load(indices + middle, mask=open_, other=0) < wanted
+        low, high = (
+            tl.where(open_ & less, middle + 1, low),
+            tl.where(open_ & (less == 0), middle, high),
+        )
+    return low
+
+
 @triton.jit(do_not_specialize=["blocks", "steps"])
 def begins(
     indices,  # uint32 as int32, ascending within each list: all lists, one after the other
@@ -39,19 +53,66 @@ def begins(
 ):
     """Finds where the entries of each block begin in each list."""
     own = tl.program_id(0)
-    block = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    first = block * BLOCK
+    places = tl.program_id(1) * TILE + tl.arange(0, TILE)
     low = tl.zeros([TILE], tl.int32) + tl.load(ends + own)
     high = tl.zeros([TILE], tl.int32) + tl.load(ends + own + 1)
-    for _ in range(steps):
-        middle = (low + high) // 2
-        open_ = low < high
-        less = tl.load(indices + middle, mask=open_, other=0) < first
-        low, high = (
-            tl.where(open_ & less, middle + 1, low),
-            tl.where(open_ & (less == 0), middle, high),
-        )
-    tl.store(starts + own * (blocks + 1) + block, low, mask=block <= blocks)
+    low = bisect(indices, low, high, places * BLOCK, steps)
+    tl.store(starts + own * (blocks + 1) + places, low, mask=places <= blocks)
+
+
+@triton.jit
+def block(
+    residual,
+    gradient,
+    total,
+    out,
+    n,
+    own,  # number of the block in its layer
+    indices,
+    values,
+    starts,
+    slot,  # the block's place in a row of ``starts``
+    row,  # length of a row
+    lists,
+    scale,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Does one block: see ``settle``."""
+    at = own * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    if HAS_RESIDUAL:
+        old = tl.load(residual + at, mask=inside, other=0.0)
+        new = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(residual + at, old + new, mask=inside)
+    nothing = tl.full([BLOCK], _UNTOUCHED, tl.int32)
+    tl.store(total + at, nothing.to(tl.float32, bitcast=True), mask=inside)
+    tl.debug_barrier()
+    lane = tl.arange(0, LANES)
+    if HAS_RESIDUAL:
+        first, last = tl.load(starts + slot), tl.load(starts + slot + 1)
+        for start in range(first, last, LANES):
+            entry = start + lane
+            index = tl.load(indices + entry, mask=entry < last, other=0)
+            kept = tl.load(values + entry, mask=entry < last, other=0.0)
+            tl.store(residual + index, kept, mask=entry < last)
+    for rank in range(1, lists):
+        here = starts + rank * row + slot
+        first, last = tl.load(here), tl.load(here + 1)
+        for start in range(first, last, LANES):
+            entry = start + lane
+            index = tl.load(indices + entry, mask=entry < last, other=0)
+            sent = tl.load(values + entry, mask=entry < last, other=0.0)
+            before = tl.load(total + index, mask=entry < last, other=0.0)
+            touched = before.to(tl.int32, bitcast=True) != _UNTOUCHED
+            tl.store(total + index, tl.where(touched, before, 0.0) + sent, mask=entry < last)
+        tl.debug_barrier()  # the next rank's entries may be the same
+    sums = tl.load(total + at, mask=inside, other=0.0)
+    touched = sums.to(tl.int32, bitcast=True) != _UNTOUCHED
+    # Only where something was sent: zero times a negative factor would be -0.
+    result = tl.where(touched, sums * scale, 0.0)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["blocks", "lists"])
@@ -73,39 +134,10 @@ def settle(
 ):
     """See ``core.passes.settle``, of which this is one block."""
     own = tl.program_id(0)
-    at = own * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    if HAS_RESIDUAL:
-        old = tl.load(residual + at, mask=inside, other=0.0)
-        new = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(residual + at, old + new, mask=inside)
-    nothing = tl.full([BLOCK], _UNTOUCHED, tl.int32)
-    tl.store(total + at, nothing.to(tl.float32, bitcast=True), mask=inside)
-    tl.debug_barrier()
-    lane = tl.arange(0, LANES)
-    if HAS_RESIDUAL:
-        first, last = tl.load(starts + own), tl.load(starts + own + 1)
-        for start in range(first, last, LANES):
-            entry = start + lane
-            index = tl.load(indices + entry, mask=entry < last, other=0)
-            kept = tl.load(values + entry, mask=entry < last, other=0.0)
-            tl.store(residual + index, kept, mask=entry < last)
-    for rank in range(1, lists):
-        row = starts + rank * (blocks + 1) + own
-        first, last = tl.load(row), tl.load(row + 1)
-        for start in range(first, last, LANES):
-            entry = start + lane
-            index = tl.load(indices + entry, mask=entry < last, other=0)
-            sent = tl.load(values + entry, mask=entry < last, other=0.0)
-            before = tl.load(total + index, mask=entry < last, other=0.0)
-            touched = before.to(tl.int32, bitcast=True) != _UNTOUCHED
-            tl.store(total + index, tl.where(touched, before, 0.0) + sent, mask=entry < last)
-        tl.debug_barrier()  # the next rank's entries may be the same
-    sums = tl.load(total + at, mask=inside, other=0.0)
-    touched = sums.to(tl.int32, bitcast=True) != _UNTOUCHED
-    # Only where something was sent: zero times a negative factor would be -0.
-    result = tl.where(touched, sums * scale, 0.0)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+    block(
+        residual, gradient, total, out, n, own, indices, values, starts, own, blocks + 1, lists,
+        scale, HAS_RESIDUAL, BLOCK, LANES,
+    )  # fmt: skip
 
 
 def book(
