@@ -15,6 +15,7 @@ Modules:
     settling: How long adding up what all ranks sent takes.
     model: A model that consists of gradients only, and its session, alone in a process.
     stepping: A whole step, beside copying all gradients to the host and back.
+    launches: How many launches a step takes, also without a GPU.
     waits: Where the host waits for the device in a step.
     memory: Memory of the device in a step.
     two_ranks: A training on two ranks.

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.common.command_line import make_parser
 from benchmarks.common.reporting import write_json
-from benchmarks.gpu import finding, memory, report, settling, stepping, waits
+from benchmarks.gpu import finding, launches, memory, report, settling, stepping, waits
 from benchmarks.gpu.about import about, ways_found
 from benchmarks.gpu.passes import Ways, ways
 
@@ -30,6 +30,7 @@ Keep = Callable[[dict[str, Any]], None]
 PARTS: dict[str, Callable[[torch.device, Ways, bool, Keep], None]] = {
     "selection": finding.rows_of,
     "step": stepping.rows_of,
+    "launches": launches.rows_of,
     "stalls": waits.rows_of,
     "memory": memory.rows_of,
     "settle": settling.rows_of,

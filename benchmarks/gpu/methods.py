@@ -112,7 +112,9 @@ def ours(layer: Layer, make: Make) -> Method:
     again.known = searches is not None
 
     def launch(step: int) -> Any:
-        return backend.find(layer.residual, layer.gradient(step), layer.k, last[0])
+        future = backend.find(layer.residual, layer.gradient(step), layer.k, last[0])
+        future.ready()  # has it launched, where that is put off until somebody asks
+        return future
 
     def finish(future: Any) -> Any:
         before = searches() if searches else 0

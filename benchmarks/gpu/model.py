@@ -7,6 +7,9 @@ are finite: to reduce them is Horovod's work.
 
 from __future__ import annotations
 
+import importlib
+import zlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +18,8 @@ from benchmarks.common.internals import Session, layer_spec
 from benchmarks.common.shapes import Shapes
 from benchmarks.gpu.passes import Make, on_device
 from hvd_dls.config import DLSConfig
+
+Looks = importlib.import_module(f"{on_device().__package__}.looking").Looks
 
 _SPREAD = 100.0  # layers' scales are log-uniform between 1 / _SPREAD and 1
 _OFFSETS = 1 << 20  # how many places there are where a gradient's noise may begin
@@ -39,9 +44,13 @@ class Gradients:
         self._noise.sub_(torch.empty_like(noise).exponential_(generator=generator))
         rng = np.random.default_rng(0)
         self._scales = np.exp(rng.uniform(-np.log(_SPREAD), 0, len(sizes))).tolist()
-        self._offsets = np.random.default_rng(1)
         self.tensors = {name: torch.empty(size, device=device) for name, size in sizes.items()}
+        self.begin_anew()
         self.draw()
+
+    def begin_anew(self) -> None:
+        """Has the steps to come draw what the first ones drew."""
+        self._offsets = np.random.default_rng(1)
 
     @property
     def entries(self) -> int:
@@ -64,6 +73,8 @@ class Model:
         density: of the compressed layers; all other options are the defaults.
         make: makes a layer's backend.
         ranks: how many the session is told that there are.
+        one_by_one: whether the host is told of each layer that goes dense by itself, as it was
+            before there were ``Looks``.
 
     Attributes:
         session: of rank 0.
@@ -71,7 +82,13 @@ class Model:
     """
 
     def __init__(
-        self, shapes: Shapes, gradients: Gradients, density: float, make: Make, ranks: int
+        self,
+        shapes: Shapes,
+        gradients: Gradients,
+        density: float,
+        make: Make,
+        ranks: int,
+        one_by_one: bool = False,
     ) -> None:
         layers = [layer_spec(name, shape) for name, shape in shapes.items()]
         config = DLSConfig.from_options(density=density)
@@ -81,26 +98,33 @@ class Model:
         self.ranks = ranks
         self._gradients = gradients
         self._order = list(reversed(shapes))  # as backward has it
-        self._finite_future = on_device().finite_future
+        self._look = on_device().finite_future if one_by_one else Looks().look
+        gradients.begin_anew()
 
     def begin(self) -> None:
         """Begins a step."""
+        self._packed: dict[int, np.ndarray] = {}
         self.session.begin()
 
     def come_in(self, name: str) -> None:
-        """Does for a layer what a hook of backward does, but for what is sent there already."""
+        """Does for a layer what a hook of backward does, but for ``pack_ready``."""
         session, gradient = self.session, self._gradients.tensors[name]
         if session.is_sparse(name):
             session.compress(name, gradient)
         else:
             asked = session.bucket_of(name) is not None
-            session.note(name, self._finite_future(gradient) if asked else True)
-        session.ready()
+            session.note(name, self._look(gradient) if asked else True)
+
+    def pack_ready(self) -> None:
+        """Packs the buckets of which the device has done all, as a hook of backward does."""
+        for bucket in self.session.ready():
+            self._packed[bucket] = self.session.payload(bucket)
 
     def compress(self) -> None:
         """Has all layers come in."""
         for name in self._order:
             self.come_in(name)
+            self.pack_ready()
 
     @property
     def order(self) -> list[str]:
@@ -108,8 +132,10 @@ class Model:
         return self._order
 
     def payloads(self) -> dict[int, np.ndarray]:
-        """Waits for the device and packs all buckets."""
-        return {bucket: self.session.payload(bucket) for bucket in self.session.unfinished()}
+        """Waits for the device and packs the rest; returns all payloads."""
+        for bucket in self.session.unfinished():
+            self._packed[bucket] = self.session.payload(bucket)
+        return self._packed
 
     def receive(self, payloads: dict[int, np.ndarray]) -> None:
         """Takes what all ranks would have sent."""
@@ -123,6 +149,13 @@ class Model:
                 self.session.decompress(name, self._gradients.tensors[name], 1 / self.ranks)
             else:
                 self.session.accept(name)
+
+    def checksum(self) -> int:
+        """CRC-32 of all residuals and sums, as the last step has left them."""
+        checksum = 0
+        for array in (*self.session.residuals.values(), *self._gradients.tensors.values()):
+            checksum = zlib.crc32(array.cpu().numpy(), checksum)
+        return checksum
 
     def draw(self) -> None:
         """Draws the gradients of the step to come."""

@@ -1,4 +1,4 @@
-"""The package's passes on a device, in their two ways.
+"""The package's passes on a device, in their three ways.
 
 ``hvd_dls.torch`` needs Horovod, its passes on a device do not; so where Horovod is not installed
 they are imported without the rest.
@@ -20,6 +20,7 @@ import torch
 import hvd_dls
 
 OPERATIONS, KERNELS = "torch operations", "fused kernels"
+TOGETHER = "fused kernels of many layers"  # launched for all layers that are there
 
 # Makes a backend, which keeps what it has learnt of one layer.
 Make = Callable[[], Any]
@@ -53,14 +54,17 @@ def chooses_kernels() -> bool:
     return "kernels" in inspect.signature(on_device().Device).parameters
 
 
-def maker(device: torch.device, kernels: bool) -> Make:
+def maker(device: torch.device, kernels: bool, together: Any = None) -> Make:
     """Makes a function that makes a backend.
 
     Args:
         device: where arrays are.
         kernels: whether it must take the fused kernels; else it takes torch's operations.
+        together: what the backends share, if kernels are launched for all of them; else None.
     """
     make = on_device().Device
+    if together is not None:
+        return lambda: make(device, kernels=kernels, together=together)
     if chooses_kernels():
         return lambda: make(device, kernels=kernels)
     return lambda: make(device)
@@ -78,8 +82,14 @@ def ways(device: torch.device) -> Ways:
             _try(make(), torch.arange(float(size), device=device))
     except Exception as error:  # whatever a compiler of kernels may raise
         found.notes[KERNELS] = f"do not run here: {type(error).__name__}: {error}"
+        return found
+    found.makers[KERNELS] = make
+    from hvd_dls.torch.kernels.together import Together, runs
+
+    if runs(device, torch.float32, torch.float32):
+        found.makers[TOGETHER] = maker(device, True, Together())
     else:
-        found.makers[KERNELS] = make
+        found.notes[TOGETHER] = "do not run here: the log says why"
     return found
 
 

@@ -18,6 +18,7 @@ PARTS: dict[str, tuple[str, Callable[[tables.Rows], str]]] = {
     "selection": ("Finding the largest entries of a layer", tables.selection),
     "settle": ("Adding up what all ranks sent of a layer", tables.settle),
     "step": ("A whole step", tables.step),
+    "launches": ("What a step gives the device to do", tables.launches),
     "stalls": ("Where the host waits for the device", tables.stalls),
     "memory": ("Memory of the device", tables.memory),
     "two_ranks": ("A training on two ranks that share the device", tables.two_ranks),

@@ -12,6 +12,7 @@ from benchmarks.gpu.clock import Clock, Times, summary
 from benchmarks.gpu.methods import FLOOR, Layer, floor
 from benchmarks.gpu.noise import Noise
 from benchmarks.gpu.passes import Make, Ways
+from hvd_dls.core.received import Received, table_of
 
 SIZES = [1_000_000, 25_000_000]
 DENSITIES = [1e-3, 1e-2]
@@ -72,8 +73,11 @@ def _settle(
     backend, (own, _) = make(), sent[0]
     # The sum takes the gradient's place, as in a training.
     residual, gradient = residual.clone(), gradient.clone()
-    return clock.measure(
-        lambda step: backend.settle(
-            residual, gradient, own, None, sent, 1 / len(sent), out=gradient
-        )
-    )
+    bounds = np.array([[0, len(indices)] for indices, _ in sent])
+    received = Received(sent, bounds, table_of(sent))
+
+    def launch(step: int) -> None:
+        backend.settle(residual, gradient, own, None, received, 1 / len(sent), out=gradient)
+        backend.finish()
+
+    return clock.measure(launch)

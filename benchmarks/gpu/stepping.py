@@ -74,6 +74,7 @@ def _measured(model: Model, clock: Clock) -> dict[str, Any]:
         "payload_bytes": sent,
         "sent_entries": int(record.k.sum()),
         "compressed_layers": len(record.k),
+        "checksum": model.checksum(),
         "ms": {part: statistics_of(values) for part, values in parts.items()},
     }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.common.reporting import markdown
+from benchmarks.gpu import launches as counting
 from benchmarks.gpu.methods import FLOOR
 from benchmarks.gpu.noise import NOISE
 from benchmarks.gpu.stepping import PARTS
@@ -135,7 +137,51 @@ def step(rows: Rows) -> str:
         f"in milliseconds; the whole with least and most, and as a multiple of the {FLOOR} of all "
         "gradients."
     )
-    return f"{about}\n\n" + markdown(["model", "method", "density", "payloads, MB", *PARTS], lines)
+    table = markdown(["model", "method", "density", "payloads, MB", *PARTS], lines)
+    return f"{about}\n\n{table}{_same_bits(rows)}"
+
+
+def _same_bits(rows: Rows) -> str:
+    """Tells whether all ways have left the same residuals and sums."""
+    cases = defaultdict[tuple[str, float], dict[str, int]](dict)
+    for row in rows:
+        if "checksum" in row:
+            cases[row["model"], row["density"]][row["method"]] = row["checksum"]
+    lines = []
+    for (model, density), sums in cases.items():
+        if len(sums) > 1:
+            first, *others = sums
+            same = [name for name in others if sums[name] == sums[first]]
+            told = f"the same bits as {first}: {', '.join(same) or 'none'}"
+            lines.append(
+                f"- {model}, {density:g}: residuals and sums after all steps have {told}\n"
+            )
+    return "\n" + "".join(lines) if lines else ""
+
+
+def launches(rows: Rows) -> str:
+    """Formats what a step gives a device to do."""
+    lines = []
+    for row in rows:
+        cells = [row["model"], row["method"]]
+        for part in counting.PARTS:
+            counts = [row["counts"][part].get(kind, 0) for kind in counting.KINDS]
+            cells.append(" + ".join(map(str, counts)) + f"; {number(row['host_ms'][part])} ms")
+        total, host = counting.total(row), sum(row["host_ms"].values())
+        lines.append([*cells, f"{total:,}; {number(host)} ms"])
+    sizes = dict.fromkeys(
+        f"{row['model']} has {row['layers']} layers, of which {row['compressed']} are compressed, "
+        f"in {row['buckets']} buckets"
+        for row in rows
+    )
+    about = (
+        f"In a step at {counting.DENSITY:g}, as above: kernels of this package + operations of "
+        "torch (but views and new memory) + copies between host and device; and the host's time "
+        "outside of these, which is Python, packing and unpacking. "
+    )
+    head = ["model", "method", "compressed layers come in", "dense layers come in"]
+    table = markdown([*head, "packed and unpacked", "settled", "in all"], lines)
+    return f"{about}{'; '.join(sizes)}.\n\n{table}{_same_bits(rows)}"
 
 
 def stalls(rows: Rows) -> str:

@@ -29,7 +29,15 @@ from benchmarks.common.reporting import write_json
 from benchmarks.gpu import report
 from benchmarks.gpu.about import about, ways_found
 from benchmarks.gpu.clock import statistics_of
-from benchmarks.gpu.passes import KERNELS, OPERATIONS, Ways, chooses_kernels, on_device, ways
+from benchmarks.gpu.passes import (
+    KERNELS,
+    OPERATIONS,
+    TOGETHER,
+    Ways,
+    chooses_kernels,
+    on_device,
+    ways,
+)
 
 DENSE, FP16 = "dense", "dense fp16"
 DENSITY = 0.01
@@ -79,15 +87,23 @@ class Pictures:
 
 
 @contextmanager
-def passes_on(device: torch.device, kernels: bool) -> Iterator[None]:
+def passes_on(device: torch.device, way: str) -> Iterator[None]:
     """Has the compressor make its passes on the device in one way, also if that is a CPU."""
     from hvd_dls.torch import binding
 
-    make: Any = on_device().Device
+    module = on_device()
+    make: Any = module.Device
     if chooses_kernels():
-        make = partial(make, kernels=kernels)
+        make = partial(make, kernels=way != OPERATIONS)
+    together = None
+    if way == TOGETHER:
+        from hvd_dls.torch.kernels.together import Together
+
+        together = Together()
     with (
-        mock.patch.object(binding, "Device", make),
+        mock.patch.object(module, "Device", make),
+        mock.patch.object(module, "together_on", return_value=together),
+        mock.patch.object(module, "stays_on_device", return_value=True),
         mock.patch.object(binding, "stays_on_device", return_value=True),
     ):
         yield
@@ -159,9 +175,9 @@ def compressed(device: torch.device, found: Ways, way: str, args: argparse.Names
     from hvd_dls.torch import DLSCompressor
 
     if way not in found.makers:
-        return {"note": f"not measured: {found.notes[way]}"}
+        return {"note": f"not measured: {found.notes.get(way) or found.notes[KERNELS]}"}
     options: dict[str, Any] = {"density": DENSITY, "dense_below": 0, "cost_rule": False}
-    with passes_on(device, way == KERNELS):
+    with passes_on(device, way):
         return train(device, lambda named: DLSCompressor(named, **options), args)
 
 
@@ -211,7 +227,7 @@ def main() -> None:
     head = about(device) | ways_found(found)
     figures = {"about": head, "two_ranks": part}
     good = True
-    for method in (KERNELS, OPERATIONS, DENSE, FP16):
+    for method in (TOGETHER, KERNELS, OPERATIONS, DENSE, FP16):
         if method in (DENSE, FP16):
             row = dense(device, args, method == FP16)
         else:

@@ -88,6 +88,7 @@ def behind_sleep(model: Model, clock: Clock) -> dict[str, Any]:
         woke = clock.event()
         start = time.perf_counter()
         model.come_in(name)
+        model.pack_ready()
         longest = max(longest, 1e3 * (time.perf_counter() - start))
         if woke.query():
             waited.append(name)

@@ -14,6 +14,7 @@ from hvd_dls.torch.futures import DeviceFuture, stream_of
 
 _AT_ONCE = 128  # gradients that the host is told of in one copy, at most
 
+_WIDE = {torch.float64: torch.float64}  # what a magnitude is told in, if not in float32
 Key = tuple[torch.device, torch.dtype, Any]
 
 
@@ -33,7 +34,7 @@ class Looks:
         values = gradient.detach()
         if not values.numel():
             return True  # it has no largest entry
-        dtype = torch.promote_types(values.dtype, torch.float32)
+        dtype = _WIDE.get(values.dtype, torch.float32)
         key = values.device, dtype, stream_of(values)
         batch = self._open.get(key)
         if batch is None or not batch.takes_more:

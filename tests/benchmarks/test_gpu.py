@@ -77,16 +77,20 @@ def test_a_dry_run_measures_all_parts_and_leaves_their_figures(tmp_path):
     files = ["--json", f"{tmp_path}/x.json", "--markdown", f"{tmp_path}/x.md"]
     output = run(
         "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--only",
-        "step,stalls,memory,selection", *files,
+        "step,launches,stalls,memory,selection", *files,
     )  # fmt: skip
     figures = json.loads((tmp_path / "x.json").read_text())
-    for name in ("step", "stalls", "memory", "selection"):
+    for name in ("step", "launches", "stalls", "memory", "selection"):
         assert figures[name]["complete"]
         assert report.PARTS[name][0] in output
     rows = figures["selection"]["rows"]
     assert {row["n"] for row in rows} == {100_000, 1_000_000}
     assert all(row["exact"][passes.OPERATIONS] for row in rows)
     assert not any("device" in times for row in rows for times in row["ms"].values())
+    (row,) = figures["launches"]["rows"]
+    assert row["counts"]["settled"]["operations"] > row["compressed"]
+    assert row["counts"]["dense"]["operations"] == row["layers"] - row["compressed"]
+    assert all(milliseconds > 0 for milliseconds in row["host_ms"].values())
     assert "a CPU: a dry run" in output
     assert (tmp_path / "x.md").read_text() in run("-m", "benchmarks.gpu.report", files[1])
 
@@ -128,6 +132,17 @@ def test_the_report_says_what_was_measured_and_what_not():
     assert "| 0.200 (0.100 to 0.300) | failed |" in text
     assert "Failed: fused kernels: OutOfMemoryError: too little" in text
     assert "Time of the host" not in text  # not measured in these figures
+
+
+def test_it_is_told_which_ways_leave_the_same_bits():
+    about = {"model": "tiny", "density": 0.01}
+    rows = [
+        {**about, "method": method, "checksum": checksum}
+        for method, checksum in (("one", 7), ("two", 7), ("three", 8))
+    ]
+    assert "tiny, 0.01: residuals and sums" in tables._same_bits(rows)
+    assert tables._same_bits(rows).endswith("the same bits as one: two\n")
+    assert tables._same_bits(rows[:1]) == ""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs the tests of the fused kernels on the CPU: in a process in which Triton interprets them."""
+"""Runs the tests of the fused kernels on the CPU: where Triton interprets, and compiles, them."""
 
 import os
 import subprocess
@@ -23,13 +23,19 @@ def too_old():
 
 @pytest.mark.skipif(too_old(), reason="Triton's interpreter is too old for NumPy >= 2.4")
 def test_kernels_on_the_cpu():
+    check("tests/torch/kernels", "1")
+
+
+@pytest.mark.skipif(too_old(), reason="as above")
+def test_kernels_compile_for_cards_that_are_not_here():
+    check("tests/torch/kernels/test_compiling.py", "0")
+
+
+def check(tests, interpret):
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            "tests/torch/kernels",
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -157,7 +157,7 @@ class Settling(Owning):
         for name in sorted(step.found.keys() - step.arrived):
             self._book(name)
         self._writing = "residuals"
-        for backend in self._backends.values():
+        for backend in set(self._backends.values()):
             backend.finish()
         everyone = frozenset(layer.name for layer in self.plan.layers)
         self.missed = everyone - step.arrived
