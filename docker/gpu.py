@@ -113,6 +113,8 @@ def benchmark_parts(target: Path, device: str, out: Path, limit: Mapping[str, fl
         return ["-m", module, "--device", device, "--json", str(out / result)]
 
     alone = [sys.executable, *command("benchmarks.gpu", "gpu.json")]
+    if device == "cpu":
+        alone.append("--quick")  # its times say nothing
     ranks = on_ranks(target, *command("benchmarks.gpu.two_ranks", "two_ranks.json"))
     environment = job_environment(limit["two_ranks"])
     return [

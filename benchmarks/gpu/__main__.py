@@ -28,9 +28,9 @@ from benchmarks.gpu.passes import Ways, ways
 
 Keep = Callable[[dict[str, Any]], None]
 PARTS: dict[str, Callable[[torch.device, Ways, bool, Keep], None]] = {
-    "selection": finding.rows_of,
     "step": stepping.rows_of,
     "launches": launches.rows_of,
+    "selection": finding.rows_of,
     "stalls": waits.rows_of,
     "memory": memory.rows_of,
     "settle": settling.rows_of,

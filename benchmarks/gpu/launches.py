@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.shapes import MODELS
 from benchmarks.gpu.model import Gradients, Model
-from benchmarks.gpu.passes import KERNELS, Ways
+from benchmarks.gpu.passes import KERNELS, OPERATIONS, Ways, on_device
 from benchmarks.gpu.stepping import RANKS, models
 
 DENSITY = 1e-3
@@ -28,6 +28,7 @@ COMPRESSED, DENSE, REST, SETTLED = "compressed", "dense", "packed", "settled"
 PARTS = (COMPRESSED, DENSE, REST, SETTLED)
 BEFORE = "fused kernels, and dense layers told of one by one"
 KERNEL, OPERATION, COPY = KINDS = "kernels", "operations", "copies"
+AGAIN = "again"  # layers of which kernels had not found enough, or too much, with all that it takes
 
 # Operations that are nothing for a device, beside views.
 _NOTHING = ("aten.empty", "aten.promote_types")
@@ -63,14 +64,19 @@ def rows_of(
                         "layers": len(shapes),
                         "compressed": len(model.session.residuals),
                         "buckets": len(model.session.routing.buckets),
-                        **counted(model),
+                        **counted(model, again=method != OPERATIONS),
                         "checksum": model.checksum(),
                     }
                 )
 
 
-def counted(model: Model) -> dict[str, Any]:
+def counted(model: Model, again: bool) -> dict[str, Any]:
     """Counts in the last of some steps.
+
+    Args:
+        model: that makes them.
+        again: whether torch's operations only search what kernels have searched before, which is
+            counted apart: it is rare, but for the first steps.
 
     Returns:
         For each part of it kernels, operations and copies; and the host's time in milliseconds
@@ -78,7 +84,7 @@ def counted(model: Model) -> dict[str, Any]:
     """
     for _ in range(_STEPS):
         model.draw()
-        with Watch() as watch:
+        with Watch(again) as watch:
             _step(model, watch)
     return {"counts": watch.counts, "host_ms": watch.host_ms}
 
@@ -102,13 +108,18 @@ class Watch(TorchDispatchMode):
 
     Views and new memory are nothing for a device.
 
+    Args:
+        again: see ``counted``.
+
     Attributes:
-        counts: by part of the step, how many "kernels", "operations" and "copies".
+        counts: by part of the step, how many "kernels", "operations" and "copies", and how many
+            layers were searched "again".
         host_ms: by part, milliseconds outside of these.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, again: bool) -> None:
         super().__init__()
+        self._again = again
         self.counts: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
         self.host_ms = dict.fromkeys(PARTS, 0.0)
         self._part, self._within, self._depth = REST, 0.0, 0
@@ -119,6 +130,10 @@ class Watch(TorchDispatchMode):
         for kernel in _kernels():
             run = self._timed(kernel.run, KERNEL)
             self._stack.enter_context(mock.patch.object(kernel, "run", run))
+        if self._again:
+            device = on_device().Device
+            search = self._timed(device._find, AGAIN)
+            self._stack.enter_context(mock.patch.object(device, "_find", search))
         super().__enter__()
         return self
 
@@ -197,5 +212,10 @@ def _large_blocks(device: torch.device, interpreted: bool) -> Iterator[None]:
 
 
 def total(row: dict[str, Any]) -> int:
-    """How many of all kinds a step takes."""
-    return sum(sum(counts.values()) for counts in row["counts"].values())
+    """How many of these kinds a step takes."""
+    return sum(counts.get(kind, 0) for counts in row["counts"].values() for kind in KINDS)
+
+
+def again(row: dict[str, Any]) -> int:
+    """How many layers were searched again in a step."""
+    return sum(counts.get(AGAIN, 0) for counts in row["counts"].values())

@@ -168,7 +168,7 @@ def launches(rows: Rows) -> str:
             counts = [row["counts"][part].get(kind, 0) for kind in counting.KINDS]
             cells.append(" + ".join(map(str, counts)) + f"; {number(row['host_ms'][part])} ms")
         total, host = counting.total(row), sum(row["host_ms"].values())
-        lines.append([*cells, f"{total:,}; {number(host)} ms"])
+        lines.append([*cells, f"{total:,}; {number(host)} ms", str(counting.again(row))])
     sizes = dict.fromkeys(
         f"{row['model']} has {row['layers']} layers, of which {row['compressed']} are compressed, "
         f"in {row['buckets']} buckets"
@@ -177,10 +177,12 @@ def launches(rows: Rows) -> str:
     about = (
         f"In a step at {counting.DENSITY:g}, as above: kernels of this package + operations of "
         "torch (but views and new memory) + copies between host and device; and the host's time "
-        "outside of these, which is Python, packing and unpacking. "
+        "outside of these, which is Python, packing and unpacking. Searching a layer "
+        "again, rare but in first steps, is in none of these. "
     )
     head = ["model", "method", "compressed layers come in", "dense layers come in"]
-    table = markdown([*head, "packed and unpacked", "settled", "in all"], lines)
+    head += ["packed and unpacked", "settled", "in all", "layers searched again"]
+    table = markdown(head, lines)
     return f"{about}{'; '.join(sizes)}.\n\n{table}{_same_bits(rows)}"
 
 
