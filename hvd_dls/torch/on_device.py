@@ -12,6 +12,7 @@ there.
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from functools import cache, partial
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from hvd_dls.torch.kernels.together import Together
 
 
+# "1" in the environment: layers share launches. They have not run on a GPU yet, so not by default.
+SHARED_LAUNCHES = "HVD_DLS_SHARED_LAUNCHES"
 TOO_LARGE = 2**31 - 2**20  # entries of a layer, for the kernels
 
 
@@ -285,7 +288,8 @@ def together_on(device: torch.device, types: Collection[torch.dtype]) -> Togethe
         device: where they are.
         types: of their parameters.
     """
-    if device.type != "cuda" or not kernels_run(device):
+    wanted = os.environ.get(SHARED_LAUNCHES) == "1"
+    if device.type != "cuda" or not wanted or not kernels_run(device):
         return None
     from hvd_dls.torch.kernels.together import Together, runs
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from hvd_dls.core.received import Received  # noqa: E402
 from hvd_dls.core.selection import passes  # noqa: E402
+from hvd_dls.torch import on_device  # noqa: E402
 from hvd_dls.torch.kernels import finding, settling, settling_all, together  # noqa: E402
 from hvd_dls.torch.kernels.together import Together, runs  # noqa: E402
 from hvd_dls.torch.on_device import Device  # noqa: E402
@@ -343,3 +344,15 @@ def test_kernels_that_do_not_run_or_are_wrong_are_not_taken(monkeypatch, caplog)
 def test_what_is_tried_has_many_programs_and_a_layer_of_no_multiple_of_16():
     assert together._LARGE // 2048 > finding.PROGRAMS // 2
     assert together._ODD % 16
+
+
+@pytest.mark.parametrize("wanted", [None, "0", "1"])
+def test_launches_are_shared_on_a_gpu_only_where_that_is_asked_for(wanted, monkeypatch):
+    monkeypatch.delenv(on_device.SHARED_LAUNCHES, raising=False)
+    if wanted is not None:
+        monkeypatch.setenv(on_device.SHARED_LAUNCHES, wanted)
+    monkeypatch.setattr(on_device, "kernels_run", lambda device: True)
+    monkeypatch.setattr(together, "runs", lambda *types: True)
+    shared = on_device.together_on(torch.device("cuda"), [torch.float32])
+    assert (shared is not None) == (wanted == "1")
+    assert on_device.together_on(torch.device("cpu"), [torch.float32]) is None
