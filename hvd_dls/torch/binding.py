@@ -59,7 +59,7 @@ class Binding(BaseBinding):
         self._looks = Looks()
         self._optimizer: Any = lambda: None  # weak reference to Horovod's, of the step in progress
         self._handles: Any = None  # its record of that step
-        self._came_in = HandedOver()  # gradients of the step in progress
+        self.came_in = HandedOver()  # gradients of the step in progress
         self._leaving = False  # whether reductions of a step that is given up are being begun
         self._left: Callable[[], None] | None = None  # what is still to be done for such a step
         self._unfinished: list[int] = []  # handles of its reductions that others did not join
@@ -131,7 +131,7 @@ class Binding(BaseBinding):
                 finite = session.dense_step or self._finite(session, name, gradient)
                 complete = session.note(name, finite)
             if gradient is not None:
-                self._came_in.add(name, gradient)
+                self.came_in.add(name, gradient)
             if complete is not None or self._on_device:  # which may have done what it had to
                 self._delivery.send_ready()
 
@@ -216,7 +216,7 @@ class Binding(BaseBinding):
             if watching.current is not None:
                 watching.current.step_begins(optimizer)
             self._optimizer, self._handles = weakref.ref(optimizer), optimizer._handles
-            self._came_in = HandedOver()
+            self.came_in = HandedOver()
             self._follow_loss_scale(session)
             session.begin(session.missed | self.parameters.frozen())
         return session
@@ -227,7 +227,7 @@ class Binding(BaseBinding):
         One that Horovod hands over again is: an interrupt came before it had recorded the first.
         """
         assert self.session is not None
-        if not self.session.has(name) or not self._came_in.has_other(name, gradient):
+        if not self.session.has(name) or not self.came_in.has_other(name, gradient):
             return False
         if optimizer._handles:
             raise DLSError(
@@ -353,7 +353,7 @@ class Binding(BaseBinding):
         try:
             if not session.dense_step:
                 self._delivery.wait_for_all()
-            self._came_in.check(self.parameters)
+            self.came_in.check(self.parameters)
         except DLSError:
             self.abandon()
             raise

@@ -30,6 +30,21 @@ class HandedOver:
         """Whether another tensor than this one has come in for a layer."""
         return self._gradients.get(name, gradient) is not gradient
 
+    def there(self, parameters: Parameters) -> bool:
+        """Whether what has come back of a step is still in its gradients, and not zeroed.
+
+        Looks at the gradients themselves, so it is for a step in which something is odd.
+        """
+        for name, gradient in self._gradients.items():
+            parameter = parameters.get(name)
+            current = None if parameter is None else parameter.grad
+            # (With sparse_as_dense it is a dense copy that came in.)
+            if current is None or not (current is gradient or current.is_sparse):
+                continue
+            if (current._values() if current.is_sparse else current).any():
+                return True
+        return False
+
     def check(self, parameters: Parameters) -> None:
         """To be called before the first of them is overwritten; later calls do nothing.
 

@@ -65,9 +65,9 @@ def _before_step(compressor: DLSCompressor, optimizer: Any) -> None:
     get their own refusal only if they have what they wait for.
     """
     refuse_adasum(optimizer)
-    refuse_second_synchronize(optimizer)
     binding = compressor.binding_if_known(optimizer)
     if binding is not None and optimizer._requires_update:
+        refuse_second_synchronize(optimizer, binding)
         binding.wait()
         refuse_early_scaler(optimizer)
         refuse_unreduced(optimizer)

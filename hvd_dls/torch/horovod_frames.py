@@ -69,12 +69,15 @@ def within_step_of(optimizer: Any) -> bool:
 
 
 def within_step_of_scaler() -> bool:
-    """Whether a ``torch.amp.GradScaler`` calls ``step``: it has unscaled the gradients by then."""
+    """Whether a ``torch.amp.GradScaler`` calls ``step``: it has unscaled the gradients by then.
+
+    One that is not enabled has not, as on a machine without a GPU.
+    """
     frame: FrameType | None = sys._getframe(2)
     for _ in range(2 * _DEPTH):  # our hooks, wrappers of torch and of a scheduler, the scaler
         if frame is None:
             return False
         if frame.f_globals.get("__name__", "").endswith("amp.grad_scaler"):  # torch < 2.3: cuda.amp
-            return True
+            return bool(frame.f_locals["self"].is_enabled())
         frame = frame.f_back
     return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import horovod.torch as hvd
 import torch
@@ -11,6 +11,9 @@ import torch
 from hvd_dls.config import DLSConfig
 from hvd_dls.errors import DLSError
 from hvd_dls.torch.horovod_frames import within_step_of_scaler
+
+if TYPE_CHECKING:
+    from hvd_dls.torch.binding import Binding
 
 
 def refuse_optimizer(optimizer: Any, config: DLSConfig, process_set: Any) -> None:
@@ -128,14 +131,15 @@ def refuse_early_scaler(optimizer: Any) -> None:
         )
 
 
-def refuse_second_synchronize(optimizer: Any) -> None:
+def refuse_second_synchronize(optimizer: Any, binding: Binding) -> None:
     """Raises DLSError if a step would exchange once more what ``synchronize()`` has brought.
 
     Plain Horovod warns of it: there it is slow.  Here sums would be taken for gradients, and go
-    through selection, clipping and momentum again.
+    through selection, clipping and momentum again.  (Not where others have taken their place since:
+    by hand, by hvd.broadcast_optimizer_state, or where this rank has no data.)
     """
     again = optimizer._should_synchronize and optimizer._synchronized
-    if again and optimizer._requires_update and not optimizer._handles:
+    if again and not optimizer._handles and binding.came_in.there(binding.parameters):
         raise DLSError(
             "optimizer.step() after optimizer.synchronize(), which would exchange and compress "
             "what has been averaged once more: write `with optimizer.skip_synchronize(): "

@@ -17,6 +17,7 @@ from tests.torch.with_ranks.training import (
     batch,
     flat,
     net,
+    net_without_vectors,
     train,
     wrap,
 )
@@ -94,6 +95,24 @@ def test_a_scaler_that_does_not_wait_is_refused(scheduled):
     compression.abandon_step()
 
 
+def test_a_scaler_that_is_not_enabled_changes_nothing():
+    """As torch's for GPUs is, on a machine without one."""
+    if not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("torch.amp.GradScaler, for the CPU too, came with torch 2.3")
+
+    def trained(scaler):
+        torch.manual_seed(0)
+        model = net_without_vectors()
+        optimizer = wrap(model, DLSCompressor(density=0.05, **SPARSE))
+        for step in range(2):
+            optimizer.zero_grad()
+            backward(model, step, scaler)
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+        return flat(model)
+
+    assert torch.equal(trained(torch.amp.GradScaler("cpu", enabled=False)), trained(None))
+
+
 def test_what_was_averaged_is_not_compressed_again():
     model = net()
     optimizer = wrap(model, DLSCompressor(density=0.05, **SPARSE))
@@ -106,6 +125,25 @@ def test_what_was_averaged_is_not_compressed_again():
     with optimizer.skip_synchronize():
         optimizer.step()
     assert_same_on_all_ranks(flat(model), "once")
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_a_step_after_an_update_that_was_left_out(none):
+    """``synchronize()`` without ``step()``, as after a gradient that is too large."""
+    model = net()
+    without_momentum = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = wrap(model, DLSCompressor(density=0.05, **SPARSE), without_momentum)
+    for step in range(4):
+        model.zero_grad(set_to_none=none)
+        if step != 1 or hvd.rank() > 0:  # a rank without data
+            backward(model, step)
+        if step in (0, 2):
+            optimizer.synchronize()
+        else:
+            optimizer.step()
+        if step == 2:
+            hvd.broadcast_optimizer_state(optimizer, 0)  # it makes a step of its own
+    assert_same_on_all_ranks(flat(model), "left.out")
 
 
 def test_an_update_by_a_rank_s_own_gradients_is_refused():
