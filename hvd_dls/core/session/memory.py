@@ -22,6 +22,7 @@ from hvd_dls.core.session.groups import Groups
 from hvd_dls.core.session.owners import KeptPiece, Owners
 from hvd_dls.core.session.routing import Routing
 from hvd_dls.core.session.state import STATE_VERSION, check_state, damage_named
+from hvd_dls.core.wire.dealing import places_of
 from hvd_dls.errors import DLSError, StateMismatchError
 
 
@@ -289,14 +290,15 @@ class Memory:
         return state
 
     def _check_kept(self, state: Mapping[str, Any]) -> None:
-        lengths = {key: len(sums) for key, sums in self._kept().items()}
+        sizes = {x.stable_name: x.size for x in self.plan.sparse if x.name in self.residuals}
         for key, saved in state["kept"].items():
-            array, expected = np.asarray(saved), lengths.get(key)
+            name, piece = key.rsplit("@", 1)
+            expected = len(places_of(sizes[name], piece)) if name in sizes else 0
+            array = np.asarray(saved)
             if array.shape != (expected,) or not np.isfinite(array).all():
-                name, piece = key.rsplit("@", 1)
                 raise StateMismatchError(
                     f"layer {name!r}: what an owner has kept of piece {piece} is saved in shape "
-                    f"{array.shape}, expected {expected or 0} finite numbers"
+                    f"{array.shape}, expected {expected} finite numbers"
                 )
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -328,9 +330,20 @@ class Memory:
         for name in self.correction.weights:
             weights = state["moment_weights"][stable[name]]
             self.correction.weights[name] = Weights(*map(float, weights))
-        for key, sums in self._kept().items():
+        if self.owners is not None:
+            self._load_kept(state["kept"])
+
+    def _load_kept(self, saved: Mapping[str, Any]) -> None:
+        """What owners had kept; of regions that are not this rank's now, in its residuals."""
+        own = self._kept()
+        for key, sums in own.items():
             # In a checkpoint it is in the residuals, and here nothing.
-            sums[:] = np.asarray(state["kept"].get(key, 0.0))
+            sums[:] = np.asarray(saved.get(key, 0.0))
+        named = {layer.stable_name: layer.name for layer in self.layers}
+        for key in saved.keys() - own.keys():  # buckets were others: see bucket_bytes
+            name, piece = key.rsplit("@", 1)
+            residual = self.residuals[named[name]]
+            residual[places_of(len(residual), piece)] += np.asarray(saved[key])
 
 
 def _extents(pieces: list[KeptPiece]) -> list[tuple[str, str, int]]:

@@ -9,6 +9,8 @@ from hvd_dls.core.wire.dealing import places_of
 from hvd_dls.errors import NonFiniteGradientError, StateMismatchError
 from tests.core.network import connect
 from tests.core.ranks import make_sessions
+from tests.core.world import NAMES, World
+from tests.core.world import Part as TakesPart
 
 LAYERS = [layer_spec("fc1", (400, 400)), layer_spec("fc2", (200, 300)), layer_spec("fc3", (70, 90))]
 K = 2263  # 1 % of them
@@ -83,6 +85,26 @@ def test_a_checkpoint_holds_what_owners_have_kept_in_the_residuals(tmp_path):
         damaged = {**state, "kept": {"fc1@0/2": np.full(3, np.nan)}}
         with pytest.raises(StateMismatchError, match="what an owner has kept of piece 0/2"):
             session.load_state_dict(damaged)
+
+
+@pytest.mark.parametrize("saved", [1, 2000, None])
+@pytest.mark.parametrize("now", [1, 2000, None])
+def test_a_state_goes_to_other_buckets(saved, now):
+    """As of a version whose default was the same for any number of ranks."""
+    world = World(3, {"exchange": "sparse_allreduce", "bucket_bytes": saved})
+    rng = np.random.default_rng(0)
+
+    def step():
+        world.step([TakesPart(NAMES, (), (), world.draw(rng)) for _ in world.ranks], [NAMES] * 3)
+
+    world.agree()
+    step()
+    assert any(kept.any() for session in world.sessions for kept in session.owners.kept)
+    world.options["bucket_bytes"] = now
+    world.restart(world.save())
+    world.check()  # nothing is lost
+    step()
+    world.check()
 
 
 def test_a_sum_beyond_the_type_is_no_ranks_own_but_nan_is():
