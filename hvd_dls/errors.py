@@ -38,12 +38,15 @@ class NonFiniteGradientError(ArithmeticError):
     Args:
         where: (layer name, rank) of each offending gradient of the step; rank None: it was seen
             in the sum over ranks only.
+        of_hosts: whether these are the ranks that send for their hosts (hierarchical=True): then
+            it was on any rank of that host.
     """
 
-    def __init__(self, where: Iterable[tuple[str, int | None]]) -> None:
-        self.where = sorted(set(where), key=str)
+    def __init__(self, where: Iterable[tuple[str, int | None]], of_hosts: bool = False) -> None:
+        self.where, self.of_hosts = sorted(set(where), key=str), of_hosts
+        on = "on the host of rank" if of_hosts else "on rank"
         places = ", ".join(
-            f"layer {name!r} " + ("of some rank" if rank is None else f"on rank {rank}")
+            f"layer {name!r} " + ("of some rank" if rank is None else f"{on} {rank}")
             for name, rank in self.where
         )
         super().__init__(
@@ -53,4 +56,4 @@ class NonFiniteGradientError(ArithmeticError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.where,)
+        return type(self), (self.where, self.of_hosts)

@@ -54,18 +54,19 @@ def started(
         )
 
 
-def skipped(count: int, where: list[tuple[str, int | None]]) -> None:
-    """A step was skipped for NaN or Inf."""
+def skipped(count: int, where: list[tuple[str, int | None]], of_hosts: bool = False) -> None:
+    """A step was skipped for NaN or Inf; ``where`` as in ``NonFiniteGradientError``."""
     if told_again(count):
+        on = "on the host of rank" if of_hosts else "on rank"
         _log.warning(
             "step skipped for NaN or Inf in %s; %d step(s) skipped so far",
-            ", ".join(_place(*x) for x in where[:_NAMED]),
+            ", ".join(_place(*x, on) for x in where[:_NAMED]),
             count,
         )
 
 
-def _place(name: str, rank: int | None) -> str:
-    return f"layer {name!r}" + ("" if rank is None else f" on rank {rank}")
+def _place(name: str, rank: int | None, on: str) -> str:
+    return f"layer {name!r}" + ("" if rank is None else f" {on} {rank}")
 
 
 def share_given_away(names: Collection[str], steps: int) -> None:

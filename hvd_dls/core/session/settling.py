@@ -126,7 +126,7 @@ class Settling(Owning):
         step.untouched = self.untouched = self._absent_everywhere()
         if not (where := step.layers_that_say(NOT_FINITE)):
             return
-        step.refused = NonFiniteGradientError(where)
+        step.refused = NonFiniteGradientError(where, of_hosts=self.grouped)
         if self.config.nonfinite == "raise":
             self._forget_step()
             raise step.refused
@@ -178,4 +178,4 @@ class Settling(Owning):
         self._refused = True
         self.skipped += 1
         if self.rank == 0:
-            log.skipped(self.skipped, step.refused.where)
+            log.skipped(self.skipped, step.refused.where, step.refused.of_hosts)

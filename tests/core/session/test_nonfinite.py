@@ -104,6 +104,12 @@ def test_of_a_sum_the_rank_is_not_known():
     assert pickle.loads(pickle.dumps(error)).where == error.where
 
 
+def test_the_error_names_hosts_where_a_rank_sends_for_its_host():
+    error = NonFiniteGradientError([("b", None), ("a", 3)], of_hosts=True)
+    assert "layer 'a' on the host of rank 3, layer 'b' of some rank;" in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
 @pytest.mark.parametrize("bucket_bytes", [1, 90_000, 1 << 25])
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("rank", [0, 1, 2])

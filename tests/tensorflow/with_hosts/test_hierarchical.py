@@ -106,7 +106,7 @@ def test_nan_on_one_rank_refuses_the_step_on_all(mode, culprit, options):
     bad = [gradient.copy() for gradient in good]
     if hvd.rank() == culprit:
         bad[0][3, 3] = np.nan
-    with pytest.raises(Exception, match=r"NaN or Inf.* on rank \d"):
+    with pytest.raises(Exception, match=r"NaN or Inf.* on the host of rank \d"):
         reduced(variables, bad, compression, mode)
     out = reduced(variables, good, compression, mode)
     assert compression.last_step().step == 2

@@ -51,6 +51,7 @@ def test_nan_on_one_rank_refuses_the_step_on_all(culprit, vector, options):
     senders = session.routing.senders[session.bucket_of(name)]
     host = Groups(session.groups.sizes, culprit).own
     assert error.value.where == [(name, senders[host])]
+    assert f"layer {name!r} on the host of rank {senders[host]};" in str(error.value)
     assert torch.equal(flat(model), before)
     assert all(torch.equal(residuals[n], r) for n, r in residuals_of(compression).items())
     train(model, optimizer, range(2, 4))
