@@ -18,7 +18,7 @@ from hvd_dls.core.selection.backend import HOST, Array, Backend, Future
 from hvd_dls.core.session.interrupts import Uninterrupted
 from hvd_dls.core.session.session import Session
 from hvd_dls.errors import DLSError, NonFiniteGradientError
-from hvd_dls.torch import bookkeeping, joined, watching
+from hvd_dls.torch import bookkeeping, joined, refusals, watching
 from hvd_dls.torch.contexts import Dense, InFlight, as_sent, send_dense
 from hvd_dls.torch.delivery import Delivery
 from hvd_dls.torch.exchange import Exchange, gather
@@ -168,9 +168,8 @@ class Binding(BaseBinding):
     @on_the_watch
     def decompress_dense(self, reduced: torch.Tensor | None, sent: Dense) -> torch.Tensor:
         """A gradient that Horovod has reduced whole; zero or Inf, if the step is skipped."""
-        assert self.session is not None
-        session = self.session
-        whole = sent.whole if reduced is None else reduced
+        session, whole = self.session, sent.whole if reduced is None else reduced
+        assert session is not None
         self._receive_all(session)
         array = self.array(sent.name, whole) if session.dense_step else None
         counts = self._settled_by(session.accept, sent.name, array)
@@ -353,6 +352,7 @@ class Binding(BaseBinding):
         try:
             if not session.dense_step:
                 self._delivery.wait_for_all()
+            refusals.refuse_early_unscale(self._optimizer(), self.loss_scale)
             self.came_in.check(self.parameters)
         except DLSError:
             self.abandon()

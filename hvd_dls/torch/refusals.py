@@ -131,6 +131,24 @@ def refuse_early_scaler(optimizer: Any) -> None:
         )
 
 
+def refuse_early_unscale(optimizer: Any, loss_scale: Any) -> None:
+    """Raises DLSError if a scaler has unscaled gradients that are still on their way.
+
+    Args:
+        optimizer: Horovod's; None: it is gone.
+        loss_scale: the scaler's ``get_scale``; of another function nothing is known.
+    """
+    states = getattr(getattr(loss_scale, "__self__", None), "_per_optimizer_states", {})
+    stage = states.get(id(optimizer), {}).get("stage")  # an enumeration: ready, unscaled, stepped
+    if getattr(stage, "name", "") == "UNSCALED":
+        raise DLSError(
+            "scaler.unscale_(optimizer) before optimizer.synchronize(): it unscales what is on its "
+            "way, and what comes back is multiplied by the loss scale. Call optimizer.synchronize()"
+            ", then scaler.unscale_(optimizer), then `with optimizer.skip_synchronize(): "
+            "scaler.step(optimizer)`"
+        )
+
+
 def refuse_second_synchronize(optimizer: Any, binding: Binding) -> None:
     """Raises DLSError if a step would exchange once more what ``synchronize()`` has brought.
 

@@ -95,6 +95,30 @@ def test_a_scaler_that_does_not_wait_is_refused(scheduled):
     compression.abandon_step()
 
 
+def test_unscaling_too_early_is_refused():
+    if not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("torch.amp.GradScaler, for the CPU too, came with torch 2.3")
+    model, scaler = net(), torch.amp.GradScaler("cpu")
+    optimizer = wrap(model, DLSCompressor(loss_scale=scaler.get_scale, density=0.05, **SPARSE))
+    weights = flat(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step, scaler)
+        if step == 1:
+            scaler.unscale_(optimizer)
+            with pytest.raises(DLSError, match=r"unscale_\(optimizer\) before optimizer\.sync"):
+                optimizer.synchronize()
+            assert torch.equal(flat(model), weights)
+        else:
+            optimizer.synchronize()
+            scaler.unscale_(optimizer)
+            with optimizer.skip_synchronize():
+                scaler.step(optimizer)
+            weights = flat(model)
+        scaler.update()
+    assert_same_on_all_ranks(flat(model), "unscaled")
+
+
 def test_a_scaler_that_is_not_enabled_changes_nothing():
     """As torch's for GPUs is, on a machine without one."""
     if not hasattr(torch.amp, "GradScaler"):
