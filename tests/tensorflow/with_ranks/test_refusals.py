@@ -159,7 +159,7 @@ def test_adasum_is_refused(mode):
 
 @pytest.mark.parametrize("variables", [3, [3], ["w"], [np.zeros(3)]])
 def test_what_is_no_variable_is_refused(variables):
-    with pytest.raises(DLSError, match="variables takes|takes variables"):
+    with pytest.raises(DLSError, match=r"variables takes|takes variables"):
         DLSCompressor(variables)
 
 
