@@ -1,13 +1,14 @@
 """Elastic training: ``hvd.elastic.TorchState`` keeps a compressor's state with its optimizer's.
 
-Horovod's registry has a handler for each type that a ``TorchState`` knows.  There are two more, so
-that scripts need no other line: for Horovod's optimizers with a ``DLSCompressor``, and for
-compressors that are given to the state.  As an object without a handler, a compressor would have no
-way back to a commit, and rank 0's residuals would be copied to all ranks.
+Horovod's registry has a handler for each type that a ``TorchState`` knows.  There are three more,
+so that scripts need no other line: for Horovod's optimizers with a ``DLSCompressor``, and for
+compressors and ``LocalSteps`` that are given to the state.  As objects without a handler, they
+would have no way back to a commit, and rank 0's residuals would be copied to all ranks.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -22,11 +23,16 @@ from horovod.torch.functions import broadcast_object
 from hvd_dls.adapter.elastic import Commit
 from hvd_dls.torch.bookkeeping import forget_step
 from hvd_dls.torch.compressor import DLSCompressor, compressor_of, instance_of
+from hvd_dls.torch.local_steps import LocalSteps
 
 
 def install() -> None:
     """Adds the handlers to Horovod's, before those that would take the same types."""
-    ours = [(_Compressor, CompressorHandler), (_Optimizer, OptimizerHandler)]
+    ours = [
+        (_Compressor, CompressorHandler),
+        (_Optimizer, OptimizerHandler),
+        (LocalSteps, LocalStepsHandler),
+    ]
     others = [entry for entry in get_handler_registry() if entry not in ours]
     set_handler_registry([*ours, *others])
 
@@ -112,6 +118,47 @@ class OptimizerHandler(OptimizerStateHandler):
         """Another optimizer takes the place of the one before."""
         self._of_compressor.set_value(compressor_of(value))
         super().set_value(value)
+
+
+class LocalStepsHandler(StateHandler):
+    """Saves and restores the common weights of local steps, and what their compressor remembers.
+
+    Each of these begins a round: of one in progress, nothing is kept.
+
+    Args:
+        rounds: of the model that the state has, too.
+    """
+
+    def __init__(self, rounds: LocalSteps) -> None:
+        super().__init__(rounds)
+        self.save()
+
+    def save(self) -> None:
+        """Commits both."""
+        self._state = copy.deepcopy(self.value.state_dict())
+        self._of_optimizer = _handler_of(self.value.optimizer)
+
+    def restore(self) -> None:
+        """Goes back to the last commit of both."""
+        self._of_optimizer.restore()
+        self.value.load_state_dict(copy.deepcopy(self._state))
+
+    def sync(self) -> None:
+        """All begin with rank 0's common weights; of the compressor, see ``Commit.sync``."""
+        self._of_optimizer.sync()
+        self.value.follow_first()
+        self.save()
+
+    def set_value(self, value: LocalSteps) -> None:
+        """Others take the place of those before, and are committed as they are."""
+        self.value = value
+        self.save()
+
+
+def _handler_of(optimizer: torch.optim.Optimizer) -> OptimizerStateHandler:
+    """Of one of Horovod's optimizers, with a compressor of this package or without."""
+    ours = compressor_of(optimizer) is not None
+    return OptimizerHandler(optimizer) if ours else OptimizerStateHandler(optimizer)
 
 
 def _commits(compressor: DLSCompressor | None) -> list[Commit]:

@@ -1,0 +1,308 @@
+"""Local steps: ranks train alone, and now and then exchange what that has changed.
+
+A rank takes a round of steps with an optimizer of its own.  Then what they have changed, which is
+the weights of the round's begin less those of its end, is a gradient: compressed, averaged, and
+applied to the common weights by SGD, with which the next round begins (DiLoCo, arXiv:2311.08105;
+with sparse changes and error feedback as in SparseLoCo, arXiv:2508.15706).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+from torch import nn
+
+from hvd_dls.adapter import epoch
+from hvd_dls.errors import DLSError, RanksDisagreeError
+from hvd_dls.torch.compressor import DLSCompressor, instance_of
+from hvd_dls.torch.exchange import gather
+
+# Names of operations among all ranks.
+_AGREE, _BEGIN = "hvd_dls.local_steps.agree", "hvd_dls.local_steps.begin"
+_BUFFERS = "hvd_dls.local_steps.buffers"
+
+
+class LocalSteps:
+    """Trains with an exchange every few steps, behind any optimizer of the rank's own.
+
+    To be made on all ranks, when Horovod is initialized and the model is on its device: parameters
+    and buffers become rank 0's, as torch's DistributedDataParallel does it.  The optimizer is
+    plain, not ``hvd.DistributedOptimizer``.  After each round all ranks hold the same weights, to
+    the bit; within a round each has its own.  With one process nothing is changed.
+
+    Args:
+        model: whose parameters are exchanged; of its buffers, such as batch norm's statistics,
+            those in floating point are averaged, dense.
+        compression: of the changes: a DLSCompressor, instance or class, or one of
+            ``hvd.Compression``.  Its steps are rounds, ``warmup_steps``, too.
+        every: steps of a round.
+        lr: factor on the averaged change.  Sparse changes want more than dense ones, since what
+            waits comes late: see docs/local-steps.md.
+        momentum: Nesterov's, of rounds; with a sparse compression 0 has been best.
+        process_set: the ranks that train together.
+
+    Attributes:
+        optimizer: Horovod's, of the common weights: for a schedule of ``lr``.
+        compression: as given.
+        every: as given, and may be changed between rounds, on all ranks alike.
+
+    Raises:
+        DLSError: an argument is not accepted.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> rounds = LocalSteps(model, DLSCompressor(density=0.05), every=8, lr=2.5)
+        >>> for images, labels in batches:
+        ...     optimizer.zero_grad()
+        ...     loss(model(images), labels).backward()
+        ...     optimizer.step()
+        ...     rounds.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compression: Any = DLSCompressor,
+        *,
+        every: int = 8,
+        lr: float = 1.0,
+        momentum: float = 0.0,
+        process_set: hvd.ProcessSet = hvd.global_process_set,
+    ) -> None:
+        _refuse_options(instance_of(compression), every, lr, momentum)
+        if not isinstance(model, nn.Module):
+            raise DLSError(
+                f"LocalSteps({type(model).__name__}, ...): accepted is a torch.nn.Module"
+            )
+        self.compression, self.every, self._process_set = compression, every, process_set
+        self._model, self._taken, self._epoch = model, 0, None
+        self._own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._broadcast({**self._own, **dict(model.named_buffers()), **self._frozen()})
+        self._common = {name: nn.Parameter(_start_of(p)) for name, p in self._own.items()}
+        sgd = torch.optim.SGD(self._common.values(), lr, momentum, nesterov=momentum > 0)
+        self.optimizer: Any = hvd.DistributedOptimizer(
+            sgd,
+            named_parameters=self._common.items(),
+            compression=compression,
+            process_set=process_set,
+        )
+
+    # A round ------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """To be called after each step of the optimizer; ends a round when it is due.
+
+        A rank without data may call it without a step, so that others have not to wait.
+
+        Returns:
+            Whether a round has ended: then the weights are those of all ranks, to be evaluated or
+            saved.
+
+        Raises:
+            RanksDisagreeError: the ranks have different weights in common or rounds of different
+                lengths, or one has given the exchange up; on every rank alike.
+            NonFiniteGradientError: a rank's weights hold NaN or Inf, with nonfinite="raise"; on
+                every rank alike.
+            DLSError: a parameter was added or unfrozen since this object was made.
+        """
+        self._taken += 1
+        if self._taken < self.every:
+            return False
+        self.finish()
+        return True
+
+    def finish(self) -> None:
+        """Ends a round now, however many steps it has had: on all ranks, after the last step.
+
+        Whatever error ends it, the weights are then those of the round's begin.
+
+        Raises:
+            DLSError: see ``step``.
+        """
+        self._taken = 0
+        if not self._process_set.included():
+            return
+        try:
+            if self._process_set.size() > 1:
+                self._agree()
+                self._exchange()
+            else:
+                self._become_common()
+        except BaseException:
+            self._begin()
+            raise
+        self._begin()
+        self._refuse_new_parameters()  # when no other rank waits for this one
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, common in self._common.items():
+            own = self._own[name]
+            common.requires_grad_(own.requires_grad)  # or it was frozen in the meantime
+            change = common.to(own.dtype) - own
+            common.grad = change.to(common.dtype) if own.requires_grad else None
+        self.optimizer.step()
+        for common in self._common.values():
+            common.grad = None
+        buffers = [b for b in self._model.buffers() if b.is_floating_point()]
+        if buffers:
+            flat = torch.cat([buffer.detach().flatten().float() for buffer in buffers])
+            average = hvd.allreduce(flat, name=_BUFFERS, process_set=self._process_set)
+            parts = average.split([buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """A round begins: the rank's own weights are the common ones."""
+        for name, common in self._common.items():
+            self._own[name].copy_(common)
+
+    @torch.no_grad()
+    def _become_common(self) -> None:
+        """With one process, its own weights are all there is."""
+        for name, common in self._common.items():
+            common.copy_(self._own[name])
+
+    # Agreement ----------------------------------------------------------------------------------
+
+    def restart(self) -> None:
+        """A round begins with rank 0's weights, as they are in its model now; on all ranks alike.
+
+        For weights that were loaded into the model after this object was made.  What waits in
+        residuals is kept.
+        """
+        self._taken = 0
+        self._broadcast({**self._own, **dict(self._model.named_buffers()), **self._frozen()})
+        with torch.no_grad():
+            for name, common in self._common.items():
+                common.copy_(_start_of(self._own[name]))
+
+    def follow_first(self) -> None:
+        """A round begins with the weights that rank 0 has in common; on all ranks alike."""
+        self._taken = 0
+        self._broadcast(self._common)
+        self._begin()
+
+    def _frozen(self) -> dict[str, torch.Tensor]:
+        return {n: p for n, p in self._model.named_parameters() if n not in self._own}
+
+    def _broadcast(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        process_set = self._process_set
+        if process_set.included() and process_set.size() > 1:
+            first = (process_set.ranks or [0])[0]
+            for name, tensor in tensors.items():
+                hvd.broadcast_(_bits_of(tensor), first, f"{_BEGIN}.{name}", process_set)
+
+    def _agree(self) -> None:
+        """Compares what must be alike, once after each ``hvd.init()``."""
+        if self._epoch is epoch():
+            return
+        weights = 0
+        for common in self._common.values():
+            weights = zlib.crc32(common.detach().cpu().numpy().tobytes(), weights)
+        own = np.array([self.every, len(self._common), weights], np.int64)
+        rows = gather(_AGREE, own.view(np.uint8), self._process_set).view(np.int64).reshape(-1, 3)
+        for what, values in zip(("every", "number of parameters"), rows.T, strict=False):
+            if (values != values[0]).any():
+                raise RanksDisagreeError(
+                    f"LocalSteps has a different {what} on ranks: {values.tolist()}, in the order "
+                    "of ranks; make it alike on all of them"
+                )
+        if (rows[:, 2] != rows[0, 2]).any():
+            raise RanksDisagreeError(
+                "LocalSteps: the ranks' common weights differ. After workers have come or gone, "
+                "hvd.elastic.TorchState must know of it: TorchState(model=model, ..., "
+                "rounds=rounds); else call rounds.restart() on all ranks"
+            )
+        self._epoch = epoch()
+
+    def _refuse_new_parameters(self) -> None:
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and self._own.get(name) is not parameter:
+                raise DLSError(
+                    f"parameter {name!r} of shape {tuple(parameter.shape)} was added, replaced or "
+                    "unfrozen after LocalSteps was made, and the ranks have drifted apart in it: "
+                    "make LocalSteps afterwards"
+                )
+
+    # State --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The common weights and the rounds' momentum; residuals are the compressor's.
+
+        Of a round in progress nothing is in it, so save after one has ended.
+        """
+        common = {name: tensor.detach().clone() for name, tensor in self._common.items()}
+        return {"common": common, "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with saved common weights, which become the model's; a round begins.
+
+        Args:
+            state: of ``state_dict``.
+
+        Raises:
+            DLSError: it is of a model with other parameters; nothing has changed then.
+        """
+        given = {name: tuple(tensor.shape) for name, tensor in state["common"].items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._common.items()}
+        if given != shapes:
+            different = sorted(n for n in {*given, *shapes} if given.get(n) != shapes.get(n))
+            name = different[0]
+            raise DLSError(
+                f"this state of LocalSteps is of another model: parameter {name!r} has shape "
+                f"{given.get(name, 'none')} there and {shapes.get(name, 'none')} here, and "
+                f"{len(different) - 1} more differ"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, tensor in state["common"].items():
+            self._common[name].copy_(tensor)
+        self._taken = 0
+        self._begin()
+
+
+def _start_of(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight; of 16 bits in 32, so that small changes add up."""
+    start = parameter.detach().clone()
+    return start.float() if start.dtype in (torch.float16, torch.bfloat16) else start
+
+
+def _bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, of a type that Horovod broadcasts."""
+    as_type = {torch.bfloat16: torch.float16, torch.int16: torch.float16, torch.bool: torch.uint8}
+    return tensor.data.view(as_type.get(tensor.dtype, tensor.dtype))
+
+
+def _refuse_options(
+    compression: DLSCompressor | None, every: int, lr: float, momentum: float
+) -> None:
+    """Raises DLSError for an argument that is not accepted."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise DLSError(f"every={every!r}: accepted is a number of steps from 1")
+    if not lr > 0:
+        raise DLSError(f"lr={lr!r}: accepted is a number above 0")
+    if not 0 <= momentum < 1:
+        raise DLSError(f"momentum={momentum!r}: accepted is a number from 0, below 1")
+    if compression is None:
+        return
+    if compression.config.adam:
+        raise DLSError(
+            f"adam={compression.config.adam} in DLSCompressor is for gradients, and LocalSteps "
+            "exchanges changes of weights: have torch.optim.AdamW take the local steps"
+        )
+    for option, value in (
+        ("loss_scale", compression._loss_scale),
+        ("named_parameters", compression._given),
+    ):
+        if value is not None:
+            raise DLSError(
+                f"{option} in DLSCompressor is for gradients of the model, and LocalSteps "
+                "exchanges changes of its weights: leave it out"
+            )
