@@ -18,12 +18,14 @@ class Method:
             "layerwise", "dls", "hierarchical" (DLS between hosts, behind averages inside),
             "sparse_allreduce" (DLS where owners add up) or "hierarchical_sparse_allreduce" (both);
             with torch's DistributedDataParallel: "ddp" (dense), "ddp-fp16" or "powersgd";
-            with torch.distributed: "local" (no gradients but, now and then, changes of weights).
+            with torch.distributed: "local" (no gradients but, now and then, changes of weights), or
+            "local-dls" (these changes sparse, by DLS).
         density: of the sparse ones.
         values: type of the values they send.
         rank: of PowerSGD's matrices.
         every: steps of a round of local steps.
-        outer: learning rate and momentum of a round of local steps; None: the usual.
+        outer: learning rate and momentum of a round of local steps; None: the usual.  Sparse
+            ones have no momentum.
         longer: factor on the steps of a training.
     """
 
@@ -39,8 +41,9 @@ class Method:
     def parse(cls, text: str) -> Method:
         """Parses "dense", "fp16", "nothing", "dls:0.01", "dls:0.01:bfloat16", "powersgd:4".
 
-        And "local:8", or "local:8:0.7:0.9" with learning rate and momentum of the rounds; "x2"
-        behind any of them is for a training of twice the steps.
+        And "local:8", or "local:8:0.7:0.9" with learning rate and momentum of the rounds;
+        "local-dls:8:0.05", or "local-dls:8:0.05:2.5" with the learning rate; "x2" behind any of
+        them is for a training of twice the steps.
         """
         text, _, longer = text.partition("x")
         kind, *rest = text.split(":")
@@ -50,6 +53,9 @@ class Method:
         if kind == "local":
             outer = (float(rest[1]), float(rest[2])) if rest[1:] else None
             return cls(kind, every=int(rest[0]), outer=outer, **about)
+        if kind == "local-dls":
+            outer = (float(rest[2]), 0.0) if rest[2:] else None
+            return cls(kind, float(rest[1]), every=int(rest[0]), outer=outer, **about)
         if kind in SPARSE and rest:
             about["values"] = rest[1] if rest[1:] else "float32"
             return cls(kind, float(rest[0]), **about)
@@ -65,8 +71,10 @@ class Method:
         if self.rank is not None:
             return f"{self.compression}:{self.rank}"
         if self.every is not None:
-            outer = "".join(f":{value:g}" for value in self.outer or ())
-            return f"{self.compression}:{self.every}{outer}"
+            outer = self.outer or ()
+            if self.density is not None:  # has no momentum
+                outer = (self.density, *outer[:1])
+            return f"{self.compression}:{self.every}" + "".join(f":{v:g}" for v in outer)
         if self.density is None:
             return {"none": "dense"}.get(self.compression, self.compression)
         values = "" if self.values == "float32" else f":{self.values}"

@@ -8,7 +8,8 @@
 Makes hosts out of this machine, with links of the given rate (benchmarks.hosts; needs root), and
 on them trains a task of benchmarks.convergence for real: Horovod dense, fp16, layer-wise top-k and
 DLS; torch's DistributedDataParallel (DDP) over Gloo, dense, with its fp16 hook and PowerSGD; and
-local steps as in DiLoCo, which average changes of weights every H steps. All methods take turns in
+local steps as in DiLoCo, which average changes of weights every H steps, dense ("local:H") or
+sparse, by hvd_dls.torch.LocalSteps ("local-dls:H:density"). All methods take turns in
 one job. Learning rate and schedule are those tuned for dense training; Transformers train with
 Adam, which sparse methods have in the compressor (docs/adam.md).
 

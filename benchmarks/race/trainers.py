@@ -17,10 +17,13 @@ from benchmarks.race.tuning import tuning
 from benchmarks.rounds.ddp import DDP, connect, with_ddp
 from benchmarks.rounds.measuring import interface_bytes, wait_for_all
 from benchmarks.rounds.methods import Method
+from hvd_dls.torch import DLSCompressor, LocalSteps
 
 # Learning rate and momentum of rounds, by what trains between them. Behind Adam, as DiLoCo has it;
 # SGD with momentum wants plain averaging: with momentum on top, the first rounds leave too far.
 OUTER = {"adam": (0.7, 0.9), "sgd": (1.0, 0.0)}
+SPARSE_OUTER = {"adam": 2.5, "sgd": 1.0}  # learning rate of sparse rounds: docs/local-steps.md
+SPARSE_WARMUP = 0.2  # share of these rounds
 FEW_EXAMPLES = 250  # held-out examples for each point of a curve; the end takes all
 
 
@@ -144,7 +147,7 @@ class LocalTrainer(Trainer):
     def _set_up(self) -> None:
         connect()
         outer = self.method.outer or OUTER["adam" if self._tuning.betas else "sgd"]
-        self._rounds = Rounds(self._model, *outer)
+        self._rounds: Rounds | LocalSteps = Rounds(self._model, *outer)
 
     def _end_of_turn(self, until: int) -> int:
         assert self.method.every is not None
@@ -157,6 +160,21 @@ class LocalTrainer(Trainer):
             self._rounds.finish()
 
 
+class SparseLocalTrainer(LocalTrainer):
+    """A training by local steps whose changes are sparse: hvd_dls.torch.LocalSteps."""
+
+    def _set_up(self) -> None:
+        method, rounds = self.method, self._steps // (self.method.every or 1)
+        usual = SPARSE_OUTER["adam" if self._tuning.betas else "sgd"]
+        self._rounds = LocalSteps(
+            self._model,
+            DLSCompressor(density=method.density, warmup_steps=round(SPARSE_WARMUP * rounds)),
+            every=self._steps + 1,  # rounds are ended from without
+            lr=method.outer[0] if method.outer else usual,
+        )
+
+
 def make_trainer(method: Method, *about: Any) -> Trainer:
     """Makes the trainer of a method; for the arguments see ``Trainer``."""
-    return (LocalTrainer if method.compression == "local" else Trainer)(method, *about)
+    kinds = {"local": LocalTrainer, "local-dls": SparseLocalTrainer}
+    return kinds.get(method.compression, Trainer)(method, *about)

@@ -53,6 +53,8 @@ def tuning(
         first: β₁ of Adam outside of a compressor; None: the task's.
     """
     density, adam = method.density, task.adam_rate > 0
+    if method.every is not None:
+        density = None  # what has a density there are changes of weights, not gradients
     rate = task.adam_rate / task.rate if adam else 1.0
     if density is None:
         betas = (BETAS[0] if first is None else first, BETAS[1])

@@ -58,6 +58,9 @@ def title_of(method: str) -> str:
     if kind == "local":
         outer = f", outer rate {rest[1]}, momentum {rest[2]}" if rest[1:] else ""
         return f"local steps, {rest[0]}{outer}"
+    if kind == "local-dls":
+        outer = f", outer rate {rest[2]}" if rest[2:] else ""
+        return f"local steps, {rest[0]}, DLS, {_percent(float(rest[1]))}{outer}"
     words = [names.get(kind, kind)]
     words += [_percent(float(rest[0]))] if rest else []
     return ", ".join([*words, *rest[1:]])

@@ -28,6 +28,8 @@ def test_ratios_are_of_one_round_each():
         ("dls:0.00028", "DLS, 0.028%"),
         ("powersgd:2", "torch DDP, PowerSGD, rank 2"),
         ("local:8", "local steps, 8"),
+        ("local-dls:8:0.05", "local steps, 8, DLS, 5.0%"),
+        ("local-dls:8:0.05:2.5x2", "local steps, 8, DLS, 5.0%, outer rate 2.5, 2 times the steps"),
         ("local:8:0.7:0.9x2", "local steps, 8, outer rate 0.7, momentum 0.9, 2 times the steps"),
         ("dls:0.01x2", "DLS, 1.0%, 2 times the steps"),
     ],
