@@ -139,13 +139,19 @@ class LocalSteps:
         self._begin()
         self._refuse_new_parameters()  # when no other rank waits for this one
 
-    @torch.no_grad()
     def _exchange(self) -> None:
+        changes = {}
         for name, common in self._common.items():
-            own = self._own[name]
-            common.requires_grad_(own.requires_grad)  # or it was frozen in the meantime
-            change = common.to(own.dtype) - own
-            common.grad = change.to(common.dtype) if own.requires_grad else None
+            own = self._own[name].detach()
+            common.requires_grad_(self._own[name].requires_grad)  # or it was frozen meanwhile
+            common.grad = None  # an interrupt may have left one
+            if common.requires_grad:
+                changes[common] = (common.detach().to(own.dtype) - own).to(common.dtype)
+        # A backward pass through nothing but the weights: all goes Horovod's usual way, and this
+        # rank waits asleep, while Horovod's own wait, for what is handed over late, would spin.
+        if changes:
+            torch.autograd.backward(list(changes), list(changes.values()))
+        changes.clear()
         self.optimizer.step()
         for common in self._common.values():
             common.grad = None
