@@ -63,6 +63,7 @@ class Method(NamedTuple):
 METHODS = {
     "dense": Method("dense"),
     "dense-0.5": Method("dense, β₁ = 0.5", first=0.5),
+    "dense-0": Method("dense, β₁ = 0", first=0.0),
     "dense-0.5-double": Method("dense, β₁ = 0.5, twice the learning rate", first=0.5, rate=2.0),
     "dense-half": Method("dense, half the learning rate", rate=0.5),
     "dls": Method("DLS, 1 %", 0.01),
