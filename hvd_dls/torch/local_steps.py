@@ -203,7 +203,11 @@ class LocalSteps:
         if process_set.included() and process_set.size() > 1:
             first = (process_set.ranks or [0])[0]
             for name, tensor in tensors.items():
-                hvd.broadcast_(_bits_of(tensor), first, f"{_BEGIN}.{name}", process_set)
+                whole = tensor.data.contiguous()  # the same memory, if it is that already
+                as_bytes = whole.view(-1).view(torch.uint8)  # Horovod knows few types
+                hvd.broadcast_(as_bytes, first, f"{_BEGIN}.{name}", process_set)
+                if not tensor.is_contiguous():
+                    tensor.data.copy_(whole)
 
     def _agree(self) -> None:
         """Compares what must be alike, once after each ``hvd.init()``."""
@@ -278,12 +282,6 @@ def _start_of(parameter: torch.Tensor) -> torch.Tensor:
     """A copy of a weight; of 16 bits in 32, so that small changes add up."""
     start = parameter.detach().clone()
     return start.float() if start.dtype in (torch.float16, torch.bfloat16) else start
-
-
-def _bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, of a type that Horovod broadcasts."""
-    as_type = {torch.bfloat16: torch.float16, torch.int16: torch.float16, torch.bool: torch.uint8}
-    return tensor.data.view(as_type.get(tensor.dtype, tensor.dtype))
 
 
 def _refuse_options(

@@ -69,6 +69,21 @@ def test_weights_follow_the_first_rank_when_it_is_made():
     assert_same_on_all_ranks(torch.cat([b.double().flatten() for b in model.buffers()]))
 
 
+def test_tensors_of_any_type_and_order_in_memory_follow_the_first_rank():
+    model = net().to(memory_format=torch.channels_last)
+    kinds = [torch.bool, torch.int16, torch.uint16, torch.complex64, torch.float8_e4m3fn]
+    for kind in kinds:
+        model.register_buffer(f"of_{kind}".replace(".", "_"), torch.tensor(hvd.rank()).to(kind))
+    model.register_buffer("turned", torch.arange(6.0).view(2, 3).t() + hvd.rank())
+    model.register_buffer("empty", torch.zeros(0))
+    _, optimizer, rounds = start(model, optimizer=torch.optim.AdamW)
+    for buffer in [*model.buffers()][3:-2]:
+        assert buffer == torch.zeros((), dtype=buffer.dtype)
+    assert torch.equal(model.turned, torch.arange(6.0).view(2, 3).t())
+    train(model, optimizer, rounds, range(3))
+    assert_same_on_all_ranks(flat(model))
+
+
 @pytest.mark.parametrize(("lr", "momentum"), [(1.0, 0.0), (0.7, 0.9)])
 def test_at_density_one_it_is_the_dense_exchange(lr, momentum):
     """Beside the formula: SGD with Nesterov's momentum of the averaged change (DiLoCo)."""
