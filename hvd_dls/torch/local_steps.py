@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hvd_dls.adapter import epoch
+from hvd_dls.adapter.world import is_elastic
 from hvd_dls.errors import DLSError, RanksDisagreeError
 from hvd_dls.torch.compressor import DLSCompressor, instance_of
 from hvd_dls.torch.exchange import gather
@@ -31,7 +32,8 @@ class LocalSteps:
     """Trains with an exchange every few steps, behind any optimizer of the rank's own.
 
     To be made on all ranks, when Horovod is initialized and the model is on its device: parameters
-    and buffers become rank 0's, as torch's DistributedDataParallel does it.  The optimizer is
+    and buffers become rank 0's, as torch's DistributedDataParallel does it (in an elastic job, when
+    the state that has both is synchronised).  The optimizer is
     plain, not ``hvd.DistributedOptimizer``.  After each round all ranks hold the same weights, to
     the bit; within a round each has its own.  With one process nothing is changed.
 
@@ -82,7 +84,8 @@ class LocalSteps:
         self.compression, self.every, self._process_set = compression, every, process_set
         self._model, self._taken, self._epoch = model, 0, None
         self._own = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._broadcast({**self._own, **dict(model.named_buffers()), **self._frozen()})
+        if not is_elastic():  # those who were there before are in their state's sync()
+            self._broadcast({**self._own, **dict(model.named_buffers()), **self._frozen()})
         self._common = {name: nn.Parameter(_start_of(p)) for name, p in self._own.items()}
         sgd = torch.optim.SGD(self._common.values(), lr, momentum, nesterov=momentum > 0)
         self.optimizer: Any = hvd.DistributedOptimizer(
