@@ -54,6 +54,7 @@ class LocalSteps:
         every: as given, and may be changed between rounds, on all ranks alike.
 
     Raises:
+        RanksDisagreeError: the ranks' models differ; on every rank alike.
         DLSError: an argument is not accepted.
 
     Example:
@@ -107,8 +108,9 @@ class LocalSteps:
             saved.
 
         Raises:
-            RanksDisagreeError: the ranks have different weights in common or rounds of different
-                lengths, or one has given the exchange up; on every rank alike.
+            RanksDisagreeError: the ranks have different weights in common, rounds of different
+                lengths or options of the optimizer, or one has given the exchange up; on every
+                rank alike.
             NonFiniteGradientError: a rank's weights hold NaN or Inf, with nonfinite="raise"; on
                 every rank alike.
             DLSError: a parameter was added or unfrozen since this object was made.
@@ -138,6 +140,7 @@ class LocalSteps:
                 self._become_common()
         except BaseException:
             self._begin()
+            self._epoch = None  # who knows how far the others have come
             raise
         self._begin()
         self._refuse_new_parameters()  # when no other rank waits for this one
@@ -205,6 +208,14 @@ class LocalSteps:
         process_set = self._process_set
         if process_set.included() and process_set.size() > 1:
             first = (process_set.ranks or [0])[0]
+            told = [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+            alike = self._gather([len(told), zlib.crc32(repr(told).encode())])
+            if (alike != alike[0]).any():
+                raise RanksDisagreeError(
+                    "LocalSteps: the ranks' models differ in names, shapes or types of parameters "
+                    "or buffers, in their order, or in what is frozen; of parameters and buffers "
+                    f"they have {alike[:, 0].tolist()}, in the order of ranks"
+                )
             for name, tensor in tensors.items():
                 whole = tensor.data.contiguous()  # the same memory, if it is that already
                 as_bytes = whole.view(-1).view(torch.uint8)  # Horovod knows few types
@@ -213,27 +224,40 @@ class LocalSteps:
                     tensor.data.copy_(whole)
 
     def _agree(self) -> None:
-        """Compares what must be alike, once after each ``hvd.init()``."""
-        if self._epoch is epoch():
-            return
-        weights = 0
-        for common in self._common.values():
-            weights = zlib.crc32(common.detach().cpu().numpy().tobytes(), weights)
-        own = np.array([self.every, len(self._common), weights], np.int64)
-        rows = gather(_AGREE, own.view(np.uint8), self._process_set).view(np.int64).reshape(-1, 3)
-        for what, values in zip(("every", "number of parameters"), rows.T, strict=False):
-            if (values != values[0]).any():
-                raise RanksDisagreeError(
-                    f"LocalSteps has a different {what} on ranks: {values.tolist()}, in the order "
-                    "of ranks; make it alike on all of them"
-                )
-        if (rows[:, 2] != rows[0, 2]).any():
+        """Compares what must be alike: options, and the common weights if one rank doubts them."""
+        groups = self.optimizer.param_groups
+        options = [{key: group[key] for key in self.optimizer.defaults} for group in groups]
+        doubts = self._epoch is not epoch()
+        own = [self.every, zlib.crc32(repr(options).encode()), doubts]
+        every, of_options, of_doubts = self._gather(own).T
+        if (every != every[0]).any():
             raise RanksDisagreeError(
-                "LocalSteps: the ranks' common weights differ. After workers have come or gone, "
-                "hvd.elastic.TorchState must know of it: TorchState(model=model, ..., "
-                "rounds=rounds); else call rounds.restart() on all ranks"
+                f"LocalSteps has a different every on ranks: {every.tolist()}, in the order of "
+                "ranks; make it alike on all of them"
             )
+        if (of_options != of_options[0]).any():
+            raise RanksDisagreeError(
+                "the options of LocalSteps' optimizer (lr, momentum) differ between ranks, so "
+                f"their weights would; here they are {options}. What changes them has to do it on "
+                "all ranks alike, after the same round"
+            )
+        if of_doubts.any():
+            weights = 0
+            for common in self._common.values():
+                weights = zlib.crc32(common.detach().cpu().numpy().tobytes(), weights)
+            if (self._gather([weights]) != weights).any():
+                raise RanksDisagreeError(
+                    "LocalSteps: the ranks' common weights differ. After workers have come or "
+                    "gone, hvd.elastic.TorchState must know of it: TorchState(model=model, ..., "
+                    "rounds=rounds); else call rounds.restart() on all ranks"
+                )
         self._epoch = epoch()
+
+    def _gather(self, numbers: list[int]) -> np.ndarray:
+        """(ranks, numbers) int64, in the order of ranks."""
+        own = np.array(numbers, np.int64).view(np.uint8)
+        rows = gather(_AGREE, own, self._process_set)
+        return rows.view(np.int64).reshape(-1, len(numbers))
 
     def _refuse_new_parameters(self) -> None:
         for name, parameter in self._model.named_parameters():
@@ -277,7 +301,7 @@ class LocalSteps:
         self.optimizer.load_state_dict(state["optimizer"])
         for name, tensor in state["common"].items():
             self._common[name].copy_(tensor)
-        self._taken = 0
+        self._taken, self._epoch = 0, None
         self._begin()
 
 

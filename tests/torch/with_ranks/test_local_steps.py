@@ -254,6 +254,47 @@ def test_different_lengths_of_rounds_are_refused_on_all_ranks():
         train(model, optimizer, rounds, range(1 + hvd.rank()))
 
 
+def test_options_that_differ_are_refused_on_all_ranks():
+    model, optimizer, rounds = start()
+    train(model, optimizer, rounds, range(3))
+    rounds.optimizer.param_groups[0]["lr"] = 1.0 + hvd.rank()
+    with pytest.raises(RanksDisagreeError, match="options of LocalSteps' optimizer"):
+        train(model, optimizer, rounds, range(3))
+    rounds.optimizer.param_groups[0]["lr"] = 0.5
+    train(model, optimizer, rounds, range(3))
+    assert_same_on_all_ranks(flat(model))
+
+
+def more_layers():
+    return nn.Sequential(*[nn.Linear(2, 2) for _ in range(1 + hvd.rank())])
+
+
+def other_layers():
+    return nn.Linear(2, 2 + hvd.rank())
+
+
+def other_frozen():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].weight.requires_grad_(hvd.rank() == 0)
+    return model
+
+
+@pytest.mark.parametrize("model", [more_layers, other_layers, other_frozen])
+def test_different_models_are_refused_on_all_ranks(model):
+    with pytest.raises(RanksDisagreeError, match="models differ"):
+        LocalSteps(model())
+
+
+def test_a_state_that_one_rank_alone_loads_is_found_out():
+    model, optimizer, rounds = start()
+    state = rounds.state_dict()
+    train(model, optimizer, rounds, range(3))
+    if hvd.rank() == 0:
+        rounds.load_state_dict(state)
+    with pytest.raises(RanksDisagreeError, match="common weights differ"):
+        train(model, optimizer, rounds, range(3))
+
+
 def test_different_common_weights_are_refused_on_all_ranks():
     model, optimizer, rounds = start()
     state = rounds.state_dict()
