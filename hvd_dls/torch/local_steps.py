@@ -8,24 +8,26 @@ with sparse changes and error feedback as in SparseLoCo, arXiv:2508.15706).
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import horovod.torch as hvd
-import numpy as np
 import torch
 from torch import nn
 
 from hvd_dls.adapter import epoch
 from hvd_dls.adapter.world import is_elastic
-from hvd_dls.errors import DLSError, RanksDisagreeError
-from hvd_dls.torch.compressor import DLSCompressor, instance_of
-from hvd_dls.torch.exchange import gather
+from hvd_dls.errors import DLSError
+from hvd_dls.torch.compressor import DLSCompressor
+from hvd_dls.torch.local_refusals import (
+    refuse_arguments,
+    refuse_other_models,
+    refuse_other_options,
+    refuse_other_weights,
+)
 
 # Names of operations among all ranks.
-_AGREE, _BEGIN = "hvd_dls.local_steps.agree", "hvd_dls.local_steps.begin"
-_BUFFERS = "hvd_dls.local_steps.buffers"
+_BEGIN, _BUFFERS = "hvd_dls.local_steps.begin", "hvd_dls.local_steps.buffers"
 
 
 class LocalSteps:
@@ -77,11 +79,7 @@ class LocalSteps:
         momentum: float = 0.0,
         process_set: hvd.ProcessSet = hvd.global_process_set,
     ) -> None:
-        _refuse_options(instance_of(compression), every, lr, momentum)
-        if not isinstance(model, nn.Module):
-            raise DLSError(
-                f"LocalSteps({type(model).__name__}, ...): accepted is a torch.nn.Module"
-            )
+        refuse_arguments(model, compression, every, lr, momentum, process_set)
         self.compression, self.every, self._process_set = compression, every, process_set
         self._model, self._taken, self._epoch = model, 0, None
         self._own = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -208,14 +206,7 @@ class LocalSteps:
         process_set = self._process_set
         if process_set.included() and process_set.size() > 1:
             first = (process_set.ranks or [0])[0]
-            told = [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
-            alike = self._gather([len(told), zlib.crc32(repr(told).encode())])
-            if (alike != alike[0]).any():
-                raise RanksDisagreeError(
-                    "LocalSteps: the ranks' models differ in names, shapes or types of parameters "
-                    "or buffers, in their order, or in what is frozen; of parameters and buffers "
-                    f"they have {alike[:, 0].tolist()}, in the order of ranks"
-                )
+            refuse_other_models(tensors, process_set)
             for name, tensor in tensors.items():
                 whole = tensor.data.contiguous()  # the same memory, if it is that already
                 as_bytes = whole.view(-1).view(torch.uint8)  # Horovod knows few types
@@ -225,39 +216,10 @@ class LocalSteps:
 
     def _agree(self) -> None:
         """Compares what must be alike: options, and the common weights if one rank doubts them."""
-        groups = self.optimizer.param_groups
-        options = [{key: group[key] for key in self.optimizer.defaults} for group in groups]
         doubts = self._epoch is not epoch()
-        own = [self.every, zlib.crc32(repr(options).encode()), doubts]
-        every, of_options, of_doubts = self._gather(own).T
-        if (every != every[0]).any():
-            raise RanksDisagreeError(
-                f"LocalSteps has a different every on ranks: {every.tolist()}, in the order of "
-                "ranks; make it alike on all of them"
-            )
-        if (of_options != of_options[0]).any():
-            raise RanksDisagreeError(
-                "the options of LocalSteps' optimizer (lr, momentum) differ between ranks, so "
-                f"their weights would; here they are {options}. What changes them has to do it on "
-                "all ranks alike, after the same round"
-            )
-        if of_doubts.any():
-            weights = 0
-            for common in self._common.values():
-                weights = zlib.crc32(common.detach().cpu().numpy().tobytes(), weights)
-            if (self._gather([weights]) != weights).any():
-                raise RanksDisagreeError(
-                    "LocalSteps: the ranks' common weights differ. After workers have come or "
-                    "gone, hvd.elastic.TorchState must know of it: TorchState(model=model, ..., "
-                    "rounds=rounds); else call rounds.restart() on all ranks"
-                )
+        if refuse_other_options(self.every, self.optimizer, doubts, self._process_set):
+            refuse_other_weights(self._common.values(), self._process_set)
         self._epoch = epoch()
-
-    def _gather(self, numbers: list[int]) -> np.ndarray:
-        """(ranks, numbers) int64, in the order of ranks."""
-        own = np.array(numbers, np.int64).view(np.uint8)
-        rows = gather(_AGREE, own, self._process_set)
-        return rows.view(np.int64).reshape(-1, len(numbers))
 
     def _refuse_new_parameters(self) -> None:
         for name, parameter in self._model.named_parameters():
@@ -288,6 +250,8 @@ class LocalSteps:
         Raises:
             DLSError: it is of a model with other parameters; nothing has changed then.
         """
+        if not isinstance(state, Mapping) or not {"common", "optimizer"} <= {*state}:
+            raise DLSError("load_state_dict: accepted is what state_dict() of LocalSteps has given")
         given = {name: tuple(tensor.shape) for name, tensor in state["common"].items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in self._common.items()}
         if given != shapes:
@@ -309,31 +273,3 @@ def _start_of(parameter: torch.Tensor) -> torch.Tensor:
     """A copy of a weight; of 16 bits in 32, so that small changes add up."""
     start = parameter.detach().clone()
     return start.float() if start.dtype in (torch.float16, torch.bfloat16) else start
-
-
-def _refuse_options(
-    compression: DLSCompressor | None, every: int, lr: float, momentum: float
-) -> None:
-    """Raises DLSError for an argument that is not accepted."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise DLSError(f"every={every!r}: accepted is a number of steps from 1")
-    if not lr > 0:
-        raise DLSError(f"lr={lr!r}: accepted is a number above 0")
-    if not 0 <= momentum < 1:
-        raise DLSError(f"momentum={momentum!r}: accepted is a number from 0, below 1")
-    if compression is None:
-        return
-    if compression.config.adam:
-        raise DLSError(
-            f"adam={compression.config.adam} in DLSCompressor is for gradients, and LocalSteps "
-            "exchanges changes of weights: have torch.optim.AdamW take the local steps"
-        )
-    for option, value in (
-        ("loss_scale", compression._loss_scale),
-        ("named_parameters", compression._given),
-    ):
-        if value is not None:
-            raise DLSError(
-                f"{option} in DLSCompressor is for gradients of the model, and LocalSteps "
-                "exchanges changes of its weights: leave it out"
-            )

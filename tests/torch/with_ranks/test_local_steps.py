@@ -313,7 +313,13 @@ def test_different_common_weights_are_refused_on_all_ranks():
         ({"every": 0}, "every=0"),
         ({"every": 2.0}, "every=2.0"),
         ({"lr": 0.0}, "lr=0.0"),
+        ({"lr": "1"}, "lr='1'"),
         ({"momentum": 1.0}, "momentum=1.0"),
+        ({"momentum": None}, "momentum=None"),
+        ({"compression": 0.05}, r"DLSCompressor\(density=0.05\)"),
+        ({"compression": torch.optim.SGD([torch.ones(1)], 0.1)}, "SGD.* is not passed"),
+        ({"process_set": [0]}, "hvd.add_process_set"),
+        ({"process_set": hvd.ProcessSet([0])}, "hvd.add_process_set"),
         ({"compression": DLSCompressor(adam=(0.5, 0.999))}, "AdamW"),
         ({"compression": DLSCompressor(loss_scale=lambda: 1.0)}, "loss_scale"),
         ({"compression": DLSCompressor([("weight", nn.Parameter(torch.ones(2)))])}, "named_par"),
@@ -327,6 +333,8 @@ def test_arguments_that_are_not_accepted(arguments, words):
 def test_a_model_is_wanted():
     with pytest.raises(DLSError, match=r"torch\.nn\.Module"):
         LocalSteps(nn.Linear(2, 2).parameters())
+    with pytest.raises(DLSError, match="without parameters that are trained"):
+        LocalSteps(nn.Linear(2, 2).requires_grad_(False))
 
 
 def test_a_checkpoint_goes_on_to_the_bit(tmp_path_factory):
@@ -352,6 +360,8 @@ def test_a_state_of_another_model_is_refused():
     other = LocalSteps(nn.Linear(3, 2)).state_dict()
     with pytest.raises(DLSError, match="another model"):
         rounds.load_state_dict(other)
+    with pytest.raises(DLSError, match="accepted is what state_dict"):
+        rounds.load_state_dict({"model": {}})
 
 
 def test_elastic_states_know_of_rounds():
