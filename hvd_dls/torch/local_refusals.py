@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import horovod.torch as hvd
@@ -29,9 +30,9 @@ def refuse_arguments(
         raise DLSError(f"LocalSteps({type(model).__name__}, ...): accepted is a torch.nn.Module")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise DLSError(f"every={every!r}: accepted is a number of steps from 1")
-    if not isinstance(lr, float | int) or not lr > 0:
+    if not isinstance(lr, numbers.Real) or not float(lr) > 0:
         raise DLSError(f"lr={lr!r}: accepted is a number above 0")
-    if not isinstance(momentum, float | int) or not 0 <= momentum < 1:
+    if not isinstance(momentum, numbers.Real) or not 0 <= float(momentum) < 1:
         raise DLSError(f"momentum={momentum!r}: accepted is a number from 0, below 1")
     if not hvd.is_initialized():
         raise DLSError("LocalSteps before Horovod is initialized: call hvd.init() first")
@@ -86,23 +87,26 @@ def refuse_other_models(tensors: Mapping[str, torch.Tensor], process_set: hvd.Pr
         )
 
 
-def refuse_other_options(
-    every: int, optimizer: Any, doubts: bool, process_set: hvd.ProcessSet
-) -> bool:
-    """Raises RanksDisagreeError, on all ranks, if options differ that must be alike.
+def refuse_other_ranks(
+    every: int,
+    optimizer: Any,
+    weights: Collection[torch.Tensor],
+    doubts: bool,
+    process_set: hvd.ProcessSet,
+) -> None:
+    """Raises RanksDisagreeError, on all ranks, if they differ in what must be alike.
 
     Args:
         every: steps of a round.
         optimizer: of the common weights.
-        doubts: whether this rank doubts that all have the same weights in common.
+        weights: in common; they are compared if a rank doubts them.
+        doubts: whether this one does.
         process_set: the ranks.
-
-    Returns:
-        Whether any rank doubts.
     """
     options = [{k: group[k] for k in optimizer.defaults} for group in optimizer.param_groups]
-    own = [every, zlib.crc32(repr(options).encode()), doubts]
-    everys, of_options, of_doubts = _gather(own, process_set).T
+    checksum = _checksum(weights) if doubts else 0
+    own = [every, zlib.crc32(repr(options).encode()), doubts, checksum]
+    everys, of_options, doubting, checksums = _gather(own, process_set).T
     if (everys != everys[0]).any():
         raise RanksDisagreeError(
             f"LocalSteps has a different every on ranks: {everys.tolist()}, in the order of ranks; "
@@ -114,20 +118,21 @@ def refuse_other_options(
             f"weights would; here they are {options}. What changes them has to do it on all ranks "
             "alike, after the same round"
         )
-    return bool(of_doubts.any())
-
-
-def refuse_other_weights(weights: Iterable[torch.Tensor], process_set: hvd.ProcessSet) -> None:
-    """Raises RanksDisagreeError, on all ranks, if they have other weights in common."""
-    checksum = 0
-    for weight in weights:
-        checksum = zlib.crc32(weight.detach().cpu().numpy().tobytes(), checksum)
-    if (_gather([checksum], process_set) != checksum).any():
+    if doubting.any() and not doubting.all():
+        checksums = _gather([_checksum(weights)], process_set)
+    if (checksums != checksums[0]).any():
         raise RanksDisagreeError(
             "LocalSteps: the ranks' common weights differ. After workers have come or gone, "
             "hvd.elastic.TorchState must know of it: TorchState(model=model, ..., rounds=rounds); "
             "else call rounds.restart() on all ranks"
         )
+
+
+def _checksum(weights: Collection[torch.Tensor]) -> int:
+    checksum = 0
+    for weight in weights:
+        checksum = zlib.crc32(weight.detach().cpu().numpy().tobytes(), checksum)
+    return checksum
 
 
 def _gather(numbers: list[int], process_set: hvd.ProcessSet) -> np.ndarray:

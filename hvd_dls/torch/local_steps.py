@@ -18,12 +18,12 @@ from torch import nn
 from hvd_dls.adapter import epoch
 from hvd_dls.adapter.world import is_elastic
 from hvd_dls.errors import DLSError
-from hvd_dls.torch.compressor import DLSCompressor
+from hvd_dls.torch.bookkeeping import forget_step, hand_over_rest, reductions_in, wait_for
+from hvd_dls.torch.compressor import DLSCompressor, instance_of
 from hvd_dls.torch.local_refusals import (
     refuse_arguments,
     refuse_other_models,
-    refuse_other_options,
-    refuse_other_weights,
+    refuse_other_ranks,
 )
 
 # Names of operations among all ranks.
@@ -35,9 +35,9 @@ class LocalSteps:
 
     To be made on all ranks, when Horovod is initialized and the model is on its device: parameters
     and buffers become rank 0's, as torch's DistributedDataParallel does it (in an elastic job, when
-    the state that has both is synchronised).  The optimizer is
-    plain, not ``hvd.DistributedOptimizer``.  After each round all ranks hold the same weights, to
-    the bit; within a round each has its own.  With one process nothing is changed.
+    the state that has both is synchronised).  The optimizer is plain, not
+    ``hvd.DistributedOptimizer``.  After each round all ranks hold the same weights, to the bit;
+    within a round each has its own.  With one process nothing is changed.
 
     Args:
         model: whose parameters are exchanged; of its buffers, such as batch norm's statistics,
@@ -82,6 +82,7 @@ class LocalSteps:
         refuse_arguments(model, compression, every, lr, momentum, process_set)
         self.compression, self.every, self._process_set = compression, every, process_set
         self._model, self._taken, self._epoch = model, 0, None
+        self._begun: tuple[Any, list[int]] | None = None  # when, and reductions, of an exchange
         self._own = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not is_elastic():  # those who were there before are in their state's sync()
             self._broadcast({**self._own, **dict(model.named_buffers()), **self._frozen()})
@@ -93,6 +94,7 @@ class LocalSteps:
             compression=compression,
             process_set=process_set,
         )
+        self._begin()
 
     # A round ------------------------------------------------------------------------------------
 
@@ -122,7 +124,7 @@ class LocalSteps:
     def finish(self) -> None:
         """Ends a round now, however many steps it has had: on all ranks, after the last step.
 
-        Whatever error ends it, the weights are then those of the round's begin.
+        Whatever error ends it, weights and averaged buffers are then those of the round's begin.
 
         Raises:
             DLSError: see ``step``.
@@ -132,46 +134,101 @@ class LocalSteps:
             return
         try:
             if self._process_set.size() > 1:
-                self._agree()
+                self._leave_last()
                 self._exchange()
             else:
                 self._become_common()
         except BaseException:
-            self._begin()
-            self._epoch = None  # who knows how far the others have come
+            self._go_back()
             raise
         self._begin()
         self._refuse_new_parameters()  # when no other rank waits for this one
 
     def _exchange(self) -> None:
         changes = {}
-        for name, common in self._common.items():
+        for name, weight in self._common.items():
             own = self._own[name].detach()
-            common.requires_grad_(self._own[name].requires_grad)  # or it was frozen meanwhile
-            common.grad = None  # an interrupt may have left one
-            if common.requires_grad:
-                changes[common] = (common.detach().to(own.dtype) - own).to(common.dtype)
+            weight.requires_grad_(self._own[name].requires_grad)  # or it was frozen meanwhile
+            weight.grad = None  # an interrupt may have left one
+            if weight.requires_grad:
+                changes[weight] = (weight.detach().to(own.dtype) - own).to(weight.dtype)
+        buffers, flat = self._averaged(), self._finite_buffers()
+        common, doubts = self._common.values(), self._epoch is not epoch()
+        refuse_other_ranks(self.every, self.optimizer, common, doubts, self._process_set)
+        # From here on others wait for this rank.  Buffers first, as no error of the rest may keep
+        # some rank from them.
+        self._begun = epoch(), []
+        if buffers:
+            handle = hvd.allreduce_async_(flat, name=_BUFFERS, process_set=self._process_set)
+            self._begun[1].append(handle)
         # A backward pass through nothing but the weights: all goes Horovod's usual way, and this
         # rank waits asleep, while Horovod's own wait, for what is handed over late, would spin.
         if changes:
             torch.autograd.backward(list(changes), list(changes.values()))
         changes.clear()
         self.optimizer.step()
-        for common in self._common.values():
-            common.grad = None
-        buffers = [b for b in self._model.buffers() if b.is_floating_point()]
+        for weight in common:
+            weight.grad = None
         if buffers:
-            flat = torch.cat([buffer.detach().flatten().float() for buffer in buffers])
-            average = hvd.allreduce(flat, name=_BUFFERS, process_set=self._process_set)
-            parts = average.split([buffer.numel() for buffer in buffers])
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer.copy_(part.view_as(buffer))
+            parts = hvd.synchronize(handle).split([b.numel() for b in buffers.values()])
+            with torch.no_grad():
+                for buffer, part in zip(buffers.values(), parts, strict=True):
+                    buffer.copy_(part.view(buffer.shape))
+        self._begun, self._epoch = None, epoch()
+
+    def _leave_last(self) -> None:
+        """Ends an exchange that an error has left halfway, as others may wait for this rank."""
+        if self._begun is None:
+            return
+        begun, handles = self._begun
+        optimizer, compressor = self.optimizer, instance_of(self.compression)
+        record = optimizer._handles
+        if begun is epoch():
+            binding = compressor and compressor.binding_if_known(optimizer)
+            if binding:
+                binding.abandon()
+            elif compressor is None and record:
+                hand_over_rest(optimizer, record, ())
+        forget_step(optimizer)
+        if begun is epoch():
+            wait_for([*reductions_in(record), *handles])
+        self._begun = None
+
+    def _averaged(self) -> dict[str, torch.Tensor]:
+        """The buffers that are averaged."""
+        return {n: b for n, b in self._model.named_buffers() if b.is_floating_point()}
+
+    @torch.no_grad()
+    def _finite_buffers(self) -> torch.Tensor:
+        """All of them, as one, in float64: what is alike on all ranks stays as it is, to the bit.
+
+        Where a buffer holds NaN or Inf (statistics of a batch whose step was skipped, say), that of
+        the round's begin.
+        """
+        parts = [torch.zeros(0, dtype=torch.float64)]
+        for name, buffer in self._averaged().items():
+            own, before = buffer.detach().double(), self._buffers.get(name)
+            if before is not None and before.shape == own.shape:
+                own = own.where(own.isfinite(), before.to(own))
+            parts.append(own.flatten())
+        return torch.cat([part.to(parts[-1].device) for part in parts])
 
     @torch.no_grad()
     def _begin(self) -> None:
         """A round begins: the rank's own weights are the common ones."""
         for name, common in self._common.items():
             self._own[name].copy_(common)
+        self._buffers = {name: buffer.clone() for name, buffer in self._averaged().items()}
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        """To the round's begin, after an error; who knows how far other ranks have come."""
+        self._epoch = None
+        for name, buffer in self._averaged().items():
+            before = self._buffers.get(name)
+            if before is not None and before.shape == buffer.shape:
+                buffer.copy_(before)
+        self._begin()
 
     @torch.no_grad()
     def _become_common(self) -> None:
@@ -192,6 +249,7 @@ class LocalSteps:
         with torch.no_grad():
             for name, common in self._common.items():
                 common.copy_(_start_of(self._own[name]))
+        self._begin()
 
     def follow_first(self) -> None:
         """A round begins with the weights that rank 0 has in common; on all ranks alike."""
@@ -213,13 +271,6 @@ class LocalSteps:
                 hvd.broadcast_(as_bytes, first, f"{_BEGIN}.{name}", process_set)
                 if not tensor.is_contiguous():
                     tensor.data.copy_(whole)
-
-    def _agree(self) -> None:
-        """Compares what must be alike: options, and the common weights if one rank doubts them."""
-        doubts = self._epoch is not epoch()
-        if refuse_other_options(self.every, self.optimizer, doubts, self._process_set):
-            refuse_other_weights(self._common.values(), self._process_set)
-        self._epoch = epoch()
 
     def _refuse_new_parameters(self) -> None:
         for name, parameter in self._model.named_parameters():

@@ -220,6 +220,38 @@ def test_nan_is_skipped():
     assert_same_on_all_ranks(flat(model))
 
 
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_statistics_of_a_batch_with_nan_reach_no_rank(nonfinite):
+    model, optimizer, rounds = start(net(), every=1, nonfinite=nonfinite)
+    train(model, optimizer, rounds, range(2))
+    begin = model[1].running_mean.clone()
+    if hvd.rank() == 0:
+        with torch.no_grad():
+            model(torch.full((2, 3, 4, 4), torch.nan))
+    poison(model)
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteGradientError):
+            rounds.finish()
+    else:
+        rounds.finish()
+        assert_same_on_all_ranks(model[1].running_mean)
+    assert torch.allclose(model[1].running_mean, begin)
+    train(model, optimizer, rounds, range(2, 4))
+    assert torch.isfinite(model[1].running_mean).all()
+    assert_same_on_all_ranks(model[1].running_mean)
+
+
+def test_buffers_that_are_alike_stay_to_the_bit():
+    model = net()
+    model.register_buffer("mask", torch.tensor([torch.finfo(torch.float32).min, -torch.inf, 0.1]))
+    model.register_buffer("large", torch.tensor([1e300, 1e9 + 1e-6]).double())
+    before = [model.mask.clone(), model.large.clone()]
+    _, optimizer, rounds = start(model)
+    train(model, optimizer, rounds, range(6))
+    assert torch.equal(model.mask, before[0])
+    assert torch.allclose(model.large, before[1], rtol=1e-15, atol=0)
+
+
 def test_a_rank_that_gives_an_exchange_up():
     """An interrupt while a rank waits: all go back to the round's begin, and on."""
     model, optimizer, rounds = start()
@@ -245,6 +277,42 @@ def test_a_rank_that_gives_an_exchange_up():
             rounds.step()
     assert torch.equal(flat(model), begin)
     train(model, optimizer, rounds, range(3, 6))
+    assert_same_on_all_ranks(flat(model))
+
+
+@pytest.mark.parametrize("place", ["compress", "decompress"])
+@pytest.mark.parametrize("compression", ["dls", "fp16"])
+def test_an_interrupt_that_a_rank_does_not_tell_of_leaves_nobody_waiting(compression, place):
+    """The next round ends it: others are told, or that the ranks' common weights differ."""
+    model, optimizer, rounds = start(net())
+    if compression == "fp16":
+        rounds = LocalSteps(model, type("Fp16", (hvd.Compression.fp16,), {}), every=3)
+    train(model, optimizer, rounds, range(5))
+    original, calls = getattr(rounds.compression, place), []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    def train_or_be_refused(steps):
+        try:
+            train(model, optimizer, rounds, steps)
+        except RanksDisagreeError:
+            return 1
+        return 0
+
+    if hvd.rank() == 0:
+        setattr(rounds.compression, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, optimizer, rounds, [5])
+        setattr(rounds.compression, place, original)
+        train_or_be_refused(range(6, 9))
+    else:
+        assert train_or_be_refused([5]) + train_or_be_refused(range(6, 9))
+    rounds.restart()
+    train(model, optimizer, rounds, range(9, 12))
     assert_same_on_all_ranks(flat(model))
 
 
@@ -362,6 +430,21 @@ def test_a_state_of_another_model_is_refused():
         rounds.load_state_dict(other)
     with pytest.raises(DLSError, match="accepted is what state_dict"):
         rounds.load_state_dict({"model": {}})
+
+
+def test_in_an_elastic_job_nothing_is_exchanged_while_it_is_made(monkeypatch):
+    """Those who were there before are elsewhere when a newcomer makes it."""
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    model = net_without_vectors()
+    with torch.no_grad():
+        model[1].weight += hvd.rank()
+    if hvd.rank():
+        LocalSteps(model)
+    model, optimizer, rounds = start(model)
+    hvd.elastic.TorchState(model=model, rounds=rounds).sync()
+    assert_same_on_all_ranks(flat(model))
+    train(model, optimizer, rounds, range(3))
+    assert_same_on_all_ranks(flat(model))
 
 
 def test_elastic_states_know_of_rounds():
