@@ -124,7 +124,7 @@ def refuse_other_ranks(
         raise RanksDisagreeError(
             "LocalSteps: the ranks' common weights differ. After workers have come or gone, "
             "hvd.elastic.TorchState must know of it: TorchState(model=model, ..., rounds=rounds); "
-            "else call rounds.restart() on all ranks"
+            "after an exception in an exchange on some rank, call rounds.restart() on all"
         )
 
 

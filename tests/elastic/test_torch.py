@@ -111,3 +111,30 @@ def job_of(workers: int, options: dict[str, Any], *arguments: str) -> ElasticJob
 def finish(job: ElasticJob, history: History, name: str) -> None:
     job.order(history.pid_on(name), "finish")
     job.wait(JOB)
+
+
+def test_workers_with_local_steps_come_and_die():
+    """Of each world some rounds, after which all of its ranks hold the same weights."""
+    with ElasticJob(["tests/elastic/local_steps_program.py"], {host(0): 1, host(1): 1}) as job:
+        history = History(job)
+
+        def wait_for_rounds(size, count):
+            begun = len(job.events("step"))
+            job.wait_until(
+                lambda: sum(e["size"] == size for e in job.events("step")[begun:]) >= count,
+                f"{count} rounds of {size}",
+                120,
+            )
+
+        wait_for_rounds(2, 4)
+        job.add(host(2))
+        wait_for_rounds(3, 6)
+        job.order(history.pid_on(host(1)), "die in backward")
+        wait_for_rounds(2, 4)
+        job.order(history.pid_on(host(0)), "finish")
+        job.wait(60)
+        weights: dict[tuple[str, int], set[int]] = {}
+        for event in job.events("step"):
+            weights.setdefault((event["world"], event["step"]), set()).add(event["weights"])
+        assert all(len(each) == 1 for each in weights.values()), weights
+        assert len({world for world, _ in weights}) == 3
