@@ -65,10 +65,10 @@ except HorovodInternalError as error:
 def test_joining_while_others_train_ends_with_an_explanation():
     """Always with an error; and with what to do, but where Horovod's words are those of a death.
 
-    That is about one in ten.
+    That is one in ten, or one in two: it depends on what else the machine does.
     """
     explained = False
-    for _ in range(4):
+    for _ in range(12):
         output = horovodrun(2, ["-c", JOIN])
         assert "ended with" in output
         explained |= "with hvd_dls.torch.join(optimizer):" in output
