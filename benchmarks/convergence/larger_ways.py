@@ -70,12 +70,6 @@ METHODS = {
     "dls-0.001": Method("DLS, 0.1 %", 0.001),
     "dls-double": Method("DLS, 1 %, twice the learning rate", 0.01, rate=2.0),
     "dls-adam": Method("DLS, 1 %, Adam in the compressor", 0.01, adam_in_front=True, rate=2.0),
-    "dls-adam-single": Method(
-        "DLS, 1 %, Adam in the compressor, its own rate", 0.01, adam_in_front=True
-    ),
-    "dls-adam-four": Method(
-        "DLS, 1 %, Adam in the compressor, four times the rate", 0.01, adam_in_front=True, rate=4.0
-    ),
     "dls-adam-0.001": Method(
         "DLS, 0.1 %, Adam in the compressor", 0.001, adam_in_front=True, rate=2.0
     ),

@@ -15,8 +15,7 @@ import horovod.torch as hvd
 import torch
 from torch import nn
 
-from hvd_dls.adapter import epoch
-from hvd_dls.adapter.world import is_elastic
+from hvd_dls.adapter import epoch, is_elastic
 from hvd_dls.errors import DLSError
 from hvd_dls.torch.bookkeeping import forget_step, hand_over_rest, reductions_in, wait_for
 from hvd_dls.torch.compressor import DLSCompressor, instance_of
@@ -121,6 +120,7 @@ class LocalSteps:
         self.finish()
         return True
 
+    @torch.inference_mode(False)
     def finish(self) -> None:
         """Ends a round now, however many steps it has had: on all ranks, after the last step.
 

@@ -35,6 +35,7 @@ def test_torch_on_four_ranks():
         f"{HERE}/test_saved_states.py::test_states_of_other_steps_are_refused_by_all",
         f"{HERE}/test_uneven_data.py",
         f"{HERE}/test_local_steps.py",
+        f"{HERE}/test_local_steps_refusals.py",
         f"{owners}::test_all_that_was_accumulated_is_applied_or_waits_on_some_rank",
         f"{owners}::test_a_step_that_one_rank_gives_up_is_given_up_by_all",
     )
