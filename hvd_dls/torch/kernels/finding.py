@@ -2,7 +2,8 @@
 """Finding the k largest of residual + gradient on a GPU: the kernel.
 
 The core's algorithm (``core/selection/find_loops.py``): one pass adds, compares with a bound that
-is a little below the last threshold, and keeps the few entries that reach it, the candidates.  The
+is a little below the last threshold, and keeps the few entries that reach it, the candidates
+(``candidates``: of one layer as it ran on a GPU, of many the way that has yet to).  The
 k-th largest of these is found digit by digit, by histograms.  Everything is exact, and ties go to
 the lower index, so the result has the same bits as the core's.  Magnitudes are compared as
 integers: the bits without the sign, where Inf and NaN are larger than all numbers.
@@ -24,6 +25,7 @@ import triton
 import triton.language as tl
 
 from hvd_dls.core.balancing.sketch import BELOW, LAST_BASE, MANTISSA_SHIFT, WINDOW
+from hvd_dls.torch.kernels.candidates import BITS, by_scan, by_words, sums
 
 UNFINITE = 2040  # bins from here on are those of Inf and NaN
 DIGITS, VALUES = 4, 256  # digits of a magnitude, and their values
@@ -56,10 +58,11 @@ class Field(IntEnum):
     EACH = 6
     ROOM = 7
     PLACE = 8  # where its candidates have their places
-    WORK = 9  # where its workspace is
-    OUT = 10  # where what is told of it is
-    FIRST = 11  # of its programs
-    COUNT = 12  # of these
+    MARKS = 9  # where its words are
+    WORK = 10  # where its workspace is
+    OUT = 11  # where what is told of it is
+    FIRST = 12  # of its programs
+    COUNT = 13  # of these
 
 
 _FIELDS = tl.constexpr(len(Field))
@@ -67,26 +70,18 @@ _RESIDUAL, _GRADIENT = tl.constexpr(int(Field.RESIDUAL)), tl.constexpr(int(Field
 _N, _K, _LOW = tl.constexpr(int(Field.N)), tl.constexpr(int(Field.K)), tl.constexpr(int(Field.LOW))
 _STRIDE, _EACH = tl.constexpr(int(Field.STRIDE)), tl.constexpr(int(Field.EACH))
 _ROOM, _PLACE = tl.constexpr(int(Field.ROOM)), tl.constexpr(int(Field.PLACE))
+_MARKS = tl.constexpr(int(Field.MARKS))
 _WORK, _OUT = tl.constexpr(int(Field.WORK)), tl.constexpr(int(Field.OUT))
 _FIRST, _COUNT = tl.constexpr(int(Field.FIRST)), tl.constexpr(int(Field.COUNT))
 _DIGITS, _VALUES, _WIDE = tl.constexpr(DIGITS), tl.constexpr(VALUES), tl.constexpr(WIDE)
 _SHIFT, _UNFINITE = tl.constexpr(MANTISSA_SHIFT), tl.constexpr(UNFINITE)
-_NO_SIGN = tl.constexpr(0x7FFFFFFF)
+_NO_SIGN, _BITS = tl.constexpr(0x7FFFFFFF), tl.constexpr(BITS)
 _BELOW, _LAST_BASE, _WINDOW = tl.constexpr(BELOW), tl.constexpr(LAST_BASE), tl.constexpr(WINDOW)
 _THRESHOLD, _CANDIDATES = tl.constexpr(THRESHOLD), tl.constexpr(CANDIDATES)
 _FULLEST, _NOT_FINITE, _BOTH = tl.constexpr(FULLEST), tl.constexpr(NOT_FINITE), tl.constexpr(BOTH)
 _SAMPLED, _SENT = tl.constexpr(SAMPLED), tl.constexpr(SENT)
 _MET, _HISTOGRAMS, _SHARES = tl.constexpr(MET), tl.constexpr(HISTOGRAMS), tl.constexpr(SHARES)
 _PROGRAMS, _WORKSPACE = tl.constexpr(PROGRAMS), tl.constexpr(WORKSPACE)
-
-
-@triton.jit
-def _sums(residual, gradient, at, n):
-    """Bits of the sums at some indices, as int32; those of 0 beyond n."""
-    inside = at < n
-    old = tl.load(residual + at, mask=inside, other=0.0)
-    new = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-    return (old + new).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -119,8 +114,8 @@ def _digit(histogram, wanted):
 
 @triton.jit
 def _find(
-    residual, gradient, n, k, low, stride, each, room, where, what, work, out, program, programs,
-    BLOCK: tl.constexpr, TILE: tl.constexpr,
+    residual, gradient, n, k, low, stride, each, room, where, what, words, work, out,
+    program, programs, WORDS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What one of a layer's programs does: see ``find``."""
     told = out + 2 * k
@@ -128,15 +123,14 @@ def _find(
     what += program * room
 
     # The pass over the layer: this program's candidates, in ascending order.
-    count = 0
-    for block in range(program * each, tl.minimum((program + 1) * each, tl.cdiv(n, BLOCK))):
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        value = _sums(residual, gradient, at, n)
-        hit = (at < n) & ((value & _NO_SIGN) >= low)
-        place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
-        tl.store(where + place, at, mask=hit & (place < room))
-        tl.store(what + place, value, mask=hit & (place < room))
-        count += tl.sum(hit.to(tl.int32), 0)
+    begin, end = program * each, tl.minimum((program + 1) * each, tl.cdiv(n, BLOCK))
+    if WORDS:
+        words += begin * (BLOCK // _BITS)
+        count = by_words(
+            residual, gradient, n, low, begin, end, room, where, what, words, BLOCK, TILE
+        )
+    else:
+        count = by_scan(residual, gradient, n, low, begin, end, room, where, what, BLOCK)
     tl.atomic_add(told + _CANDIDATES, count, sem="relaxed")
     tl.atomic_max(told + _FULLEST, count, sem="relaxed")
     held = tl.minimum(count, room)
@@ -205,7 +199,7 @@ def _find(
     step = programs * BLOCK
     for start in range(program * BLOCK, tl.cdiv(n, stride), step):
         at = (start + tl.arange(0, BLOCK)) * stride
-        bins = (_sums(residual, gradient, at, n) & _NO_SIGN) >> _SHIFT
+        bins = (sums(residual, gradient, at, at < n) & _NO_SIGN) >> _SHIFT
         sampled = (at < n) & (bins >= base) & (bins <= edge)
         sample += tl.histogram(tl.where(sampled, bins - base, 0), _WIDE, mask=sampled)
     _shared_histogram(told + _SAMPLED, sample, _WIDE)
@@ -234,8 +228,8 @@ def find(
 ):
     """Writes values and indices of the k largest, ascending, and what the host is told."""
     _find(
-        residual, gradient, n, k, low, stride, each, room, where, what, work, work + _WORKSPACE,
-        tl.program_id(0), tl.num_programs(0), BLOCK, TILE,
+        residual, gradient, n, k, low, stride, each, room, where, what, where, work,
+        work + _WORKSPACE, tl.program_id(0), tl.num_programs(0), False, BLOCK, TILE,
     )  # fmt: skip
 
 
@@ -245,6 +239,7 @@ def find_all(
     layer_of,  # (programs,) int64: which layer a program works on
     where,  # int32, all layers' candidates, as for ``find``
     what,
+    words,  # int32: a bit for each entry of all layers' blocks
     work,  # int32, zeros: all layers' workspaces, then what is told of all layers
     KIND: tl.constexpr,  # type of all gradients
     ALIGNED: tl.constexpr,  # whether all arrays begin at 16 bytes, and have 16 * m entries
@@ -266,5 +261,6 @@ def find_all(
     programs = tl.load(row + _COUNT).to(tl.int32)
     _find(
         residual, gradient, n, k, low, stride, each, room, where + place, what + place,
-        work + tl.load(row + _WORK), work + tl.load(row + _OUT), program, programs, BLOCK, TILE,
+        words + tl.load(row + _MARKS), work + tl.load(row + _WORK), work + tl.load(row + _OUT),
+        program, programs, True, BLOCK, TILE,
     )  # fmt: skip

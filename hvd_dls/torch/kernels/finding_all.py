@@ -17,6 +17,7 @@ from hvd_dls.core.selection.backend import Future
 from hvd_dls.core.selection.passes_numpy import sample_stride
 from hvd_dls.torch.futures import DeviceFuture, stream_of
 from hvd_dls.torch.kernels import finding
+from hvd_dls.torch.kernels.candidates import BITS
 from hvd_dls.torch.kernels.finding import Field
 from hvd_dls.torch.kernels.launching import on
 from hvd_dls.torch.kernels.selector import (
@@ -161,6 +162,7 @@ def _launch(searches: Sequence[_Search], device: torch.device) -> None:
     table[:, Field.EACH] = each
     table[:, Field.ROOM] = rooms
     table[:, Field.PLACE] = np.cumsum(programs * rooms) - programs * rooms
+    table[:, Field.MARKS] = (np.cumsum(blocks) - blocks) * (BLOCK // BITS)
     table[:, Field.WORK] = finding.WORKSPACE * np.arange(layers)
     table[:, Field.OUT] = finding.WORKSPACE * layers + begins
     table[:, Field.FIRST] = np.cumsum(programs) - programs
@@ -176,11 +178,12 @@ def _launch(searches: Sequence[_Search], device: torch.device) -> None:
     there = staged.to(device, non_blocking=True)
     candidates = int((programs * rooms).sum())
     where, what = torch.empty((2, candidates + -candidates % 4), dtype=torch.int32, device=device)
+    words = torch.empty(int(blocks.sum()) * (BLOCK // BITS), dtype=torch.int32, device=device)
     work = torch.zeros(
         finding.WORKSPACE * layers + int(told.sum()), dtype=torch.int32, device=device
     )
     finding.find_all[(len(layer_of),)](
-        there, there[padded:], where, what, work,
+        there, there[padded:], where, what, words, work,
         KINDS[searches[0].gradient.dtype], aligned(table[:, : Field.N + 1]), BLOCK, TILE,
         num_warps=WARPS, maxnreg=REGISTERS, launch_cooperative_grid=True,
     )  # fmt: skip

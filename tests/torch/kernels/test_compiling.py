@@ -12,6 +12,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from benchmarks.gpu.compiled import BY_SCAN, BY_WORDS, passes  # noqa: E402
 from hvd_dls.torch.kernels import finding, selector, settling, settling_all  # noqa: E402
 from hvd_dls.torch.on_device import have_triton  # noqa: E402
 
@@ -46,7 +47,7 @@ def compiled(kernel, types, constants, card, **options):
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 def test_kernels_of_several_layers(kind, aligned, card):
     kind = getattr(tl, kind)
-    types = {"table": LONG, "layer_of": LONG, "where": INT, "what": INT, "work": INT}
+    types = {"table": LONG, "layer_of": LONG, "where": INT, "what": INT, "words": INT, "work": INT}
     constants = {"KIND": kind, "ALIGNED": aligned, **BLOCKS}
     found = compiled(finding.find_all, types, constants, card, **COOPERATIVE)
     types = {"table": LONG, "layer_of": INT, "indices": INT, "values": FLOAT, "starts": INT}
@@ -80,3 +81,11 @@ def test_kernels_of_one_layer(kind, card):
     for own in (True, False):
         constants["HAS_RESIDUAL"] = own
         assert compiled(settling.settle, types, constants, card)["cubin"]
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_marking_leaves_little_to_do_beside_waiting_for_memory(card):
+    scan, words = passes(card)[BY_SCAN], passes(card)[BY_WORDS]
+    assert words.loads == scan.loads == 2 * selector.BLOCK // (32 * selector.WARPS) // 4
+    assert words.instructions < scan.instructions / 3
+    assert words.barriers < scan.barriers / 5
