@@ -64,7 +64,7 @@ BENCHMARKS = {
         "Loopback: what DLS adds where the network is no bottleneck",
         "",
         "Two ranks, the 161 parameters of ResNet-50, no computation. What an entry and a layer "
-        "cost since 2026-11-27: [work.md](work.md).",
+        "cost: [work.md](work.md).",
     ),
     "network": Benchmark(
         "Four hosts, a model of 10.7 million parameters",
@@ -108,8 +108,8 @@ BENCHMARKS = {
         "Does it pay on my network?",
         "{kept}/exchange.json {kept}/network.json",
         "A model of the step's cost, fitted to the measurements above, and what it says of more "
-        'ranks and other links. What it says of `exchange="sparse_allreduce"`, fitted to '
-        "measurements of that: [scale.md](scale.md#which-exchange-when).",
+        'ranks and other links. Its rows of `exchange="sparse_allreduce"` rest on four hosts; '
+        "fitted to 4, 8 and 16: [scale.md](scale.md#which-exchange-when).",
     ),
 }
 
