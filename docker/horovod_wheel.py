@@ -262,7 +262,9 @@ def check_imports(wheel: Path, inputs: Inputs, target: Path, log: Path) -> None:
     """Import each framework's module in a process of its own, as two do not go into one."""
     say("checking that the wheel imports")
     run_logged([*PIP, "install", "--no-deps", f"--target={target}", str(wheel)], log)
-    environment = {**os.environ, "PYTHONPATH": str(target)}
+    # What Horovod needs may be on the path only: docker/gpu.py brings it along in a folder.
+    path = [str(target), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     expected = (True, bool(inputs["mpi"]))
     for framework in inputs["frameworks"]:
         code = f"import horovod.{framework} as hvd\n"

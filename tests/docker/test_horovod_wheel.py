@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -46,6 +47,25 @@ class FakeBuilder:
         if self.error:
             raise self.error
         return wheel
+
+
+# ---- the check
+
+
+def test_what_is_built_is_imported_beside_packages_that_were_brought_along(tmp_path, monkeypatch):
+    """As where psutil, without which Horovod imports nothing, comes from docker/gpu.py's bundle."""
+    brought, built = tmp_path / "brought", tmp_path / "built"
+    brought.mkdir()
+    (brought / "needed_by_horovod.py").touch()
+    package = built / "horovod"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    module = "import needed_by_horovod\ngloo_built = lambda: True\nmpi_built = lambda: False\n"
+    (package / "torch.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", str(brought))
+    monkeypatch.setattr(wheel_script, "PIP", [sys.executable, "-c", ""])
+    inputs = {"mpi": None, "frameworks": {"torch": "2.13.0+cpu"}}
+    wheel_script.check_imports(tmp_path / "a.whl", inputs, built, tmp_path / "log")
 
 
 # ---- the key
