@@ -16,7 +16,7 @@ from hvd_dls.adapter.saving import check_compression, resolved
 from hvd_dls.adapter.states import STATE_VERSION
 from hvd_dls.adapter.together import Together
 from hvd_dls.adapter.world import World
-from hvd_dls.config import DLSConfig
+from hvd_dls.config import AUTO, DLSConfig
 from hvd_dls.core.checkpoint import generations
 from hvd_dls.core.checkpoint.parts import Part, part_name
 from hvd_dls.core.checkpoint.redistribution import ARRAYS, redistributed, wanted
@@ -55,7 +55,7 @@ def find(
         missing: what to do where a rank's part is missing: "refuse", or "zeros".
 
     Returns:
-        None if there is no finished one.
+        None if there is no complete one.
 
     Raises:
         CheckpointError: a file is missing or damaged; on every rank alike.
@@ -76,7 +76,10 @@ def find(
             return None
         manifest = generations.manifest_of(generations.folder_of(path, number))
         if manifest is None:
-            raise CheckpointError(f"{generations.folder_of(path, number)} is no finished one")
+            raise CheckpointError(
+                f"{generations.folder_of(path, number)} is not there, or no complete checkpoint: "
+                f"pass {path} for the newest one in it"
+            )
         return number, manifest
 
     everyone = together.do("find", look)
@@ -151,7 +154,8 @@ class _Reader:
         """
         own = self._config.as_plain()
         for model in self._manifest["models"]:
-            check_options(model["config"], own, free="hierarchical")
+            free = ("hierarchical", "exchange") if own["exchange"] == AUTO else ("hierarchical",)
+            check_options(model["config"], own, free)  # what "auto" comes to, the first step tells
         with ExitStack() as stack:
             self._stack = stack
             models = self._part(self._rank) if self._before == self._size else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,7 +105,9 @@ def _checked(
     return state
 
 
-def check_options(saved: Mapping[str, Any], own: Mapping[str, Any], free: str = "") -> None:
+def check_options(
+    saved: Mapping[str, Any], own: Mapping[str, Any], free: Sequence[str] = ()
+) -> None:
     """Compares options, but those that may differ, and ``free``.
 
     Raises:
@@ -113,7 +115,7 @@ def check_options(saved: Mapping[str, Any], own: Mapping[str, Any], free: str = 
     """
     for option, value in own.items():
         before = saved.get(option, _BEFORE.get(option))
-        if before != value and option not in (*FREE_OPTIONS, free):
+        if before != value and option not in (*FREE_OPTIONS, *free):
             raise StateMismatchError(f"saved with {option}={before!r}, but it is {value!r} now")
 
 
