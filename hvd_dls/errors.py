@@ -40,20 +40,35 @@ class NonFiniteGradientError(ArithmeticError):
             in the sum over ranks only.
         of_hosts: whether these are the ranks that send for their hosts (hierarchical=True): then
             it was on any rank of that host.
+        local_steps: whether it was in the weights at the end of a round of ``LocalSteps``.
     """
 
-    def __init__(self, where: Iterable[tuple[str, int | None]], of_hosts: bool = False) -> None:
+    def __init__(
+        self,
+        where: Iterable[tuple[str, int | None]],
+        of_hosts: bool = False,
+        local_steps: bool = False,
+    ) -> None:
         self.where, self.of_hosts = sorted(set(where), key=str), of_hosts
+        self.local_steps = local_steps
         on = "on the host of rank" if of_hosts else "on rank"
         places = ", ".join(
             f"layer {name!r} " + ("of some rank" if rank is None else f"{on} {rank}")
             for name, rank in self.where
         )
-        super().__init__(
-            f"gradient with NaN or Inf in {places}; nothing of it entered a residual. "
-            "Lower the learning rate or clip gradients. With loss scaling, as torch.amp.GradScaler "
-            "does it, pass nonfinite='skip' and loss_scale to DLSCompressor."
+        what, advice = (
+            "gradient",
+            "nothing of it entered a residual. Lower the learning rate or clip gradients. With "
+            "loss scaling, as torch.amp.GradScaler does it, pass nonfinite='skip' and loss_scale "
+            "to DLSCompressor.",
         )
+        if local_steps:
+            what, advice = (
+                "weights of LocalSteps",
+                "all ranks are at the round's begin. Lower the optimizer's learning rate or clip "
+                "gradients; nonfinite='skip' in DLSCompressor leaves such rounds out.",
+            )
+        super().__init__(f"{what} with NaN or Inf in {places}; {advice}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.where, self.of_hosts)
+        return type(self), (self.where, self.of_hosts, self.local_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import zlib
 from collections.abc import Collection, Mapping
@@ -30,8 +31,8 @@ def refuse_arguments(
         raise DLSError(f"LocalSteps({type(model).__name__}, ...): accepted is a torch.nn.Module")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise DLSError(f"every={every!r}: accepted is a number of steps from 1")
-    if not isinstance(lr, numbers.Real) or not float(lr) > 0:
-        raise DLSError(f"lr={lr!r}: accepted is a number above 0")
+    if not isinstance(lr, numbers.Real) or not 0 < float(lr) < math.inf:
+        raise DLSError(f"lr={lr!r}: accepted is a finite number above 0")
     if not isinstance(momentum, numbers.Real) or not 0 <= float(momentum) < 1:
         raise DLSError(f"momentum={momentum!r}: accepted is a number from 0, below 1")
     if not hvd.is_initialized():

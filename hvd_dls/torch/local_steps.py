@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hvd_dls.adapter import epoch, is_elastic
-from hvd_dls.errors import DLSError
+from hvd_dls.errors import DLSError, NonFiniteGradientError
 from hvd_dls.torch.bookkeeping import forget_step, hand_over_rest, reductions_in, wait_for
 from hvd_dls.torch.compressor import DLSCompressor, instance_of
 from hvd_dls.torch.local_refusals import (
@@ -93,6 +93,7 @@ class LocalSteps:
             compression=compression,
             process_set=process_set,
         )
+        self.optimizer._of_local_steps = True  # which join() refuses
         self._begin()
 
     # A round ------------------------------------------------------------------------------------
@@ -138,6 +139,9 @@ class LocalSteps:
                 self._exchange()
             else:
                 self._become_common()
+        except NonFiniteGradientError as error:
+            self._go_back()
+            raise NonFiniteGradientError(error.where, error.of_hosts, local_steps=True) from None
         except BaseException:
             self._go_back()
             raise

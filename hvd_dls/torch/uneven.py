@@ -362,9 +362,10 @@ def join(optimizer: Any, step: Callable[[], Any] | None = None) -> Joining:
         ...         optimizer.step()
     """
     compressor = compressor_of(optimizer)
-    if compressor is None:
+    if compressor is None or hasattr(optimizer, "_of_local_steps"):
         raise DLSError(
             f"join({type(optimizer).__name__}): it takes hvd.DistributedOptimizer(..., "
-            "compression=DLSCompressor); with other compressions, call hvd.join() after the loop"
+            "compression=DLSCompressor); with other compressions, call hvd.join() after the loop. "
+            "With LocalSteps neither: a rank without data goes on calling rounds.step()"
         )
     return Joining(optimizer, compressor, step or optimizer.step)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hvd_dls import DLSError, NonFiniteGradientError, RanksDisagreeError
-from hvd_dls.torch import DLSCompressor, join
+from hvd_dls.torch import DLSCompressor, LocalSteps, join
 from tests.torch.with_ranks.test_missing_layers import residual_of
 from tests.torch.with_ranks.training import (
     SPARSE,
@@ -317,6 +317,10 @@ def test_what_join_refuses():
     other, _, second = start(net_without_vectors())
     with pytest.raises(DLSError, match=r"call hvd.join\(\) after the loop"):
         join(wrap(net(), hvd.Compression.none))
+    rounds = LocalSteps(net(), DLSCompressor(**SPARSE))
+    for without in (rounds, rounds.optimizer, torch.optim.SGD(model.parameters(), 0.1)):
+        with pytest.raises(DLSError, match=r"goes on calling rounds.step\(\)"):
+            join(without)
     with pytest.raises(DLSError, match=r"join\(\) within join\(\)"), join(optimizer), join(second):
         pass
     with pytest.raises(DLSError, match="another one"), join(optimizer):
