@@ -59,9 +59,11 @@ def save_checkpoint(
         try:
             torch.load(folder / _FILE, weights_only=True, mmap=True, map_location="cpu")
         except Exception as error:
-            first = str(error).strip().splitlines()[0]
+            lines = str(error).strip().splitlines()  # the first is mostly torch's advice
+            told = next((line for line in lines if "Unsupported" in line), lines[0]).strip()
             raise CheckpointError(
-                f"state could be saved, but not loaded with weights_only=True: {first}"
+                "state could be saved, but not loaded with weights_only=True: pass tensors, "
+                f"numbers, strings, and of all else its state_dict() ({told})"
             ) from error
 
     return save(path, _everyone(), compression, write, keep, _to_host)

@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused_by_all(tmp_path, sessions):
         assert_all_raise(find_all(tmp_path, **option), *option, kind=StateMismatchError)
     assert_all_raise(find_all(tmp_path, missing="maybe"), "missing='maybe'", kind=DLSError)
     unknown = tmp_path / "checkpoint-00000099"
-    assert_all_raise(find_all(unknown), "no finished one")
+    assert_all_raise(find_all(unknown), "no complete checkpoint")
 
 
 def test_damage_is_found_wherever_it_is(tmp_path, sessions):

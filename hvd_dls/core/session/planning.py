@@ -79,7 +79,8 @@ def _check_budget(plan: Plan, config: DLSConfig) -> None:
 def _why_dense(layer: LayerSpec, config: DLSConfig, world_size: int) -> str:
     own = _own_density(layer, config)
     if world_size == 1:
-        return "one rank: nothing to exchange"
+        hosts = " or, with hierarchical=True, one host" if config.hierarchical else ""
+        return f"one rank{hosts}: nothing to exchange"
     if own == DENSE:
         return "layer_density says so"
     if layer.kind == VECTOR:

@@ -62,6 +62,8 @@ def test_one_rank_exchanges_nothing(options):
     assert plan.budget(1.0) == 0
     assert plan.sparse == ()
     assert {why for _, why in plan.dense} == {"one rank: nothing to exchange"}
+    plan = make_plan(CHAIN, DLSConfig(hierarchical=True), 1)
+    assert all("one host: nothing to exchange" in why for _, why in plan.dense)
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 16, 64, 256, 1024])

@@ -105,7 +105,10 @@ def test_what_one_rank_cannot_write_all_raise_and_training_goes_on(folder):
 
 
 def test_a_state_that_could_not_be_loaded_is_refused_when_it_is_saved(folder):
-    refused_by_all(lambda: save_checkpoint(folder, {"a": object}), "rank 0: ", "weights_only=True")
+    words = "rank 0: ", "weights_only=True", "its state_dict()", "Linear"  # what is in the way
+    refused_by_all(lambda: save_checkpoint(folder, {"a": nn.Linear(2, 2)}), *words)
+    only_one = folder / "checkpoint-00000007"
+    refused_by_all(lambda: load_checkpoint(only_one), "not there", f"pass {folder}")
     refused_by_all(lambda: save_checkpoint(folder, None), "state=None on rank 0")
     assert load_checkpoint(folder) is None
 
