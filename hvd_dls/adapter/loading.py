@@ -15,7 +15,7 @@ from hvd_dls.adapter.hosts import groups_of, row_of
 from hvd_dls.adapter.saving import check_compression, resolved
 from hvd_dls.adapter.states import STATE_VERSION
 from hvd_dls.adapter.together import Together
-from hvd_dls.adapter.world import World
+from hvd_dls.adapter.world import World, is_elastic, within_elastic_run
 from hvd_dls.config import AUTO, DLSConfig
 from hvd_dls.core.checkpoint import generations
 from hvd_dls.core.checkpoint.parts import Part, part_name
@@ -26,6 +26,11 @@ from hvd_dls.errors import CheckpointError, DLSError
 _log = logging.getLogger("hvd_dls")
 
 REFUSE, ZEROS = "refuse", "zeros"  # what becomes of parts that are missing
+_OUTSIDE = (
+    "load_checkpoint outside of hvd.elastic.run: it is a call of all ranks, so a worker that comes "
+    "while the others train waits here for ever; call it in the function that is run, where "
+    "training begins (docs/elastic.md)"
+)
 _CHUNK = 64 << 20  # bytes of a file that travel together
 
 
@@ -61,6 +66,8 @@ def find(
         CheckpointError: a file is missing or damaged; on every rank alike.
         StateMismatchError: it was saved with other options; on every rank alike.
     """
+    if is_elastic() and not within_elastic_run():
+        _log.warning(_OUTSIDE)
     path, named = generations.split(Path(path))
 
     def look() -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import FrameType
 from typing import Any, NamedTuple
 
 from horovod.common import process_sets
@@ -68,6 +70,14 @@ def own_rank() -> int | None:
 def is_elastic() -> bool:
     """Whether the number of ranks may change; Horovod asks in the same way."""
     return bool(int(os.environ.get("HOROVOD_ELASTIC", 0)))
+
+
+def within_elastic_run() -> bool:
+    """Whether ``hvd.elastic.run`` is what calls (``run_fn``, horovod/common/elastic.py)."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "horovod.common.elastic":
+        frame = frame.f_back
+    return frame is not None
 
 
 def has_lost_its_ranks() -> bool:

@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
+from horovod.common.elastic import run_fn
 
 from hvd_dls import CheckpointError, DLSError, StateMismatchError
 from hvd_dls.adapter.compressor import BaseCompressor
@@ -231,6 +233,26 @@ def test_what_does_not_fit_is_refused_by_all(tmp_path, sessions):
     assert_all_raise(find_all(tmp_path, missing="maybe"), "missing='maybe'", kind=DLSError)
     unknown = tmp_path / "checkpoint-00000099"
     assert_all_raise(find_all(unknown), "no complete checkpoint")
+
+
+def test_a_load_that_a_newcomer_would_wait_in_is_told(tmp_path, monkeypatch, caplog):
+    """Outside of ``hvd.elastic.run``, where a worker that comes later is alone."""
+
+    def load(together):
+        found.append(find(tmp_path, together, None))
+
+    def load_in_run(together):
+        with mock.patch("horovod.common.elastic.notification_manager"):
+            run_fn(lambda state: load(together), None)(mock.Mock())
+
+    found = []
+    on_ranks(1, load)
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    on_ranks(1, load_in_run)
+    assert not caplog.records
+    on_ranks(1, load)
+    assert ["outside of hvd.elastic.run" in record.message for record in caplog.records] == [True]
+    assert found == [None] * 3
 
 
 def test_damage_is_found_wherever_it_is(tmp_path, sessions):
