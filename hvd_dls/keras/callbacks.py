@@ -32,7 +32,7 @@ class BroadcastGlobalVariablesCallback(tf.keras.callbacks.Callback):
     """Gives all ranks the root's weights and optimizer state when training starts.
 
     Before the first step if the optimizer has its variables by then, else after it.  Random seeds
-    and metrics stay each rank's own.
+    and metrics stay each rank's own; so does what a rank has accumulated of gradients by then.
 
     Args:
         root_rank: the rank whose values the others take.
@@ -60,21 +60,31 @@ class BroadcastGlobalVariablesCallback(tf.keras.callbacks.Callback):
             self._broadcast()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._broadcast()
+        if not self.broadcast_done:
+            # Else this pass would count once for each rank at the root, and nowhere else.
+            self._broadcast(_accumulated(self.model.optimizer))
 
-    def _broadcast(self) -> None:
+    def _broadcast(self, own: Iterable[Any] = ()) -> None:
         if self.broadcast_done:
             return
         self.broadcast_done = True
         of_optimizer = self.model.optimizer.variables
         of_optimizer = of_optimizer() if callable(of_optimizer) else of_optimizer
+        kept = self._local | {identity(handle_of(variable)) for variable in own}
         shared = [
             variable
             for variable in [*self.model.weights, *of_optimizer]
-            if identity(handle_of(variable)) not in self._local
+            if identity(handle_of(variable)) not in kept
         ]
         with tf.device(self.device):
             broadcast_variables(shared, self.root_rank)
+
+
+def _accumulated(optimizer: Any) -> list[Any]:
+    """Returns the variables in which Keras 3 accumulates gradients of several passes."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    accumulators = getattr(inner, "_accumulated_gradients", None) or []
+    return [variable for variable in accumulators if variable is not None]
 
 
 class MetricAverageCallback(tf.keras.callbacks.Callback):

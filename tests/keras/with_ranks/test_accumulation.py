@@ -96,15 +96,19 @@ def test_nothing_is_lost_and_the_compressor_sees_an_update_once():
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
 def test_fit_at_density_one_is_keras_on_all_the_data(kind, compressed):
-    """Three passes, whose average is rounded; schedules and Adam count updates, not passes."""
+    """Three passes, whose average is rounded; schedules and Adam count updates, not passes.
+
+    The callback broadcasts behind the first pass, when each rank has accumulated its own.
+    """
     parts = [np.random.default_rng(rank).normal(size=(24, 6)) for rank in range(hvd.size())]
     weights = []
     for distributed in (True, False):
         model = keras.Sequential([keras.layers.Input((6,)), keras.layers.Dense(30)])
         model.set_weights([np.full((6, 30), 0.1), np.zeros(30)])
         optimizer = getattr(keras.optimizers, kind)(0.01, gradient_accumulation_steps=3)
-        inputs, batch = parts[hvd.rank()], 4
+        inputs, batch, callbacks = parts[hvd.rank()], 4, []
         if distributed:
+            callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0)]
             compression = compressor(density=1) if compressed else hvd.Compression.none
             optimizer = hvd.DistributedOptimizer(optimizer, compression=compression)
         else:
@@ -113,7 +117,7 @@ def test_fit_at_density_one_is_keras_on_all_the_data(kind, compressed):
             )
             batch = 4 * hvd.size()
         model.compile(optimizer, "mse")
-        model.fit(inputs, inputs[:, :1], batch, epochs=2, shuffle=False, verbose=0)
+        model.fit(inputs, inputs[:, :1], batch, 2, 0, callbacks=callbacks, shuffle=False)
         assert int(optimizer.iterations) == 4
         weights.append(flat(model))
     np.testing.assert_allclose(*weights, rtol=1e-3, atol=1e-6)
