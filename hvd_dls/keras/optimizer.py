@@ -104,6 +104,11 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
 
 
 def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, str):
+        raise DLSError(
+            f"optimizer={optimizer!r}: accepted is an optimizer, not its name; pass "
+            f"keras.optimizers.get({optimizer!r})"
+        )
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise DLSError(
             f"{type(optimizer).__module__}.{type(optimizer).__name__} is no Keras 3 optimizer; for "

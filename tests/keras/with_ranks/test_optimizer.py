@@ -111,8 +111,10 @@ def test_refusals():
         hvd.DistributedOptimizer(optimizer)
     with pytest.raises(DLSError, match="goes inside"):
         keras.optimizers.LossScaleOptimizer(optimizer)
-    with pytest.raises(DLSError, match="no Keras 3 optimizer"):
+    with pytest.raises(DLSError, match=r"pass keras.optimizers.get\('sgd'\)"):
         hvd.DistributedOptimizer("sgd")
+    with pytest.raises(DLSError, match="no Keras 3 optimizer"):
+        hvd.DistributedOptimizer(sgd)
     with pytest.raises(DLSError, match="op="):
         hvd.DistributedOptimizer(sgd(), op=2)
     with pytest.raises(DLSError, match="only with op"):
