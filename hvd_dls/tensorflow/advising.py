@@ -184,6 +184,7 @@ class TensorFlowTrial(Trial):
         compression: Any = hvd.Compression.fp16 if candidate.method == "fp16" else None
         if candidate.method == "dls":
             compression = self._compression = DLSCompressor(**candidate.options)
+            compression.is_trial = True
         if hasattr(optimizer, "build"):
             optimizer.build(variables)  # a tf.function may make no variables later
 

@@ -80,6 +80,10 @@ class Binding(BaseBinding):
         """Returns the name of a variable; None if it does not belong to this model."""
         return self._name_of.get(identity(handle_of(variable)))
 
+    def trains_some_of(self, other: Binding) -> bool:
+        """Whether its session has begun, and variables of another model are its own."""
+        return self.session is not None and not self._name_of.keys().isdisjoint(other._name_of)
+
     def layer(self, name: str) -> LayerSpec:
         """Returns the layer of this name."""
         return self._layers[self._position[name]]

@@ -23,7 +23,7 @@ from hvd_dls.tensorflow.horovod_frames import (
     wrapping_keras3_optimizer,
 )
 from hvd_dls.tensorflow.reduction import Context, compress_gradient, send_uncompressed
-from hvd_dls.tensorflow.refusals import refuse_slices
+from hvd_dls.tensorflow.refusals import refuse_slices, refuse_twice
 from hvd_dls.tensorflow.summaries import SummaryScalars
 
 _log = logging.getLogger("hvd_dls")
@@ -31,6 +31,11 @@ _SLICES = (
     "join(...): gradients that are IndexedSlices (of embeddings) do not come to the compressor, so "
     "those of ranks without data would not become zeros. Accepted are tensors: pass "
     "sparse_as_dense=True to hvd.DistributedGradientTape, or use hvd_dls.keras"
+)
+_ANOTHER = (
+    "another DLSCompressor has compressed gradients of these variables; what it kept of them is "
+    "not in this one. If compression=DLSCompressor(...) stands in a training step, each step (or "
+    "trace) begins without it: make the compressor once, before the loop (said once)"
 )
 _do_not_convert = tf.autograph.experimental.do_not_convert
 
@@ -65,11 +70,13 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
         DLSError: an option that does not exist or a value that is not accepted.
 
     Examples:
-        >>> tape = hvd.DistributedGradientTape(tape, compression=DLSCompressor(density=0.001))
+        >>> compression = DLSCompressor(density=0.001)  # once, not in each step
+        >>> tape = hvd.DistributedGradientTape(tape, compression=compression)
     """
 
     _bindings: list[Binding]
     _made: ClassVar[list[weakref.ref[DLSCompressor]]] = []
+    _warned_of_another: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -84,6 +91,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
         self._call: AllreduceCall | None = None  # Horovod's call that is being traced
         self._exchange: Exchange | None = None  # of that call
         self._warned_of_unknown = False
+        self.is_trial = False  # of advise: nobody misses what it keeps
         if self._given is not None:
             self._add(self._given)
         self._made[:] = [made for made in self._made if made() is not None]
@@ -174,6 +182,7 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
         if zeroing.applies() and any(isinstance(g, tf.IndexedSlices) for g in call.gradients):
             raise DLSError(_SLICES)
         refuse_slices(self.config, call.gradients)
+        refuse_twice(variables)
         binding = self.binding_of(variables)
         binding.left_out_alone = True
         binding.start(call.process_set, call.op)
@@ -182,13 +191,24 @@ class DLSCompressor(BaseCompressor, metaclass=_RefusesKeras3):
     def binding_of(self, variables: list[Any]) -> Binding:
         """Returns the model that holds all of these variables; a new one if none does."""
         if self._given is not None:
+            self._warn_of_another(self._given)
             return self._given
         for binding in self._bindings:
             if all(binding.name_of(variable) is not None for variable in variables):
                 return binding
         binding = Binding(variables, self.config)
+        self._warn_of_another(binding)
         self._add(binding)
         return binding
+
+    def _warn_of_another(self, binding: Binding) -> None:
+        """Says so, once in a process, if a new model is one that another compressor trains."""
+        if DLSCompressor._warned_of_another or self.is_trial or binding.session is not None:
+            return
+        others = (each for each in self.living() if each is not self and not each.is_trial)
+        if any(theirs.trains_some_of(binding) for each in others for theirs in each._bindings):
+            DLSCompressor._warned_of_another = True
+            _log.warning(_ANOTHER)
 
     def _warn_of_unknown(self, gradient: tf.Tensor) -> None:
         if not self._warned_of_unknown:

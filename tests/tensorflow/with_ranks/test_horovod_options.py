@@ -281,6 +281,21 @@ def test_direct_allreduce_goes_dense_and_is_said_once(caplog):
     assert len([r for r in caplog.records if "no known variable" in r.message]) == 1
 
 
+def test_a_compressor_made_in_each_step_is_told_once(caplog, monkeypatch):
+    """Each begins without what the one before has kept."""
+    monkeypatch.setattr(DLSCompressor, "_warned_of_another", False)
+    variables = [tf.Variable(tf.zeros([30, 40])), tf.Variable(tf.zeros([30, 40]))]
+    gradients = [tf.constant(whole_numbers([30, 40], 0))]
+    made = []  # by Horovod, which never forgets a compressor
+    with caplog.at_level(logging.WARNING, logger="hvd_dls"):
+        for variable in [*variables, *variables, variables[0]]:
+            told = [r for r in caplog.records if "before the loop" in r.message]
+            assert len(told) == (len(made) > 2)
+            made.append(DLSCompressor(density=0.05, **SPARSE))
+            reduced([variable], gradients, made[-1], "eager")
+    assert len([r for r in caplog.records if "before the loop" in r.message]) == 1
+
+
 def test_variables_that_were_not_given_go_dense(mode, caplog):
     model = Net()
     compression = compressor(model.parameters[:2])
