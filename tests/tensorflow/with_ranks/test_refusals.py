@@ -87,6 +87,17 @@ def test_two_models_of_the_same_shapes_that_cannot_be_told_apart(who, bare_class
         assert_same_on_all_ranks(flat(model))
 
 
+def test_a_variable_that_is_given_twice():
+    """As with two parts of a model that share a layer."""
+    shared, other = (tf.Variable(tf.zeros([30, 40]), name=name) for name in ("shared", "other"))
+    gradients = [whole_numbers([30, 40], 0)] * 3
+    compression = DLSCompressor(density=0.05, **SPARSE)
+    with pytest.raises(Exception, match="DLSError: variable 'shared:0' is twice in the list"):
+        reduced([shared, other, shared], gradients, compression, "eager")
+    reduced([shared, other], gradients[:2], compression, "eager")
+    assert compression.last_step().step == 1
+
+
 def test_two_models_of_the_same_shapes_that_can_be_told_apart(bare_class):
     """A tape inside tf.function is traced for each model, so each has residuals of its own."""
     models = [Net(seed=1), Net(seed=2)]
