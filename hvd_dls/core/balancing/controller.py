@@ -171,6 +171,8 @@ class Controller:
 
     def _observe(self, rows: np.ndarray) -> bool:
         """Whether the layers that have a share are others now."""
+        if self.density >= 1 and self.attendance.live.all():
+            return False  # the others send all they have: a share would be of no use to them
         present = np.zeros(len(self.k), bool)
         present[rows] = True
         return self.attendance.observe(present)

@@ -82,10 +82,14 @@ OPTIONS = [
     {"warmup_steps": 8, "density": 0.05},
 ]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
+# With which there are shares to give away.
+each_sharing = pytest.mark.parametrize(
+    "options", [options for options in OPTIONS if options.get("density") != 1], ids=str
+)
 each_bucket = pytest.mark.parametrize("buckets", BUCKETS, ids=str)
 
 
-@each_option
+@each_sharing
 @each_bucket
 def test_shares_of_those_that_stay_away_go_to_the_others_until_they_come_back(options, buckets):
     controller, rng = make(buckets, **options), np.random.default_rng(0)
@@ -107,7 +111,7 @@ def test_shares_of_those_that_stay_away_go_to_the_others_until_they_come_back(op
     check(controller)
 
 
-@each_option
+@each_sharing
 @each_bucket
 def test_layers_that_never_come_count_as_if_they_were_not_compressed(options, buckets):
     controller, rng = make(buckets, **options), np.random.default_rng(0)
@@ -232,7 +236,7 @@ def test_whoever_comes_and_goes_the_budget_is_kept_also_after_a_restart(
             assert np.array_equal(twin.state(), controller.state())
 
 
-@each_option
+@each_sharing
 def test_a_state_of_other_buckets_keeps_who_is_live(options):
     controller, rng = make(BUCKETS[2], **options), np.random.default_rng(0)
     step(controller, rng, NAMES)
@@ -245,3 +249,29 @@ def test_a_state_of_other_buckets_keeps_who_is_live(options):
     step(other, rng, "ab", 3)
     check(other)
     assert [k_of(other)[name] for name in "cde"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("options", [{"density": 1.0}, {"density": 1.0, "strategy": "layerwise"}])
+def test_at_density_one_nobody_has_a_share_to_give(options):
+    """As others send all they have: what comes back is sent at once, as dense training does."""
+    controller, rng = make(**options), np.random.default_rng(0)
+    for present in (NAMES, "abcd", "a", NAMES):
+        step(controller, rng, present, 3 * PATIENCE)
+        assert k_of(controller) == SIZES
+        check(controller)
+
+
+def test_a_state_of_density_one_in_which_a_layer_is_away_is_gone_on_from():
+    """Earlier versions had such states."""
+    controller, rng = make(density=1.0), np.random.default_rng(0)
+    for _ in range(2 * PATIENCE):
+        controller.attendance.observe(np.array([name != "e" for name in NAMES]))
+    controller.start_at(2 * PATIENCE)
+    assert k_of(controller) == SIZES | {"e": 0}
+    restored = make(density=1.0)
+    restored.restore(controller.state())
+    step(restored, rng, "abcd", 3)
+    assert k_of(restored) == SIZES | {"e": 0}
+    step(restored, rng, NAMES)
+    assert k_of(restored) == SIZES
+    check(restored)
