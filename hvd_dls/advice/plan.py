@@ -75,8 +75,11 @@ def plan_of(options: dict[str, Any]) -> Plan:
     Raises:
         DLSError: an option does not exist or has a value that is not accepted.
     """
+    known = Plan.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise DLSError(f"unknown option {name!r}: accepted are {', '.join(known)}")
     try:
         return Plan(**options)
-    except TypeError as error:
-        accepted = ", ".join(Plan.__dataclass_fields__)
-        raise DLSError(f"{error}: accepted are {accepted}") from None
+    except TypeError as error:  # densities=0.01, for example
+        raise DLSError(f"{error}, in {options}") from None

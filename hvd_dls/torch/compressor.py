@@ -18,7 +18,7 @@ from hvd_dls.torch.binding import Binding
 from hvd_dls.torch.bookkeeping import forget_step, names_and_parameters, reductions_in, wait_for
 from hvd_dls.torch.contexts import Dense, InFlight, send_dense
 from hvd_dls.torch.parameters import NamedParameter, Parameters, checked
-from hvd_dls.torch.refusals import refuse_optimizer
+from hvd_dls.torch.refusals import refuse_optimizer, refuse_process_set
 
 _log = logging.getLogger("hvd_dls")
 
@@ -60,6 +60,7 @@ class DLSCompressor(BaseCompressor):
         **options: Any,
     ) -> None:
         refuse_number(named_parameters, "parameters, as model.named_parameters()")
+        refuse_process_set(process_set)
         super().__init__(loss_scale=loss_scale, **options)
         self._given = None if named_parameters is None else Parameters(checked(named_parameters))
         self._process_set = process_set

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from hvd_dls.torch.binding import Binding
 
 
+def refuse_process_set(process_set: Any) -> None:
+    """Refuses what is no process set, before training meets it.
+
+    Raises:
+        DLSError: it is something else, as the number of one.
+    """
+    if process_set is not None and not isinstance(process_set, hvd.ProcessSet):
+        raise DLSError(
+            f"process_set={process_set!r}: accepted is an hvd.ProcessSet, the optimizer's own"
+        )
+
+
 def refuse_optimizer(optimizer: Any, config: DLSConfig, process_set: Any) -> None:
     """Refuses what cannot be compressed; on every rank alike, before anything is exchanged.
 

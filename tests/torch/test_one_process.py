@@ -65,13 +65,19 @@ for wrong in ("a", [torch.zeros(3)], [("a", 1)],
     else:
         raise AssertionError(wrong)
 """,
-    "a number as the first argument is told to be no density": """
+    "a number as the first argument is told to be no density, nor a process set": """
 from hvd_dls import DLSError
 from hvd_dls.torch import DLSCompressor
 try:
     DLSCompressor(0.01)
 except DLSError as error:
     assert "write DLSCompressor(density=0.01)" in str(error)
+else:
+    raise AssertionError
+try:
+    DLSCompressor(process_set=3)
+except DLSError as error:
+    assert "process_set=3: accepted is an hvd.ProcessSet" in str(error)
 else:
     raise AssertionError
 """,
